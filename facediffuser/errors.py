@@ -1,0 +1,11 @@
+"""Errors a user can cause and mend."""
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the thing, its value and the mend.
+
+    The command line prints the line and exits with code 2; nothing has been written when it is raised.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))

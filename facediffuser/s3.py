@@ -1,0 +1,184 @@
+"""Objects in an S3 bucket: boto3 writes each with one PutObject, pyarrow reads them.
+
+Set up by the standard AWS environment (keys, profile, region, AWS_ENDPOINT_URL) and nothing else. No error text holds
+a credential: what a server answered is told by its error code only.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+
+from facediffuser.errors import InputError
+from facediffuser.storage import ObjectInfo, StorageError, Store, safe_key
+
+_REQUEST_TIMEOUT_S = 60
+_DENIED = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
+           "InvalidToken", "AuthorizationHeaderMalformed", "AllAccessDisabled"}  # fmt: skip
+_MISSING_KEY = {"404", "NoSuchKey", "NotFound"}
+_PRECONDITION_FAILED = {"412", "PreconditionFailed"}
+
+
+class S3Store(Store):
+    """A prefix of an S3 bucket; boto3 writes with one PutObject, pyarrow reads."""
+
+    def __init__(self, bucket: str, prefix: str = ""):
+        self.bucket, self.prefix = bucket, prefix
+        self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        self._cached_client = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cached_client": None}  # a boto3 client cannot be pickled; it is made again when used
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> None:
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            with self._told(key):
+                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+        except FileExistsError:
+            if self.get(key) != data:
+                raise
+
+    def get(self, key: str) -> bytes:
+        with self._told(key):
+            return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._told(key):
+                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        base = f"{self.prefix}/" if self.prefix else ""
+        found = []
+        with self._told(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # a console's folder marker is no object of ours
+                        found.append(ObjectInfo(item["Key"][len(base) :], item["Size"], item["ETag"]))
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        with self._told(key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def download(self, key: str, path: Path) -> None:
+        with self._told(key):
+            self._client.download_file(self.bucket, self._key(key), str(path))
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        options = {"request_timeout": _REQUEST_TIMEOUT_S, "connect_timeout": 10, "allow_delayed_open": True}
+        endpoint = endpoint_url()
+        if endpoint:
+            parts = urlsplit(endpoint)
+            options |= {"endpoint_override": parts.netloc + parts.path.rstrip("/"), "scheme": parts.scheme}
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region:
+            options["region"] = region
+        elif not endpoint:
+            options["region"] = pyarrow.fs.resolve_s3_region(self.bucket)
+        return pyarrow.fs.S3FileSystem(**options), f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+
+    def require_readable(self) -> None:
+        # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
+        client = _s3_client(connect_timeout=4, read_timeout=15, attempts=2)
+        with self._told(""):
+            client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+
+    def require_writable(self) -> None:
+        self.require_readable()
+
+    def child(self, prefix: str) -> "S3Store":
+        return S3Store(self.bucket, self._key(prefix.strip("/")))
+
+    def _key(self, key: str) -> str:
+        key = safe_key(key)
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    @property
+    def _client(self):
+        if self._cached_client is None:
+            self._cached_client = _s3_client(connect_timeout=10, read_timeout=_REQUEST_TIMEOUT_S, attempts=8)
+        return self._cached_client
+
+    @contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """Turn boto3's errors into InputError, FileNotFoundError, FileExistsError or StorageError without secrets."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            PartialCredentialsError,
+            ProfileNotFound,
+        )
+
+        url = self.url_of(key) if key else self.url
+        try:
+            yield
+        except ClientError as error:
+            raise self._client_error(error, url) from None
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
+            raise InputError(f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (BotoCoreError, Boto3Error) as error:
+            kind = type(error).__name__
+            where = _without_userinfo(endpoint_url()) or "the S3 endpoint"
+            if kind in ("EndpointConnectionError", "ConnectTimeoutError", "InvalidRegionError"):
+                raise InputError(f"{url}: {where} cannot be reached ({kind}); check AWS_ENDPOINT_URL") from None
+            raise StorageError(f"{url}: {where} did not answer as it should ({kind})") from None
+        except ValueError as error:
+            # boto3 raises a bare ValueError for an endpoint that is no URL.
+            if isinstance(error, InputError) or "endpoint" not in str(error).lower():
+                raise
+            raise InputError(f"{url}: AWS_ENDPOINT_URL is not a URL; give http(s)://host:port") from None
+
+    def _client_error(self, error, url: str) -> Exception:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if code == "NoSuchBucket":
+            return InputError(f"s3://{self.bucket}: no such bucket; make it or give another")
+        if code == "InvalidBucketName":
+            return InputError(f"s3://{self.bucket}: not a bucket name; use lower case letters, digits, '-' and '.'")
+        if code in _DENIED or status in (401, 403):
+            return InputError(f"{url}: access denied ({code or status}); check AWS_ACCESS_KEY_ID, "
+                              "AWS_SECRET_ACCESS_KEY and the bucket's policy")  # fmt: skip
+        if code in _PRECONDITION_FAILED:
+            return FileExistsError(errno.EEXIST, "already there with other content", url)
+        if code in _MISSING_KEY:
+            return FileNotFoundError(errno.ENOENT, "no such object", url)
+        return StorageError(f"{url}: S3 answered {status} ({code})")
+
+
+def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=16,
+        # An endpoint of one's own (a server by host name or address) rarely answers to bucket.host.
+        s3={"addressing_style": "path" if endpoint_url() else "auto"},
+    )
+    # A session of its own: boto3's default session is shared and not safe to use from several threads.
+    return boto3.session.Session().client("s3", config=config)
+
+
+def endpoint_url() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _without_userinfo(url: str | None) -> str | None:
+    if not url or "@" not in url:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -1,0 +1,207 @@
+"""The command line: `facediffuser COMMAND`, whose options are the fields of the settings model its flow takes."""
+
+import importlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict, SettingsError
+
+from facediffuser import __version__
+from facediffuser.errors import InputError
+
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it is for, where its settings and its function stand, which fields are given by place."""
+
+    summary: str
+    settings: str
+    function: str
+    positional: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole factory at a small scale: photographs to scored dataset", "flows.demo:DemoSettings", "flows.demo:run"
+    ),
+    "preprocess": Command(
+        "photographs to prepared Parquet", "facediffuser.preprocess:PreprocessSettings", "flows.commands:preprocess"
+    ),
+    "train": Command(
+        "train the TDM or the SDM from prepared Parquet",
+        "facediffuser.training:TrainSettings",
+        "flows.commands:train",
+        ("role",),
+    ),
+    "assemble": Command(
+        "two trained models and their base to one model folder",
+        "flows.commands:AssembleSettings",
+        "flows.commands:assemble_models",
+    ),
+    "convert": Command(
+        "released checkpoints to a model folder", "flows.commands:ConvertSettings", "flows.commands:convert_checkpoints"
+    ),
+    "generate": Command(
+        "subjects and prompts to a scored image dataset",
+        "facediffuser.generation:GenerateSettings",
+        "flows.commands:generate",
+    ),
+    "evaluate": Command(
+        "IP and PC tables of a dataset or of a folder of images",
+        "facediffuser.scoring:EvaluateSettings",
+        "flows.commands:evaluate_images",
+    ),
+    "verify": Command(
+        "check every shard of a dataset against its manifest",
+        "flows.commands:DatasetSettings",
+        "flows.commands:verify_dataset",
+        ("url",),
+    ),
+    "card": Command("rebuild a dataset's card", "flows.commands:DatasetSettings", "flows.commands:card", ("url",)),
+    "explain": Command(
+        "draw what both models want and who wins, step by step",
+        "facediffuser.explain:ExplainSettings",
+        "flows.commands:explain_picture",
+    ),
+    "miniature render": Command(
+        "render a photo set of the miniature world, with subjects and prompts",
+        "flows.commands:RenderSettings",
+        "flows.commands:render",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 when a check failed or a run broke, 2 when the input was bad."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    name, rest = _command_name(args)
+    if name is None:
+        return _usage(args)
+    _configure_logging()
+    try:
+        command = COMMANDS[name]
+        settings = parse_settings(_load(command.settings), rest, f"facediffuser {name}", command.positional)
+        return _load(command.function)(settings) or 0
+    except InputError as error:
+        print(f"facediffuser {name}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"facediffuser {name}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def parse_settings(model: type[BaseModel], args: list[str], prog: str, positional: tuple[str, ...] = ()) -> BaseModel:
+    """Return the settings that command line arguments give: `--batch-size 8` sets the field `batch_size`.
+
+    Fields named in `positional` are given by place. Only the arguments count: neither the environment nor a file is
+    read. Raises InputError, one line naming the option, for anything else than valid options.
+    """
+    sources = {
+        name: (CliPositionalArg[model.model_fields[name].annotation], model.model_fields[name]) for name in positional
+    }
+
+    class Options(BaseSettings, create_model(model.__name__, __base__=model, **sources)):
+        __doc__ = model.__doc__
+        model_config = SettingsConfigDict(
+            cli_prog_name=prog,
+            cli_exit_on_error=False,
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_enforce_required=False,
+            extra="forbid",
+        )
+
+        @classmethod
+        def settings_customise_sources(cls, settings_cls, init_settings, **others):
+            return (init_settings,)
+
+    try:
+        parsed = Options(_cli_parse_args=args)
+        return model.model_validate(parsed.model_dump(exclude_unset=True))
+    except ValidationError as error:
+        raise InputError("; ".join(_complaint(item, positional) for item in error.errors())) from error
+    except SettingsError as error:
+        raise InputError(str(error).removeprefix("error parsing CLI: ")) from error
+
+
+def _complaint(item: dict[str, Any], positional: tuple[str, ...]) -> str:
+    field = str(item["loc"][0]) if item["loc"] else ""
+    option = field.upper() if field in positional else f"--{field.replace('_', '-')}" if field else "options"
+    if item["type"] == "missing":
+        return f"{option} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{option}: {message}" + (
+        f" (given: {item['input']!r})" if field and not isinstance(item["input"], dict) else ""
+    )
+
+
+def _command_name(args: list[str]) -> tuple[str | None, list[str]]:
+    for words in (2, 1):
+        if " ".join(args[:words]) in COMMANDS:
+            return " ".join(args[:words]), args[words:]
+    return None, args
+
+
+def _usage(args: list[str]) -> int:
+    if args and args[0] == "--version":
+        print(f"facediffuser {__version__}")
+        return 0
+    if args and args[0] not in ("-h", "--help"):
+        known = ", ".join(COMMANDS)
+        print(f"facediffuser: no command {' '.join(args[:2])!r}; give one of: {known}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print("usage: facediffuser COMMAND [options]     (facediffuser COMMAND --help tells a command's options)\n")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<17} {command.summary}")
+    return 0
+
+
+def _load(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class _InputErrorsAreTold(logging.Filter):
+    """Keeps a flow's traceback off the terminal when the error is the user's to mend: `main` prints its one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info and not isinstance(record.exc_info, bool) else None
+        return not isinstance(error, InputError) and "InputError" not in record.getMessage()
+
+
+def _configure_logging() -> None:
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "facediffuser,tasks,flows")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "",
+            "prefect",
+            "prefect.flow_runs",
+            "prefect.task_runs",
+            "prefect.extra",
+            "facediffuser",
+            "tasks",
+            "flows",
+        )
+    ]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if isinstance(handler, logging.StreamHandler):
+            handler.addFilter(_InputErrorsAreTold())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

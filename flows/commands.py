@@ -1,0 +1,129 @@
+"""What each command of the command line does: call its flow, or the library for what is no batch work."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+logger = logging.getLogger(__name__)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AssembleSettings(_Settings):
+    """Two trained models and the base they were trained from become one model folder."""
+
+    base: str = Field(description="base model: a diffusers folder, an s3:// URL, a hub id, or `miniature`")
+    tdm: str = Field(description="URL that `train tdm` wrote to")
+    sdm: str = Field(description="URL that `train sdm` wrote to")
+    output: Path = Field(description="the model folder to make")
+
+
+class ConvertSettings(_Settings):
+    """Released Face-diffuser checkpoints become a model folder."""
+
+    base: str = Field(description="Stable Diffusion v1-5: a diffusers folder, an s3:// URL or a hub id")
+    image_encoder: str = Field(description="CLIP ViT-L/14: a transformers folder, an s3:// URL or a hub id")
+    sdm: Path = Field(description="the released SDM/pytorch_model.bin")
+    tdm: Path = Field(description="the released TDM/pytorch_model.bin")
+    output: Path = Field(description="the model folder to make")
+
+
+class DatasetSettings(_Settings):
+    """One of our datasets."""
+
+    url: str = Field(description="the dataset: a folder or s3://bucket/prefix")
+
+
+class RenderSettings(_Settings):
+    """A photo set of the miniature world in the ffhq-fastcomposer layout, with subjects/ and prompts.jsonl."""
+
+    count: int = Field(ge=1, description="pictures")
+    seed: int = Field(0, ge=0, description="the same seed renders the same pictures")
+    output: Path = Field(description="folder to write")
+    size: Literal[64, 128] = Field(64, description="side of a picture, px")
+
+
+def preprocess(settings) -> None:
+    """Run the flow `preprocess-ffhq`."""
+    from flows.preprocess_ffhq import preprocess_ffhq
+
+    result = preprocess_ffhq(settings)
+    print(f"prepared: {settings.output}  {result}")
+
+
+def train(settings) -> None:
+    """Run the flow `train` for one model."""
+    from flows.train import train as flow
+
+    print(flow(settings))
+
+
+def generate(settings) -> None:
+    """Run the flow `generate-dataset`."""
+    from flows.generate_dataset import generate_dataset
+
+    result = generate_dataset(settings)
+    print(result)
+
+
+def evaluate_images(settings) -> None:
+    """Run the flow `evaluate` and print its table."""
+    from flows.evaluate import evaluate
+
+    print(evaluate(settings))
+
+
+def assemble_models(settings: AssembleSettings) -> None:
+    """Make the model folder."""
+    from facediffuser.checkpoints import assemble, resolve_base
+
+    print(assemble(resolve_base(settings.base), settings.tdm, settings.sdm, settings.output))
+
+
+def convert_checkpoints(settings: ConvertSettings) -> None:
+    """Make the model folder."""
+    from facediffuser.checkpoints import convert
+
+    print(convert(settings.base, settings.image_encoder, settings.sdm, settings.tdm, settings.output))
+
+
+def verify_dataset(settings: DatasetSettings) -> int:
+    """Print what is wrong with the dataset, a line each; return 1 when anything is."""
+    from facediffuser.dataset.verify import verify
+
+    problems = verify(settings.url)
+    for problem in problems:
+        print(problem)
+    print(
+        f"{settings.url}: {len(problems)} problems"
+        if problems
+        else f"{settings.url}: every shard is as the manifest says"
+    )
+    return 1 if problems else 0
+
+
+def card(settings: DatasetSettings) -> None:
+    """Write the dataset's card again."""
+    from facediffuser.dataset.card import write_card
+    from facediffuser.storage import open_store
+
+    write_card(open_store(settings.url))
+
+
+def explain_picture(settings) -> None:
+    """Draw the picture."""
+    from facediffuser.explain import explain
+
+    print(explain(settings))
+
+
+def render(settings: RenderSettings) -> None:
+    """Render the photo set."""
+    from facediffuser.miniature.render import render_set
+
+    render_set(settings.count, settings.seed, settings.output, settings.size)
+    print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")

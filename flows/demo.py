@@ -1,0 +1,114 @@
+"""The flow `demo`: the whole factory at a small scale, from rendered photographs to a scored dataset."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from prefect import flow, task
+from pydantic import BaseModel, ConfigDict, Field
+
+from facediffuser.checkpoints import assemble, resolve_base
+from facediffuser.generation import GenerateSettings
+from facediffuser.miniature.render import render_set
+from facediffuser.preprocess import PreprocessSettings
+from facediffuser.storage import open_store
+from facediffuser.training import TrainSettings
+from flows.generate_dataset import generate_dataset
+from flows.preprocess_ffhq import preprocess_ffhq
+from flows.train import train
+
+logger = logging.getLogger(__name__)
+
+
+class DemoSettings(BaseModel):
+    """How large the demonstration is; the defaults take a few minutes on two CPU cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: str = Field("out/demo", description="where everything goes: a folder or s3://bucket/prefix")
+    photos: int = Field(480, ge=8, description="photographs to render")
+    train_steps: int = Field(60, ge=1, description="training steps of each model")
+    batch_size: int = Field(32, ge=1, description="images a training step")
+    subjects: int = Field(6, ge=1, description="people to make images of")
+    prompts: int = Field(16, ge=1, description="prompts for each of them")
+    steps: int = Field(30, ge=1, description="denoising steps an image")
+    seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
+    workers: int | None = Field(None, ge=1, description="Ray workers (default: the GPUs, or 1)")
+
+
+@task(name="render-photographs")
+def render_photographs(settings: DemoSettings, url: str) -> str:
+    """Render the photo set, with subjects and prompts, to `url`, unless it is there already; return `url`.
+
+    The last object written is `prompts.jsonl`, so a set that has it is whole.
+    """
+    store = open_store(url)
+    if store.exists("prompts.jsonl"):
+        logger.info("%s: photographs are there already", url)
+        return url
+    with tempfile.TemporaryDirectory(prefix="facediffuser-photos-") as folder:
+        rendered = Path(folder) / "photos"
+        render_set(settings.photos, settings.seed, rendered)
+        _keep_first(rendered, settings.subjects, settings.prompts)
+        files = sorted(path for path in rendered.rglob("*") if path.is_file() and path.name != "prompts.jsonl")
+        for path in [*files, rendered / "prompts.jsonl"]:
+            store.put(path.relative_to(rendered).as_posix(), path.read_bytes())
+    logger.info("%s: %d photographs", url, settings.photos)
+    return url
+
+
+@task(name="assemble-models")
+def assemble_models(tdm: str, sdm: str, url: str) -> str:
+    """Put the trained TDM and SDM together as a model folder at `url`, unless it is there already; return `url`."""
+    store = open_store(url)
+    if store.exists("model_index.json"):
+        return url
+    with tempfile.TemporaryDirectory(prefix="facediffuser-models-") as folder:
+        models = assemble(resolve_base("miniature"), tdm, sdm, Path(folder) / "models")
+        files = sorted(path for path in models.rglob("*") if path.is_file() and path.name != "model_index.json")
+        for path in [*files, models / "model_index.json"]:
+            store.put(path.relative_to(models).as_posix(), path.read_bytes())
+    return url
+
+
+@flow(name="demo")
+def demo(settings: DemoSettings) -> dict:
+    """Photographs, prepared data, two trained models, a dataset: each under its own name in `settings.output`.
+
+    Run again it keeps what is finished and makes what is missing.
+    """
+    root = settings.output.rstrip("/")
+    open_store(root).require_writable()
+    photos = render_photographs(settings, f"{root}/photos")
+    prepared = f"{root}/prepared"
+    preprocess_ffhq(PreprocessSettings(source=photos, format="ffhq-fastcomposer", output=prepared))
+    runs = {}
+    for role in ("tdm", "sdm"):
+        runs[role] = f"{root}/training/{role}"
+        train(
+            TrainSettings(
+                role=role,
+                data=prepared,
+                base="miniature",
+                output=runs[role],
+                preset="miniature",
+                resume=True,
+                steps=settings.train_steps,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+            )
+        )
+    models = assemble_models(runs["tdm"], runs["sdm"], f"{root}/models")
+    return generate_dataset(
+        GenerateSettings(
+            models=models,
+            scorers="miniature",
+            subjects=f"{photos}/subjects",
+            prompts=f"{photos}/prompts.jsonl",
+            output=f"{root}/dataset",
+            steps=settings.steps,
+            seed=settings.seed,
+            workers=settings.workers,
+            shard_size=24,
+        )
+    )

@@ -1,0 +1,1 @@
+"""Prefect tasks, one per stage, and the Ray drivers they call."""

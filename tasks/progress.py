@@ -1,0 +1,85 @@
+"""Progress of long work, told three ways at once: a bar in a terminal, log lines, a Prefect progress artifact."""
+
+import logging
+import re
+import sys
+import time
+from types import TracebackType
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import FlowRunContext, TaskRunContext
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 10.0
+ARTIFACT_EVERY_S = 2.0
+
+
+class Progress:
+    """Count `total` units of work and tell people how far it is, how fast, and how long it will take.
+
+    Used as a context manager; `advance(n, note)` after each finished piece. Outside a Prefect run there is no artifact,
+    and without a terminal there is no bar; the log lines (at most one in ten seconds, and a last one) are always there.
+    """
+
+    def __init__(self, total: int, unit: str, title: str):
+        self.total, self.unit, self.title = total, unit, title
+        self.done = 0
+        self._started = self._logged = self._shown = time.monotonic()
+        self._bar: tqdm | None = None
+        self._artifact = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total, unit=f" {self.unit}", desc=self.title, dynamic_ncols=True)
+        if FlowRunContext.get() or TaskRunContext.get():
+            key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+            self._artifact = create_progress_artifact(0.0, key=f"progress-{key}", description=self._line(""))
+        return self
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Add `n` finished units; `note` is a short remark shown beside them (a loss, a count of failures)."""
+        self.done += n
+        if self._bar:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+        now = time.monotonic()
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.info(self._line(note))
+        if self._artifact and now - self._shown >= ARTIFACT_EVERY_S:
+            self._shown = now
+            self._show(note)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.close()
+        logger.info(self._line("" if error is None else f"stopped by {kind.__name__}"))
+        if self._artifact:
+            self._show("" if error is None else "stopped")
+
+    def _show(self, note: str) -> None:
+        percent = min(100.0, 100.0 * self.done / max(self.total, 1))
+        update_progress_artifact(self._artifact, percent, description=self._line(note))
+
+    def _line(self, note: str) -> str:
+        seconds = time.monotonic() - self._started
+        rate = self.done / seconds if seconds > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else float("nan")
+        pace = (
+            f"{rate:.2f} {self.unit}/s, {_duration(left)} left"
+            if self.done < self.total
+            else f"in {_duration(seconds)}"
+        )
+        return f"{self.title}: {self.done}/{self.total} {self.unit}, {pace}" + (f" ({note})" if note else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds != seconds:
+        return "unknown time"
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

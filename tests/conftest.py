@@ -1,0 +1,34 @@
+"""What all tests share: one Prefect server, one local Ray and one S3 server per session, and threads that fit two cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+pytest_plugins = ["fixtures_s3"]
+
+
+@pytest.fixture(scope="session")
+def prefect_harness():
+    """One temporary Prefect server with its own database for the whole session."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray with two CPUs for the whole session."""
+    import ray
+
+    from tasks.ray_session import connect_ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    connect_ray()
+    yield
+    ray.shutdown()
