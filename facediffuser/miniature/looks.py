@@ -88,8 +88,8 @@ def sample_pose(rng: np.random.Generator, place: int, people: int) -> Pose:
     alone = people == 1
     return Pose(
         x=(0.0 if alone else (-0.49, 0.49)[place]) + rng.uniform(-0.05, 0.05) * (1.0 if alone else 0.5),
-        y=0.10 + rng.uniform(-0.04, 0.04),
-        scale=rng.uniform(0.57, 0.63) if alone else rng.uniform(0.41, 0.44),
+        y=(0.02 if alone else 0.08) + rng.uniform(-0.03, 0.03),
+        scale=rng.uniform(0.50, 0.56) if alone else rng.uniform(0.40, 0.43),
         tilt=rng.uniform(-0.06, 0.06),
         yaw=rng.uniform(-0.06, 0.06),
         gaze=rng.uniform(-0.02, 0.02),

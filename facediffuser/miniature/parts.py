@@ -25,5 +25,7 @@ def scorers_folder() -> Path:
 def _shipped(name: str) -> Path:
     folder = WEIGHTS / name
     if not folder.is_dir():
-        raise InputError(f"{folder}: the miniature's {name} is missing; make it with `python -m facediffuser.miniature.make`")
+        raise InputError(
+            f"{folder}: the miniature's {name} is missing; make it with `python -m facediffuser.miniature.make`"
+        )
     return folder

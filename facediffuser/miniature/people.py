@@ -8,8 +8,8 @@ SKINS = {
     "pale": (250, 222, 204),
     "fair": (238, 194, 160),
     "tan": (206, 154, 110),
-    "brown": (160, 106, 72),
-    "dark": (116, 74, 54),
+    "brown": (168, 114, 80),
+    "dark": (132, 88, 66),
 }
 HAIRS = {
     "black": (34, 28, 30),
@@ -19,7 +19,12 @@ HAIRS = {
     "gray": (176, 174, 174),
 }
 EYES = {"brown": (96, 58, 30), "blue": (60, 124, 204), "green": (62, 142, 84)}
-FACES = {"round": (0.86, 0.92, 0.45), "long": (0.71, 1.08, 0.50), "square": (0.81, 1.00, 1.00), "oval": (0.77, 1.01, 0.35)}
+FACES = {
+    "round": (0.86, 0.92, 0.45),
+    "long": (0.71, 1.08, 0.50),
+    "square": (0.81, 1.00, 1.00),
+    "oval": (0.77, 1.01, 0.35),
+}
 HAIR_STYLES = {"man": ("short", "curly", "bald", "spiky"), "woman": ("long", "bob", "curly", "bun")}
 BEARDS = ("none", "full", "moustache")
 GLASSES = {"none": (0, 0, 0), "black": (26, 26, 30), "red": (190, 34, 40)}
@@ -90,7 +95,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         eye_height=rng.uniform(0.085, 0.11) + (0.0 if man else 0.012),
         eye_tilt=rng.uniform(-0.14, 0.14),
         brow_thickness=rng.uniform(0.035, 0.065) if man else rng.uniform(0.022, 0.04),
-        brow_tilt=rng.uniform(-0.22, 0.12),
+        brow_tilt=rng.uniform(-0.10, 0.16),
         brow_height=rng.uniform(0.2, 0.25),
         nose_length=rng.uniform(0.34, 0.46),
         nose_width=rng.uniform(0.10, 0.17),

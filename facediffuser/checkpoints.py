@@ -1,0 +1,197 @@
+"""Released Face-diffuser checkpoints to our model folder.
+
+`SDM/pytorch_model.bin` and `TDM/pytorch_model.bin` are each the `state_dict()` of one module that holds text_encoder, vae
+and unet, the SDM's also image_encoder and postfuse_module. Their names are older than the libraries that read them:
+attention of the VAE as query/key/value/proj_attn, the text encoder with or without `text_model.`, `position_ids` buffers.
+"""
+
+import logging
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from facediffuser.errors import InputError
+from facediffuser.modelfolder import (
+    assemble,
+    copy_component,
+    load_image_encoder,
+    model_digests,
+    read_json,
+    require_free,
+    resolve_base,
+    resolve_image_encoder,
+    resolve_model,
+    write_model_index,
+    written_whole,
+)
+from facediffuser.subject import SubjectFuser
+
+__all__ = [
+    "assemble",
+    "convert",
+    "load_image_encoder",
+    "model_digests",
+    "released_modules",
+    "resolve_base",
+    "resolve_image_encoder",
+    "resolve_model",
+]
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, torch.Tensor]
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# The name a part has in a released file, and the component it becomes; frozen parts stand in both files.
+FROZEN = {"vae": "vae", "text_encoder": "text_encoder"}
+SDM_PARTS = {**FROZEN, "unet": "unet", "image_encoder": "image_encoder", "postfuse_module": "subject_fuser"}
+TDM_PARTS = {**FROZEN, "unet": "unet_text"}
+
+
+def convert(base: str | Path, image_encoder: str | Path, sdm: str | Path, tdm: str | Path, output: str | Path) -> Path:
+    """Return `output`, now a model folder with the weights of two released checkpoints.
+
+    `base` (Stable Diffusion v1-5) gives configurations, tokenizer and scheduler, `image_encoder` (CLIP ViT-L/14) its
+    configuration; all weights come from the two files (.bin, read with weights_only, or .safetensors). Every key is
+    accounted for: one that is missing, left over or misshapen, and frozen parts that differ between the files, raise
+    InputError naming it, nothing written.
+    """
+    output = Path(output)
+    require_free(output)
+    base_folder = resolve_base(str(base))
+    modules = released_modules(base_folder, resolve_image_encoder(str(image_encoder)))
+    sdm_states = fit(read_state(Path(sdm)), SDM_PARTS, modules, sdm)
+    tdm_states = fit(read_state(Path(tdm)), TDM_PARTS, modules, tdm)
+    _require_same_frozen_parts(sdm_states, tdm_states, sdm, tdm)
+    with written_whole(output) as temporary:
+        for name, state in {**tdm_states, **sdm_states}.items():
+            modules[name].load_state_dict(state, strict=True, assign=True)
+            modules[name].save_pretrained(temporary / name)
+        for name in ("tokenizer", "scheduler"):
+            copy_component(base_folder / name, temporary / name)
+        write_model_index(temporary, base_folder)
+    logger.info(
+        "%s: converted %s (%d tensors) and %s (%d tensors)", output, sdm, _size(sdm_states), tdm, _size(tdm_states)
+    )
+    return output
+
+
+def released_modules(base: Path, image_encoder: Path) -> dict[str, nn.Module]:
+    """Return the model folder's modules, by component name, built from configurations alone on the meta device."""
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (base / name).is_dir():
+            raise InputError(f"{base}: has no {name}; give a Stable Diffusion v1 folder")
+    unet, text = read_json(base / "unet" / "config.json"), CLIPTextConfig.from_pretrained(base / "text_encoder")
+    with torch.device("meta"):
+        modules = {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "unet_text": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(read_json(base / "vae" / "config.json")),
+            "text_encoder": CLIPTextModel(text),
+            "image_encoder": CLIPVisionModelWithProjection(_vision_config(image_encoder)),
+            "subject_fuser": SubjectFuser(embed_dim=text.hidden_size),
+        }
+    return {name: module.eval() for name, module in modules.items()}
+
+
+def read_state(path: Path) -> State:
+    """Return a checkpoint's tensors, mapped from the file where its format allows; InputError when it holds others."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the released pytorch_model.bin")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load and safetensors raise many kinds for a broken or unsafe file
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: cannot be read as a checkpoint of tensors ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: is no state_dict of tensors; give the released pytorch_model.bin")
+    return state
+
+
+def fit(state: State, parts: dict[str, str], modules: dict[str, nn.Module], source: str | Path) -> dict[str, State]:
+    """Return each component's state under the names of the module it is for; the modules are only looked at.
+
+    Raises InputError naming the first key, as the file spells it, that is left over, misshapen or missing.
+    """
+    wanted = {part: _wanted(modules[component]) for part, component in parts.items()}
+    states: dict[str, State] = {component: {} for component in parts.values()}
+    for key, tensor in state.items():
+        part, _, inner = key.partition(".")
+        place = wanted.get(part, {}).pop(_plain(inner), None)
+        if place is None:
+            raise InputError(
+                f"{source}: {key} has no place in the {_role(parts)}; give the released {_role(parts)} of these base models"
+            )
+        if tuple(tensor.shape) != place.shape:
+            raise InputError(f"{source}: {key} has shape {_by(tensor.shape)}, the base models need {_by(place.shape)}")
+        if place.kept:
+            states[parts[part]][place.name] = tensor.contiguous()
+    missing = [f"{part}.{place.name}" for part, places in wanted.items() for place in places.values() if place.kept]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{source}: {missing[0]}{more} missing; give the whole released checkpoint of the {_role(parts)}"
+        )
+    return states
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes: its name and shape in the module; buffers that a module makes itself are not kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: bool
+
+
+def _wanted(module: nn.Module) -> dict[str, _Place]:
+    kept = module.state_dict()
+    made = {name: value for name, value in module.named_buffers() if name not in kept}
+    return {_plain(name): _Place(name, tuple(value.shape), name in kept) for name, value in {**made, **kept}.items()}
+
+
+def _plain(name: str) -> str:
+    """Return a name that old and new spellings share."""
+    name = name.removeprefix("text_model.")
+    return re.sub(
+        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
+    )
+
+
+def _require_same_frozen_parts(sdm_states: dict[str, State], tdm_states: dict[str, State], sdm, tdm) -> None:
+    for component in FROZEN.values():
+        for name, tensor in sdm_states[component].items():
+            other = tdm_states[component][name]
+            if not torch.equal(tensor, other.to(tensor.dtype)):
+                raise InputError(
+                    f"{component}.{name} differs between {sdm} and {tdm}; give the two files of one release"
+                )
+
+
+def _vision_config(folder: Path) -> CLIPVisionConfig:
+    if read_json(folder / "config.json").get("model_type") == "clip":
+        whole = CLIPConfig.from_pretrained(folder)
+        config = whole.vision_config
+        config.projection_dim = whole.projection_dim
+        return config
+    return CLIPVisionConfig.from_pretrained(folder)
+
+
+def _role(parts: dict[str, str]) -> str:
+    return "TDM" if parts is TDM_PARTS else "SDM"
+
+
+def _by(shape) -> str:
+    return "x".join(str(side) for side in shape) or "()"
+
+
+def _size(states: dict[str, State]) -> int:
+    return sum(len(state) for state in states.values())

@@ -1,0 +1,131 @@
+"""The card as one self-contained HTML page: every picture is inside it, nothing is loaded from elsewhere."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from facediffuser.dataset.survey import Located
+from facediffuser.scoring.tables import METRICS, OVERALL, ScoreRow
+
+if TYPE_CHECKING:
+    from facediffuser.dataset.card import Card
+
+THUMBNAIL = 240
+STYLE = """
+:root { color-scheme: light; --ink: #1c1e22; --pale: #6c727a; --rule: #dee1e5; --ip: #2166ac; --pc: #b45f06; }
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); max-width: 1180px; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .7rem }
+p.lead, figcaption, .note { color: var(--pale) }
+img.wide { width: 100%; border: 1px solid var(--rule); border-radius: 6px }
+.pair { display: grid; grid-template-columns: 1.6fr 1fr; gap: 1rem; align-items: start } .pair img { width: 100% }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
+th { color: var(--pale); font-weight: 500 } tr.all td { font-weight: 600 } td.n { text-align: right }
+.bar { display: inline-block; height: .6em; border-radius: 2px; margin-right: .5em; background: var(--ip) }
+.bar.pc { background: var(--pc) }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem .8rem }
+.tiles img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f5f6f7; border-radius: 4px }
+figure { margin: 0; font-size: .82rem; line-height: 1.35 } b.ip { color: var(--ip) } b.pc { color: var(--pc) }
+details { margin-top: 1.5rem } details td { word-break: break-all }
+"""
+
+
+def card_page(
+    card: "Card",
+    pictures: Mapping[str, bytes],
+    facts: Sequence[tuple[str, str]],
+    settings: Sequence[tuple[str, str]],
+    rights: str,
+) -> str:
+    """Return the HTML of a dataset's card with every picture inside it."""
+    name = html.escape(card.name)
+    failures = "".join(
+        f"<tr><td class=n>{count:,}</td><td>{html.escape(error)}</td></tr>"
+        for error, count in card.survey.failures.most_common(10)
+    )
+    names = ("contact_sheet", "score_histograms", "ip_pc_plane")
+    sheet, histograms, plane = (_data_url(pictures[f"card/{key}.png"], "png") for key in names)
+    sections = [
+        f"<h1>{name}</h1><p class=lead>Person-centric synthetic images with scores of identity preservation (IP) and "
+        "prompt consistency (PC).</p>",
+        f'<img class=wide alt="Subjects and images made of them" src="{sheet}">',
+        f"<h2>Contents</h2>{_lines(facts)}",
+        f"<h2>Scores</h2><p class=note>Mean and 95% bootstrap interval.</p>{_score_table(card.table)}",
+        '<h2>Distributions</h2><div class=pair><img alt="Histograms of IP and PC" '
+        f'src="{histograms}"><img alt="IP against PC" src="{plane}"></div>',
+        f"<h2>Highest IP</h2>{_tiles(card.survey.best, card.images)}",
+        f"<h2>Lowest IP</h2>{_tiles(card.survey.worst, card.images)}",
+    ]
+    if failures:
+        sections.append(f"<h2>Failed rows</h2><table>{failures}</table>")
+    if settings:
+        sections.append(f"<details><summary>Made with</summary>{_lines(settings)}</details>")
+    sections.append(f"<h2>Rights</h2><p>{html.escape(rights).replace('`', '')}</p>")
+    body = "\n".join(sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _lines(lines: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in lines)
+    return f"<table>{cells}</table>"
+
+
+def _score_table(rows: Sequence[ScoreRow]) -> str:
+    lines: dict[tuple[str, int, str], dict[str, ScoreRow]] = {}
+    for row in rows:
+        lines.setdefault((row.method, row.subjects, row.category), {})[row.metric] = row
+    head = "<tr><th>method<th>subjects<th>category<th>images<th>IP<th>PC</tr>"
+    body = []
+    for (method, subjects, category), metrics in lines.items():
+        scores = "".join(f"<td>{_score(metrics.get(metric), metric)}</td>" for metric in METRICS)
+        emphasis = " class=all" if category == OVERALL else ""
+        count = max(row.n for row in metrics.values())
+        body.append(
+            f"<tr{emphasis}><td>{html.escape(method)}</td><td>{subjects}</td><td>{html.escape(category)}</td>"
+            f"<td class=n>{count:,}</td>{scores}</tr>"
+        )
+    return f"<table>{head}{''.join(body)}</table>"
+
+
+def _score(row: ScoreRow | None, metric: str) -> str:
+    if row is None or row.n == 0:
+        return "–"
+    bar = f'<span class="bar {metric}" style="width:{100 * max(0.0, min(1.0, row.mean)):.0f}px"></span>'
+    interval = f" <span class=note>({row.low:.3f}–{row.high:.3f})</span>" if row.n > 1 else ""
+    return f"{bar}{row.mean:.3f}{interval}"
+
+
+def _tiles(rows: Sequence[Located], images: Mapping[str, bytes]) -> str:
+    figures = []
+    for located in rows:
+        values = located.values
+        prompt = html.escape(" ".join(values["prompt"].replace("<|image|>", " ").split()))
+        who = html.escape(", ".join(located.subject_ids))
+        figures.append(
+            f'<figure><img alt="{prompt}" src="{_thumbnail(images[values["sample_id"]])}">'
+            f"<b class=ip>IP {values['ip']:.2f}</b> <b class=pc>PC {values['pc']:.2f}</b> {who}"
+            f"<figcaption>{prompt}</figcaption></figure>"
+        )
+    return f"<div class=tiles>{''.join(figures)}</div>"
+
+
+def _thumbnail(data: bytes) -> str:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = THUMBNAIL / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=88)
+    return _data_url(buffer.getvalue(), "jpeg")
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,217 @@
+"""One pass over a dataset's rows, without their images: scores, failures, and which images to show on the card."""
+
+import hashlib
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.errors import InputError
+from facediffuser.scoring.tables import NO_CATEGORY, SCORE_COLUMNS
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SHEET_ROWS = 5
+SHEET_COLUMNS = 6
+EXTREMES = 10
+DATA_PREFIX = "data/"
+TEXT_COLUMNS = ("sample_id", "prompt_id", "prompt", "error")
+SETTING_COLUMNS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "fusion_start",
+    "fusion_end",
+    "scheduler",
+    "height",
+    "width",
+)
+MAX_VALUES = 8
+
+
+@dataclass(frozen=True)
+class Located:
+    """A row of interest and where its image lies: file, row group, row within the group."""
+
+    file: str
+    group: int
+    row: int
+    values: dict[str, Any]
+
+    @property
+    def subject_ids(self) -> tuple[str, ...]:
+        return tuple(self.values["subject_ids"])
+
+    @property
+    def category(self) -> str:
+        return self.values["category"] or NO_CATEGORY
+
+
+@dataclass
+class Survey:
+    """What one pass over a dataset found.
+
+    `scores`: the narrow columns of every row; `settings`: the different values of each setting column (at most eight);
+    `sheet`: rows for the contact sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC.
+    """
+
+    scores: pa.Table
+    failures: Counter[str] = field(default_factory=Counter)
+    settings: dict[str, list] = field(default_factory=dict)
+    prompts: int = 0
+    sheet: list[list[Located]] = field(default_factory=list)
+    best: list[Located] = field(default_factory=list)
+    worst: list[Located] = field(default_factory=list)
+    bytes: int = 0
+    files: int = 0
+
+
+def survey_dataset(store: Store) -> Survey:
+    """Return what one pass over `data/*.parquet` finds; only scores and a few chosen rows stay in memory.
+
+    The choice of rows depends on their ids alone, not on how they lie in shards.
+    """
+    infos = [info for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
+    if not infos:
+        raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
+    tables, failures, prompts = [], Counter(), set()
+    settings: dict[str, set] = {}
+    choice, extremes = _SheetChoice(), _Extremes()
+    for file, group, table in row_groups(store, [info.key for info in infos]):
+        tables.append(table.select(SCORE_COLUMNS))
+        for name in set(SETTING_COLUMNS) & set(table.column_names):
+            settings.setdefault(name, set()).update(table[name].unique().to_pylist())
+        table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
+        for row, values in enumerate(table.to_pylist()):
+            prompts.add(values["prompt_id"])
+            if values["status"] != "ok":
+                failures[(values["error"] or "unknown error").strip().splitlines()[0][:200]] += 1
+                continue
+            located = Located(file, group, row, values)
+            choice.offer(located)
+            extremes.offer(located)
+    best, worst = extremes.taken()
+    return Survey(
+        scores=pa.concat_tables(tables, promote_options="permissive"),
+        failures=failures,
+        settings={name: _few(values) for name, values in sorted(settings.items())},
+        prompts=len(prompts),
+        sheet=choice.taken(),
+        best=best,
+        worst=worst,
+        bytes=sum(info.size for info in infos),
+        files=len(infos),
+    )
+
+
+def row_groups(store: Store, keys: list[str], columns: tuple[str, ...] | None = None) -> Iterator[tuple]:
+    """Yield (key, row group, table) of Parquet objects, the columns the survey needs or `columns`."""
+    filesystem, base = store.arrow()
+    for key in keys:
+        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
+            names = columns or (*SCORE_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS)
+            present = [name for name in names if name in file.schema_arrow.names]
+            absent = [name for name in SCORE_COLUMNS if name in names and name not in present]
+            if absent:
+                raise InputError(f"{store.url_of(key)}: no column {absent[0]!r}; give a dataset that `generate` wrote")
+            for group in range(file.num_row_groups):
+                yield key, group, file.read_row_group(group, columns=present)
+
+
+def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
+    """Return sample_id -> encoded image of rows found by the survey, reading only the row groups they lie in."""
+    filesystem, base = store.arrow()
+    places: dict[str, dict[int, list[Located]]] = {}
+    for located in wanted:
+        places.setdefault(located.file, {}).setdefault(located.group, []).append(located)
+    images = {}
+    for key, groups in sorted(places.items()):
+        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
+            for group, rows in sorted(groups.items()):
+                column = file.read_row_group(group, columns=["image"])["image"]
+                for located in rows:
+                    images[located.values["sample_id"]] = column[located.row].as_py()["bytes"]
+    return images
+
+
+def _few(values: set) -> list:
+    ordered = sorted((value for value in values if value is not None), key=repr)
+    return ordered[:MAX_VALUES]
+
+
+def _rank(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+class _SheetChoice:
+    """Keeps the subject sets whose ids hash lowest, and of each the prompts that hash lowest in every category.
+
+    Prompts rank alike in every subject set, so that the sheet's columns can be compared.
+    """
+
+    def __init__(self):
+        self.sets: dict[tuple[str, ...], dict[str, dict[str, tuple]]] = {}
+        self.ranks: dict[tuple[str, ...], bytes] = {}
+
+    def offer(self, located: Located) -> None:
+        subjects = located.subject_ids
+        if subjects not in self.sets and not self._admit(subjects):
+            return
+        prompts = self.sets[subjects].setdefault(located.category, {})
+        prompt = str(located.values["prompt_id"])
+        item = (_rank(prompt), _rank(located.values["sample_id"]), located)
+        if prompt not in prompts or item[:2] < prompts[prompt][:2]:
+            prompts[prompt] = item
+        if len(prompts) > SHEET_COLUMNS:
+            del prompts[max(prompts, key=lambda name: prompts[name][:2])]
+
+    def _admit(self, subjects: tuple[str, ...]) -> bool:
+        rank = _rank("\x1f".join(subjects))
+        if len(self.sets) >= SHEET_ROWS:
+            last = max(self.ranks, key=self.ranks.get)
+            if rank >= self.ranks[last]:
+                return False
+            del self.sets[last], self.ranks[last]
+        self.sets[subjects], self.ranks[subjects] = {}, rank
+        return True
+
+    def taken(self) -> list[list[Located]]:
+        rows = []
+        for subjects in sorted(self.sets):
+            queues = [
+                [item[2] for item in sorted(prompts.values(), key=lambda item: item[:2])]
+                for _, prompts in sorted(self.sets[subjects].items())
+            ]
+            mixed = [queue[turn] for turn in range(SHEET_COLUMNS) for queue in queues if turn < len(queue)]
+            rows.append(mixed[:SHEET_COLUMNS])
+        return rows
+
+
+class _Extremes:
+    """Keeps the rows with the highest and the lowest IP; PC, then the id, decide between equals."""
+
+    def __init__(self):
+        self.high: list[tuple] = []
+        self.low: list[tuple] = []
+
+    def offer(self, located: Located) -> None:
+        ip, pc = located.values["ip"], located.values["pc"]
+        if ip is None or pc is None:
+            return
+        name = located.values["sample_id"]
+        for heap, key in ((self.high, (ip, pc, name)), (self.low, (-ip, -pc, name))):
+            if len(heap) < EXTREMES:
+                heapq.heappush(heap, (key, located))
+            elif key > heap[0][0]:
+                heapq.heapreplace(heap, (key, located))
+
+    def taken(self) -> tuple[list[Located], list[Located]]:
+        high, low = (
+            [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
+        )
+        return high, low

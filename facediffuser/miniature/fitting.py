@@ -1,0 +1,72 @@
+"""The loop that all small parts are fitted with: so many seconds, a warm-up, a decay, an averaged copy."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class Average:
+    """An exponential moving average of a module's weights, warm at the start."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.999):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the module's present weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mine, theirs = list(self.module.parameters()), list(module.parameters())
+        torch._foreach_lerp_(mine, [p.detach() for p in theirs], 1 - decay)
+        for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
+            own.copy_(other)
+
+
+def fit(
+    name: str,
+    loss: Callable[[int], torch.Tensor],
+    parameters: Iterable[nn.Parameter],
+    seconds: float,
+    learning_rate: float,
+    weight_decay: float = 1e-2,
+    warmup_steps: int = 50,
+    hold: float = 0.5,
+    after_step: Callable[[int], None] | None = None,
+    log_seconds: float = 30.0,
+) -> int:
+    """Minimise `loss(step)` with AdamW for `seconds` of wall clock; return the number of steps made.
+
+    The learning rate is held for the first `hold` share of the time, then goes down linearly to 2%. Logs the mean loss.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    started = logged = time.monotonic()
+    total, count, step = 0.0, 0, 0
+    while (elapsed := time.monotonic() - started) < seconds:
+        done = elapsed / seconds
+        decay = 1.0 if done < hold else max(0.02, (1 - done) / (1 - hold))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * decay * min(1.0, (step + 1) / warmup_steps)
+        value = loss(step)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        step += 1
+        total, count = total + float(value.detach()), count + 1
+        if after_step:
+            after_step(step)
+        if time.monotonic() - logged >= log_seconds:
+            logger.info("%s: step %d, %.0f of %.0f s, loss %.4f", name, step, elapsed, seconds, total / count)
+            total, count, logged = 0.0, 0, time.monotonic()
+    logger.info("%s: %d steps in %.0f s, last mean loss %.4f", name, step, seconds, total / max(count, 1))
+    return step

@@ -1,0 +1,88 @@
+"""Make the miniature's shipped parts: `python -m facediffuser.miniature.make all --output DIR`.
+
+Each part is trained for a set time on two CPU cores, on pictures rendered here; what a part needs is read from the output
+folder, so parts can be made one at a time, in the order of BUDGETS.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from facediffuser.miniature.base import new_scheduler, save_fp16, train_base
+from facediffuser.miniature.embedder import save_identity_embedder
+from facediffuser.miniature.photos import PhotoSet, load_photos
+from facediffuser.miniature.scorers import train_identity_embedder, train_image_encoder, train_prompt_scorer
+from facediffuser.miniature.tokenizer import make_tokenizer
+from facediffuser.miniature.vae import round_trip_psnr, train_vae
+
+logger = logging.getLogger(__name__)
+
+BUDGETS = {"tokenizer": 0, "vae": 420, "base": 3000, "image-encoder": 300, "identity": 240, "prompt": 300}
+"""Seconds of training per part."""
+
+MODEL_PEOPLE, SCORER_PEOPLE = 0, 1_000_000
+"""First person of the models' pictures and of the scorers': nobody is in both."""
+
+MODEL_PICTURES, SCORER_PICTURES = 30_000, 15_000
+
+
+def make(part: str, output: Path, seconds: float, cache: Path) -> None:
+    """Make one part into `output`, in the layout of the package's `weights` folder."""
+    base, scorers = output / "base", output / "scorers"
+    if part in ("identity", "prompt"):
+        photos = load_photos(SCORER_PICTURES, SCORER_PEOPLE, cache)
+    else:
+        photos = load_photos(MODEL_PICTURES, MODEL_PEOPLE, cache)
+    if part == "tokenizer":
+        make_tokenizer(_texts(photos)).save_pretrained(base / "tokenizer")
+        new_scheduler().save_pretrained(base / "scheduler")
+    elif part == "vae":
+        vae = train_vae(photos, seconds)
+        logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
+        save_fp16(vae, base / "vae")
+    elif part == "base":
+        vae = AutoencoderKL.from_pretrained(base / "vae").float()
+        unet, text = train_base(vae, photos, CLIPTokenizer.from_pretrained(base / "tokenizer"), seconds, base)
+        save_fp16(unet, base / "unet")
+        save_fp16(text, base / "text_encoder")
+    elif part == "image-encoder":
+        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+        save_fp16(train_image_encoder(photos, tokenizer, seconds), base / "image_encoder")
+    elif part == "identity":
+        save_identity_embedder(train_identity_embedder(photos, seconds), scorers / "identity")
+    elif part == "prompt":
+        tokenizer = make_tokenizer(_texts(photos))
+        save_fp16(train_prompt_scorer(photos, tokenizer, seconds), scorers / "prompt")
+        tokenizer.save_pretrained(scorers / "prompt")
+
+
+def _texts(photos: PhotoSet) -> list[str]:
+    return [*photos.captions, *photos.full_captions, *photos.identity_texts]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m facediffuser.miniature.make", description=__doc__.split("\n\n")[0])
+    parser.add_argument("part", choices=[*BUDGETS, "all"])
+    parser.add_argument("--output", type=Path, required=True, help="folder for base/ and scorers/")
+    parser.add_argument("--cache", type=Path, help="folder for rendered pictures (default: OUTPUT/photos)")
+    parser.add_argument("--seconds", type=float, help="training time of a part (default: the table BUDGETS)")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
+    for part in BUDGETS if args.part == "all" else [args.part]:
+        make(
+            part,
+            args.output,
+            BUDGETS[part] if args.seconds is None else args.seconds,
+            args.cache or args.output / "photos",
+        )
+
+
+if __name__ == "__main__":
+    main()

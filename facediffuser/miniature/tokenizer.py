@@ -1,0 +1,43 @@
+"""A small byte-pair tokenizer in CLIP's format, learnt from the captions of the miniature world."""
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_LENGTH = 77
+
+
+def make_tokenizer(texts: Iterable[str], merges: int = 800) -> CLIPTokenizer:
+    """Return a CLIPTokenizer with at most `merges` merges learnt from `texts` and 77 tokens a text.
+
+    Every byte, inside a word and at its end, is a token, so no text needs an unknown token. The end token has the highest
+    id and pads as well, as in CLIP's own vocabulary.
+    """
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=2 * len(letters) + merges, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    learnt = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    vocabulary[START] = len(vocabulary)
+    vocabulary[END] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=MAX_LENGTH)
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]):
+    """Return the token ids of texts as a (n, 77) int64 tensor, padded and cut as the pipeline does."""
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+    return batch.input_ids

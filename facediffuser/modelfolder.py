@@ -1,0 +1,270 @@
+"""Model folders: where they are found, what they hold, and how two trained runs become one.
+
+A model folder is a diffusers folder with `unet` (SDM), `unet_text` (TDM), `vae`, `text_encoder`, `tokenizer`,
+`image_encoder`, `subject_fuser` and `scheduler`; a base folder has one `unet`, and `image_encoder` at choice. Weights are
+safetensors.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from transformers import CLIPVisionModelWithProjection
+
+from facediffuser.errors import InputError
+from facediffuser.storage import local_copy
+
+logger = logging.getLogger(__name__)
+
+IMAGE_ENCODER = "openai/clip-vit-large-patch14"
+BASE_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+PIPELINE_CLASSES = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "unet_text": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "subject_fuser": ["facediffuser.subject", "SubjectFuser"],
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
+_HUB_UNWANTED = ["safety_checker/*", "*.fp16.*", "*non_ema*", "v1-*", "flax*", "*onnx*"]
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: `miniature`, a folder, an s3:// URL (downloaded once), or a hub id.
+
+    Raises InputError when it cannot be had or is no model folder (a local one must hold model_index.json).
+    """
+    if model == "miniature":
+        from facediffuser.miniature.parts import models_folder
+
+        return models_folder()
+    return _diffusers_folder(model, revision)
+
+
+def resolve_base(model: str, revision: str | None = None) -> Path:
+    """Return the local folder of a base model; as `resolve_model`, but `miniature` is the miniature's base."""
+    if model == "miniature":
+        from facediffuser.miniature.parts import base_folder
+
+        return base_folder()
+    return _diffusers_folder(model, revision)
+
+
+def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = None) -> Path:
+    """Return the local folder of a CLIP model or vision tower: a transformers folder, an s3:// URL, or a hub id."""
+    if model == "miniature":
+        return resolve_base(model) / "image_encoder"
+    folder = _local(model, revision, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{model}: no config.json there; give a transformers folder of a CLIP model")
+    return folder
+
+
+def load_image_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithProjection:
+    """Return the vision tower with its projection from a folder that holds it alone or a whole CLIP model."""
+    encoder, report = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise InputError(f"{folder}: {sorted(report['missing_keys'])[0]} is missing; give the folder of a CLIP model")
+    return encoder
+
+
+def _diffusers_folder(model: str, revision: str | None) -> Path:
+    folder = _local(model, revision, _HUB_FILES)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{model}: no model_index.json there; give a diffusers model folder")
+    return folder
+
+
+def _local(model: str, revision: str | None, patterns: list[str]) -> Path:
+    if not model:
+        raise InputError("model '': empty name; give a folder, an s3:// URL or a hub id")
+    path = Path(model).expanduser()
+    if path.exists() or "://" in model:
+        folder = local_copy(model if "://" in model else path)
+        if not folder.is_dir():
+            raise InputError(f"{model}: is a file; give the folder")
+        return folder
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise InputError(f"{model}: no such folder; check the path")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_UNWANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{model}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def model_digests(folder: str | Path) -> dict[str, str]:
+    """Return the sha256 of each component of a model or base folder, by its name.
+
+    A digest covers the component's files, names and contents in name order; hidden files and notes (*.md) are left out.
+    """
+    folder = Path(folder)
+    return {component: _digest(folder / component) for component in _components(folder)}
+
+
+def _components(folder: Path) -> list[str]:
+    index = read_json(folder / "model_index.json")
+    named = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
+    extra = [name for name in PIPELINE_CLASSES if (folder / name).is_dir()]
+    return sorted({name for name in [*named, *extra] if (folder / name).is_dir()})
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    kept = [name for name in names if not any(p.startswith(".") for p in name.parts) and name.suffix != ".md"]
+    return [folder / name for name in sorted(kept, key=lambda name: name.as_posix())]
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+def assemble(base: str | Path, tdm: str, sdm: str, output: str | Path) -> Path:
+    """Return `output`, now a model folder made of a base model and two runs trained from it.
+
+    `tdm` and `sdm` are the URLs the two trainings wrote to. VAE, text encoder, tokenizer and scheduler are the base's.
+    Written whole or not at all. Raises InputError, nothing written, when a run is unfinished or of the other role, when
+    it was trained from another base, when its UNet does not fit, or when the output already holds something.
+    """
+    base, output = Path(base), Path(output)
+    require_free(output)
+    runs = {role: _finished_run(url, role, base) for role, url in (("tdm", tdm), ("sdm", sdm))}
+    sources = {name: base / name for name in BASE_PARTS}
+    sources |= {"unet_text": runs["tdm"] / "unet", "unet": runs["sdm"] / "unet"}
+    sources |= {name: runs["sdm"] / name for name in ("image_encoder", "subject_fuser")}
+    for name, folder in sources.items():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: the {name} is missing; give a whole base model and finished runs")
+    _check_widths(sources)
+    with written_whole(output) as temporary:
+        for name, folder in sources.items():
+            copy_component(folder, temporary / name)
+        write_model_index(temporary, base)
+    logger.info("%s: assembled from %s, %s and %s", output, base, tdm, sdm)
+    return output
+
+
+def require_free(output: Path) -> None:
+    """Raise InputError unless `output` is absent or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: already holds something; give a new or an empty folder")
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `output` that becomes `output` when the block ends well, else vanishes."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's files; weights in a .bin file are read with weights_only and written as safetensors."""
+    target.mkdir(parents=True)
+    has_safetensors = any(source.glob("*.safetensors"))
+    for path in _files(source):
+        if path.suffix != ".bin":
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(source))
+        elif not has_safetensors:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model")
+            name = name.replace("diffusion_model", _DIFFUSERS_WEIGHTS)
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            save_file(tensors, target / name, metadata={"format": "pt"})
+
+
+def write_model_index(folder: Path, base: Path) -> None:
+    """Write the model_index.json that makes `folder` a FaceDiffuserPipeline, with the base's classes for its parts."""
+    base_index = read_json(base / "model_index.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    classes = dict(PIPELINE_CLASSES, scheduler=["diffusers", scheduler])
+    classes |= {name: base_index[name] for name in BASE_PARTS if base_index.get(name)}
+    version = base_index.get("_diffusers_version", diffusers.__version__)
+    index = {"_class_name": "FaceDiffuserPipeline", "_diffusers_version": version}
+    (folder / "model_index.json").write_text(json.dumps(index | dict(sorted(classes.items())), indent=2) + "\n")
+
+
+def _finished_run(url: str, role: str, base: Path) -> Path:
+    final = local_copy(f"{str(url).rstrip('/')}/final")
+    if not (final / "training.json").is_file():
+        raise InputError(f"{url}: no final/training.json there; give the URL of a training that has ended")
+    run = read_json(final / "training.json")
+    if run.get("role") != role:
+        raise InputError(f"{url}: was trained as {run.get('role')}; give a {role} run")
+    digests = model_digests(base)
+    for name, digest in (run.get("base_digests") or {}).items():
+        if name in digests and digests[name] != digest:
+            raise InputError(f"{url}: was trained from another base than {base} ({name} differs); give that base")
+    ours, theirs = (_shape_of(folder / "unet") for folder in (base, final))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"{url}: its UNet does not fit {base}: {key} is {theirs.get(key)}, the base's is {ours.get(key)}"
+            )
+    return final
+
+
+def _shape_of(folder: Path) -> dict:
+    config = read_json(folder / "config.json")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "sample_size"}
+
+
+def _check_widths(sources: dict[str, Path]) -> None:
+    def config(name: str) -> dict:
+        return read_json(sources[name] / "config.json")
+
+    widths = {
+        "text_encoder's hidden_size": config("text_encoder").get("hidden_size"),
+        "subject_fuser's embed_dim": config("subject_fuser").get("embed_dim"),
+        "image_encoder's projection_dim": config("image_encoder").get("projection_dim"),
+    }
+    if len(set(widths.values())) > 1:
+        parts = ", ".join(f"{name} {value}" for name, value in widths.items())
+        raise InputError(f"{sources['subject_fuser'].parent}: widths differ ({parts}); give parts of one model")
+
+
+def read_json(path: Path) -> dict:
+    """Return a JSON file's object; InputError when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; give a whole model folder") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON ({error}); give a whole model folder") from error

@@ -1,0 +1,115 @@
+"""What a source itself says of a picture: FastComposer's JSON and the caption files of plain folders."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from facediffuser.preprocess.images import Rejection
+from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
+from facediffuser.preprocess.segments import PERSON_LABELS, Segment, segment_box
+from facediffuser.preprocess.subjects import Subject
+
+MISMATCH = "annotation does not match"
+DAMAGED = "damaged annotation"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A picture's caption, its segments, the phrases that the source ties to some of them, and who is on it."""
+
+    caption: str
+    segments: tuple[dict[str, Any], ...] = ()
+    identity: str | None = None
+
+
+def read_caption(data: bytes) -> Annotation:
+    """Return the caption of a text file; Rejection when it is no UTF-8 text."""
+    try:
+        return Annotation(" ".join(data.decode("utf-8-sig").split()))
+    except UnicodeDecodeError as error:
+        raise Rejection(DAMAGED, f"the caption file is not UTF-8 ({error.reason})") from error
+
+
+def read_annotation(data: bytes) -> Annotation:
+    """Return what a FastComposer JSON says; Rejection when it is not JSON of that layout."""
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Rejection(DAMAGED, f"not JSON ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+        raise Rejection(DAMAGED, "no text under `caption`")
+    segments = content.get("segments", [])
+    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        raise Rejection(DAMAGED, "`segments` is not a list of objects")
+    for segment in segments:
+        for key in ("id", "start", "end"):
+            value = segment.get(key)
+            if not (_is_integer(value) or (value is None and key != "id")):
+                raise Rejection(DAMAGED, f"segment {segment.get('id')!r}: `{key}` is {value!r}, not an integer")
+    identity = content.get("identity")
+    if isinstance(identity, list):
+        identity = "+".join(map(str, identity))
+    return Annotation(content["caption"], tuple(segments), None if identity is None else str(identity))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def annotated_segments(annotation: Annotation, ids: np.ndarray) -> list[Segment]:
+    """Return the annotation's segments, with boxes taken from the map; Rejection when the map has not got one.
+
+    The JSON's own `bbox` is not used: it only repeats what the map says.
+    """
+    segments = []
+    for item in annotation.segments:
+        box = segment_box(ids, item["id"])
+        if box is None:
+            raise Rejection(MISMATCH, f"segment {item['id']} is not in the segmentation map")
+        segments.append(Segment(item["id"], str(item.get("coco_label", PERSON_LABELS[0])), box))
+    repeated = len({segment.id for segment in segments}) != len(segments)
+    if repeated:
+        raise Rejection(MISMATCH, "a segment id stands twice")
+    return segments
+
+
+def annotated_subjects(annotation: Annotation, segments: list[Segment]) -> list[Subject]:
+    """Return the person segments to which the source gives a phrase, in the order of the caption.
+
+    `end` is taken as it stands; where `start` is missing the phrase is parsed backwards from `end`. Rejection when an
+    offset is outside of the caption or cuts a word: then caption and offsets are not of the same text, and no guess
+    would be right.
+    """
+    subjects = []
+    for item, segment in zip(annotation.segments, segments, strict=True):
+        if item.get("end") is None or segment.label not in PERSON_LABELS:
+            continue
+        phrase = _phrase(annotation.caption, item.get("start"), item["end"])
+        subjects.append(Subject(phrase.text, phrase.start, phrase.end, segment.id, segment.box))
+    return sorted(subjects, key=lambda subject: (subject.end, subject.box))
+
+
+def _phrase(caption: str, start: int | None, end: int) -> Phrase:
+    try:
+        parsed = phrase_ending_at(caption, end)
+    except ValueError as error:
+        raise Rejection(MISMATCH, str(error)) from error
+    if start is None:
+        return parsed
+    if not 0 <= start < end or not caption[start:end].strip():
+        raise Rejection(MISMATCH, f"subject start {start} is not before its end {end}")
+    return Phrase(caption[start:end], start, end, parsed.plural)
+
+
+def identity_of(annotation: Annotation, segments: list[Segment]) -> str | None:
+    """Return who is on the picture: the annotation's own word, or the segments' identities from left to right."""
+    if annotation.identity is not None:
+        return annotation.identity
+    named = [
+        (segment.box, str(item["identity"]))
+        for item, segment in zip(annotation.segments, segments, strict=True)
+        if item.get("identity") is not None
+    ]
+    return "+".join(identity for _, identity in sorted(named)) or None

@@ -1,0 +1,147 @@
+"""The card of prepared data: README.md, a contact sheet with boxes and masks drawn, histograms."""
+
+import io
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from facediffuser.preprocess.segments import decode_map
+from facediffuser.preprocess.splits import TEST, TRAIN
+from facediffuser.storage import Store
+
+CELL = 192
+TEXT_LINES = 3
+LINE = 12
+CELLS = 24
+COLUMNS = 6
+FACE, CROP = (255, 64, 64), (255, 210, 60)
+SUBJECTS = ((64, 160, 255), (80, 220, 120), (230, 110, 230), (255, 150, 60))
+TITLES = {
+    "faces": "faces a picture",
+    "subjects": "subjects a picture",
+    "caption_words": "words a caption",
+    "crop_px": "side of a face crop, px",
+}
+
+
+def write_card(store: Store, manifest: dict[str, Any]) -> None:
+    """Write README.md, card/contact-sheet.png and card/histograms.png from the manifest and the prepared rows."""
+    rows = list(islice(_sample(store, manifest), CELLS))
+    if rows:
+        store.put("card/contact-sheet.png", _png(contact_sheet(rows)))
+    store.put("card/histograms.png", _histograms(manifest["facts"]))
+    store.put("README.md", _readme(manifest, bool(rows)).encode())
+
+
+def _sample(store: Store, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A few rows of each of some parts, spread over the set."""
+    keys = [key for key in manifest["files"] if key.startswith((f"{TRAIN}/", f"{TEST}/"))]
+    chosen = [keys[index] for index in np.unique(np.linspace(0, len(keys) - 1, min(len(keys), 6)).astype(int))]
+    files, base = store.arrow()
+    for position, key in enumerate(chosen):
+        count = CELLS // len(chosen) + (position < CELLS % len(chosen))
+        with files.open_input_file(f"{base}/{key}") as stream:
+            batch = next(pq.ParquetFile(stream).iter_batches(batch_size=count), None)
+            yield from batch.to_pylist()[:count] if batch is not None else ()
+
+
+def contact_sheet(rows: list[dict[str, Any]]) -> Image.Image:
+    """Return a sheet of pictures: face boxes red, reference crops yellow, subjects tinted, captions below."""
+    columns = min(COLUMNS, len(rows))
+    height = CELL + TEXT_LINES * LINE + 6
+    sheet = Image.new("RGB", (columns * CELL, -(-len(rows) // columns) * height), "white")
+    for index, row in enumerate(rows):
+        left, top = index % columns * CELL, index // columns * height
+        sheet.paste(_cell(row), (left, top))
+        pen = ImageDraw.Draw(sheet)
+        _caption(pen, row, left + 2, top + CELL + 2)
+    return sheet
+
+
+def _cell(row: dict[str, Any]) -> Image.Image:
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as opened:
+        image = opened.convert("RGB")
+    if row["segmentation"]:
+        ids = decode_map(row["segmentation"])
+        pixels = np.asarray(image).astype(np.float32)
+        for index, subject in enumerate(row["subjects"]):
+            inside = (ids == subject["segment_id"])[..., None]
+            pixels = np.where(inside, pixels * 0.65 + np.float32(SUBJECTS[index % len(SUBJECTS)]) * 0.35, pixels)
+        image = Image.fromarray(pixels.astype(np.uint8))
+    scale = CELL / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    cell.paste(image)
+    pen = ImageDraw.Draw(cell)
+    for face in row["faces"]:
+        pen.rectangle([value * scale for value in face["crop_box"]], outline=CROP)
+        pen.rectangle([value * scale for value in face["box"]], outline=FACE)
+        for x, y in face["landmarks"]:
+            pen.ellipse((x * scale - 1, y * scale - 1, x * scale + 1, y * scale + 1), fill=FACE)
+    return cell
+
+
+def _caption(pen: ImageDraw.ImageDraw, row: dict[str, Any], left: int, top: int) -> None:
+    """Write the caption word by word, the subjects' phrases in their colours."""
+    x, y, position = left, top, 0
+    for word in row["caption"].split():
+        start = row["caption"].index(word, position)
+        position = start + len(word)
+        inside = [number for number, item in enumerate(row["subjects"]) if item["start"] <= start < item["end"]]
+        colour = SUBJECTS[inside[0] % len(SUBJECTS)] if inside else (60, 60, 60)
+        # Pillow's built-in font knows Latin letters only.
+        shown = word.encode("latin-1", "replace").decode("latin-1")
+        width = pen.textlength(f"{shown} ")
+        if x > left and x + width > left + CELL - 4:
+            x, y = left, y + LINE
+        if y >= top + TEXT_LINES * LINE:
+            return
+        pen.text((x, y), shown, fill=colour)
+        x += width
+
+
+def _histograms(facts: dict[str, dict[str, int]]) -> bytes:
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
+        table = {int(value): count for value, count in facts.get(name, {}).items()}
+        axis.bar(list(table), list(table.values()), width=7 if name == "crop_px" else 0.9)
+        axis.set_xlabel(title)
+        axis.set_ylabel("faces" if name == "crop_px" else "pictures")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _readme(manifest: dict[str, Any], pictured: bool) -> str:
+    counts, source = manifest["counts"], manifest["source"]
+    splits = [name for name in (TRAIN, TEST) if counts[name]]
+    configs = "".join(f"      - split: {name}\n        path: {name}/part-*.parquet\n" for name in splits)
+    head = f"---\nconfigs:\n  - config_name: default\n    data_files:\n{configs}---\n" if splits else ""
+    rejected = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(manifest["rejected"].items()))
+    return (
+        f"{head}# Prepared photographs\n\n"
+        f"{counts['pictures']:,} pictures in the format {source['format']}: {counts[TRAIN]:,} in train, "
+        f"{counts[TEST]:,} in test, {counts['rejected']:,} rejected. {source['ignored_files']:,} other files of the "
+        "source belong to no picture.\n\n"
+        + ("![pictures with faces and subjects](card/contact-sheet.png)\n\n" if pictured else "")
+        + "Red: a face and its five landmarks. Yellow: its reference crop. Tinted: a subject's segment, in the colour "
+        "of its phrase.\n\n![histograms](card/histograms.png)\n\n"
+        + (f"| rejected because | pictures |\n|---|---:|\n{rejected}\n" if rejected else "")
+        + "Licence and author stand in each row where the source tells them; FFHQ as a whole is CC BY-NC-SA 4.0, its "
+        "pictures under licences of their own.\n\n"
+        f"Schema version {manifest['schema']}, fingerprint `{manifest['fingerprint'][:16]}`, made by facediffuser "
+        f"{manifest['facediffuser']}. Every file's rows, bytes and SHA-256 are in `manifest.json`.\n"
+    )

@@ -1,0 +1,217 @@
+"""Faces: where they are (MTCNN), and the square around one that serves as a reference picture."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SIDE = 20
+BATCH_PIXELS = 8_000_000
+BATCH_IMAGES = 32
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face found in a picture.
+
+    `box` (x1, y1, x2, y2) in pixels of the picture given, may reach over its edge; `prob` 0..1; `landmarks` five
+    (x, y): left eye, right eye (as seen by the viewer), nose, left and right corner of the mouth.
+    """
+
+    box: Box
+    prob: float
+    landmarks: tuple[tuple[float, float], ...]
+
+
+class FaceDetector:
+    """facenet-pytorch's MTCNN with the settings of the paper's evaluation, for pictures of any mixture of sizes.
+
+    `min_side` (px): a picture whose shorter side is smaller is enlarged to it before the search, since a face of a
+    64 px picture is near the smallest MTCNN knows; 0 searches pictures as they are, as the paper did.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        min_side: int = 160,
+        min_face_size: int = 20,
+        thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7),
+        factor: float = 0.709,
+    ):
+        from facenet_pytorch import MTCNN
+
+        self.min_side = min_side
+        self.device = torch.device(device)
+        self.network = MTCNN(
+            image_size=160,
+            margin=0,
+            min_face_size=min_face_size,
+            thresholds=list(thresholds),
+            factor=factor,
+            keep_all=True,
+            device=self.device,
+        ).eval()
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Image.Image]) -> list[list[Face]]:
+        """Return each picture's faces, the largest first (equal ones from left to right); an empty list for none.
+
+        Boxes and landmarks are in pixels of the pictures as given. On a GPU pictures of one size are searched together.
+        """
+        found: list[list[Face]] = [[] for _ in images]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            groups[image.size].append(index)
+        for (width, height), members in groups.items():
+            size = self._search_size(width, height)
+            if min(size) < SMALLEST_SIDE:
+                continue  # MTCNN's scale pyramid is empty below its 20 px
+            count = self._batch_size(size)
+            for start in range(0, len(members), count):
+                batch = members[start : start + count]
+                pictures = [_rgb(images[index], size) for index in batch]
+                for index, (boxes, points) in zip(batch, self._search(pictures), strict=True):
+                    found[index] = _faces(boxes, points, width / size[0], height / size[1])
+        return found
+
+    def _search_size(self, width: int, height: int) -> tuple[int, int]:
+        shorter = min(width, height)
+        if not self.min_side or shorter >= self.min_side:
+            return width, height
+        scale = self.min_side / shorter
+        return round(width * scale), round(height * scale)
+
+    def _batch_size(self, size: tuple[int, int]) -> int:
+        # On a CPU a batch is no quicker, and alone a picture's boxes do not depend on its neighbours' (MTCNN keeps the
+        # pictures of a batch apart by large offsets on float32 coordinates).
+        return 1 if self.device.type == "cpu" else max(1, min(BATCH_IMAGES, BATCH_PIXELS // (size[0] * size[1])))
+
+    def _search(self, pictures: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        try:
+            return self._run(pictures)
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # MTCNN's later stages fail when a candidate lies wholly outside the picture. With a black rim none does.
+            logger.debug("face search failed (%s); searching %d pictures again with a rim", error, len(pictures))
+        return [self._run_with_rim(picture) for picture in pictures]
+
+    def _run_with_rim(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rim = max(picture.shape[:2]) // 2
+        boxes, points = self._run([np.pad(picture, ((rim, rim), (rim, rim), (0, 0)))])[0]
+        boxes[:, :4] -= rim
+        return boxes, points - rim
+
+    def _run(self, pictures: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        from facenet_pytorch.models.utils.detect_face import detect_face
+
+        net = self.network
+        # The search behind MTCNN.detect, called directly: detect's last step packs ragged results into numpy arrays.
+        boxes, points = detect_face(
+            np.stack(pictures),
+            net.min_face_size,
+            net.pnet,
+            net.rnet,
+            net.onet,
+            net.thresholds,
+            net.factor,
+            self.device,
+        )
+        return [
+            (np.asarray(box, np.float32).reshape(-1, 5), np.asarray(point, np.float32).reshape(-1, 5, 2))
+            for box, point in zip(boxes, points, strict=True)
+        ]
+
+
+def _rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    image = image.convert("RGB")
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def _faces(boxes: np.ndarray, points: np.ndarray, scale_x: float, scale_y: float) -> list[Face]:
+    scale = np.array([scale_x, scale_y])
+    faces = [
+        Face(
+            box=tuple((box[:4].astype(float) * np.tile(scale, 2)).tolist()),
+            prob=float(box[4]),
+            landmarks=tuple(map(tuple, (point.astype(float) * scale).tolist())),
+        )
+        for box, point in zip(boxes, points, strict=True)
+    ]
+    return sorted(faces, key=lambda face: (-box_area(face.box), face.box))
+
+
+def box_area(box: Sequence[float]) -> float:
+    """Return the area of a box (x1, y1, x2, y2), 0 when it is turned inside out."""
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def face_crop_box(box: Sequence[float], margin: float = 0.3) -> tuple[int, int, int, int]:
+    """Return the square (x1, y1, x2, y2), px, around a face box: `margin` times its longer side is added on each side.
+
+    The square keeps the face's centre, so it may leave the picture; `crop_square` fills what is outside.
+    """
+    side = max(1, round(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin)))
+    return _square((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, side)
+
+
+def _square(center_x: float, center_y: float, side: int) -> tuple[int, int, int, int]:
+    left, top = round(center_x - side / 2), round(center_y - side / 2)
+    return left, top, left + side, top + side
+
+
+def ffhq_crop_box(landmarks: Sequence[Sequence[float]]) -> tuple[int, int, int, int]:
+    """Return the square (x1, y1, x2, y2), px, that FFHQ's alignment rule puts around five landmarks, kept upright."""
+    center, half = _ffhq_frame(landmarks)
+    return _square(center[0], center[1], max(1, round(2 * float(np.hypot(*half)))))
+
+
+def align_face(image: Image.Image, landmarks: Sequence[Sequence[float]], size: int = 256) -> Image.Image:
+    """Return the face turned upright and cut as in FFHQ: (size, size) RGB.
+
+    The rule is the data set's (Karras et al. 2019, appendix A): the frame's x axis is the mean of the line between
+    the eyes and the normal of the line from eyes to mouth; its half side is the larger of 2 x the eyes' distance and
+    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth. What is outside of
+    the picture is filled from its nearest pixels.
+    """
+    center, across = _ffhq_frame(landmarks)
+    down = np.array([-across[1], across[0]])
+    rim = int(np.ceil(np.abs(across).sum() * 2))
+    padded = Image.fromarray(np.pad(np.asarray(image.convert("RGB")), ((rim, rim), (rim, rim), (0, 0)), mode="edge"))
+    corners = [center - across - down, center - across + down, center + across + down, center + across - down]
+    quad = tuple(float(value) for corner in corners for value in corner + rim)
+    # Cut at twice the size, then reduce: a quadrilateral is sampled without regard to the pixels it skips.
+    large = padded.transform((size * 2, size * 2), Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
+    return large.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _ffhq_frame(landmarks: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """The frame's centre and the vector from it to the middle of the frame's right side."""
+    left_eye, right_eye, _, left_mouth, right_mouth = np.asarray(landmarks, np.float64)
+    eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
+    between, down = right_eye - left_eye, mouth - eyes
+    across = between + np.array([down[1], -down[0]])
+    length = float(np.hypot(*across)) or 1.0
+    half = max(float(np.hypot(*between)) * 2.0, float(np.hypot(*down)) * 1.8)
+    return eyes + down * 0.1, across / length * half
+
+
+def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None) -> Image.Image:
+    """Return the part of a picture inside `box` (x1, y1, x2, y2; px), RGB, resized to (size, size) when given.
+
+    What lies outside of the picture is filled with its nearest edge pixels.
+    """
+    x1, y1, x2, y2 = (int(value) for value in box)
+    pixels = np.asarray(image.convert("RGB"))
+    rows = np.clip(np.arange(y1, max(y2, y1 + 1)), 0, pixels.shape[0] - 1)
+    columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, pixels.shape[1] - 1)
+    crop = Image.fromarray(pixels[rows[:, None], columns[None, :]])
+    return crop if size is None else crop.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,42 @@
+"""The manifest of prepared data: what was made of what, and every file's rows, bytes and checksum."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from facediffuser import __version__
+from facediffuser.preprocess.parts import MANIFEST, REJECTED, to_json
+from facediffuser.preprocess.sources import Listing
+from facediffuser.preprocess.splits import TEST, TRAIN
+from facediffuser.storage import Store
+
+
+def build_manifest(run: dict[str, Any], listing: Listing, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the manifest of a run from its parts' summaries; RuntimeError when the counts do not add up."""
+    counts: Counter[str] = Counter({TRAIN: 0, TEST: 0, REJECTED: 0})
+    rejected: Counter[str] = Counter()
+    facts: dict[str, Counter[int]] = {}
+    files: dict[str, Any] = {}
+    for summary in summaries:
+        counts.update(summary["counts"])
+        rejected.update(summary["rejected"])
+        files.update(summary["files"])
+        for name, table in summary["facts"].items():
+            facts.setdefault(name, Counter()).update({int(value): count for value, count in table.items()})
+    pictures = len(listing.records)
+    if pictures != counts.total():
+        raise RuntimeError(f"{pictures} pictures went in, {counts.total()} rows came out")
+    return {
+        **run,
+        "source": {**run["source"], "url": listing.url, "ignored_files": listing.ignored},
+        "counts": {"pictures": pictures, **counts},
+        "rejected": dict(rejected),
+        "facts": {name: {str(value): table[value] for value in sorted(table)} for name, table in facts.items()},
+        "files": {key: files[key] for key in sorted(files)},
+        "facediffuser": __version__,
+    }
+
+
+def write_manifest(store: Store, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json`: the mark that the prepared data is whole."""
+    store.put(MANIFEST, to_json(manifest))

@@ -1,0 +1,150 @@
+"""The parts that prepared data is made of: which pictures are in which, their bytes, and whether one is finished.
+
+    <output>/run.json                     what is being made: the fingerprint and all that goes into it; written first
+    <output>/checks/part-00000.json       ids, checksums and perceptual hashes (only for sources without splits)
+    <output>/{train,test,rejected}/part-00000.parquet
+    <output>/parts/part-00000.json        written last of a part: its counts and its files with their checksums
+    <output>/manifest.json, README.md, card/    written last of all
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
+from facediffuser.preprocess.settings import PreprocessSettings
+from facediffuser.preprocess.sources import Listing, Record
+from facediffuser.storage import Store
+
+RUN, MANIFEST = "run.json", "manifest.json"
+REJECTED = "rejected"
+ROW_GROUP = 100
+
+
+def describe_run(settings: PreprocessSettings, listing: Listing) -> dict[str, Any]:
+    """Return all that decides which bytes are made, and its `fingerprint`."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        "source": {"format": listing.format, "pictures": len(listing.records), "digest": listing.digest},
+        "settings": settings.content(),
+    }
+    text = json.dumps(content, sort_keys=True)
+    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **content}
+
+
+def split_into_parts(records: Sequence[Record], part_size: int) -> list[list[Record]]:
+    """Return the records of each part: as many as `part_size` in the order of the source."""
+    return [list(records[start : start + part_size]) for start in range(0, len(records), part_size)]
+
+
+def part_name(folder: str, part: int, ending: str) -> str:
+    """Return the key of one of a part's files."""
+    return f"{folder}/part-{part:05d}.{ending}"
+
+
+def to_json(content: Any) -> bytes:
+    """Return JSON for people: indented, the same bytes for the same content."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def encode_part(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str) -> bytes:
+    """Return the rows as the bytes of a Parquet file: row groups of 100, images as they are, the rest zstd."""
+    schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: fingerprint.encode()})
+    buffer = io.BytesIO()
+    plain = ("image.bytes", "segmentation")
+    leaves = [column.path for column in pq.ParquetFile(_empty(schema)).schema]
+    with pq.ParquetWriter(
+        buffer,
+        schema,
+        compression={leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
+        use_dictionary=[leaf for leaf in leaves if leaf not in plain],
+        write_page_index=True,
+        write_statistics=[leaf for leaf in leaves if leaf not in plain],
+    ) as writer:
+        for start in range(0, len(rows), ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(list(rows[start : start + ROW_GROUP]), schema))
+    return buffer.getvalue()
+
+
+def _empty(schema: pa.Schema) -> io.BytesIO:
+    buffer = io.BytesIO()
+    pq.write_table(schema.empty_table(), buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def put_part(store: Store, part: int, fingerprint: str, rows: dict[str, list[dict]], facts: dict[str, Any]) -> dict:
+    """Write a part's files and, last, its `parts/part-*.json`; return that file's content.
+
+    `rows` by folder: train, test, rejected. The same rows give the same bytes, so doing it twice changes nothing.
+    """
+    files = {}
+    for folder, content in rows.items():
+        if content:
+            schema = REJECTED_SCHEMA if folder == REJECTED else PREPARED_SCHEMA
+            data = encode_part(content, schema, fingerprint)
+            key = part_name(folder, part, "parquet")
+            store.put(key, data)
+            files[key] = {"rows": len(content), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    summary = {"part": part, "fingerprint": fingerprint, "files": files, **facts}
+    store.put(part_name("parts", part, "json"), to_json(summary))
+    return summary
+
+
+def begin_run(store: Store, run: dict[str, Any]) -> dict[str, int]:
+    """Return what of this run is in the store already: sizes by key; `run.json` is written when nothing is there.
+
+    InputError, with nothing written, when the store holds something else or a run with another fingerprint.
+    """
+    there = {info.key: info.size for info in store.list()}
+    if not there:
+        store.put(RUN, to_json(run))
+        return there
+    if RUN not in there:
+        example = next(iter(there))
+        raise InputError(f"{store.url}: holds something else ({example}); give an empty or a new --output")
+    try:
+        earlier = json.loads(store.get(RUN))
+        same = earlier["fingerprint"] == run["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{store.url_of(RUN)}: damaged; give a new --output") from error
+    if not same:
+        difference = "; ".join(differences(earlier, run)) or "the fingerprint"
+        raise InputError(f"{store.url}: holds another run: {difference}; give a new --output or the same settings")
+    return there
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """Return a line for each value that differs: `settings.size: 256 there, 512 now`."""
+    lines = []
+    for key in sorted(earlier.keys() | now.keys()):
+        before, after, name = earlier.get(key), now.get(key), f"{path}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{name}.")
+        elif before != after and key != "fingerprint":
+            lines.append(f"{name}: {before!r} there, {after!r} now")
+    return lines
+
+
+def finished_parts(store: Store, there: dict[str, int], fingerprint: str, count: int) -> dict[int, dict[str, Any]]:
+    """Return the summaries of the parts that are whole: their json is there, and every file it names at its size."""
+    finished = {}
+    for part in range(count):
+        key = part_name("parts", part, "json")
+        if key not in there:
+            continue
+        try:
+            summary = json.loads(store.get(key))
+            whole = all(there.get(name) == file["bytes"] for name, file in summary["files"].items())
+            whole = whole and summary["fingerprint"] == fingerprint
+        except (ValueError, KeyError, TypeError):
+            whole = False  # not as this program writes it: made again
+        if whole:
+            finished[part] = summary
+    return finished

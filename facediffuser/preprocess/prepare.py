@@ -1,0 +1,308 @@
+"""Preparing one part of a source: the work of a Ray actor, which keeps the models, without Ray in it."""
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.annotations import (
+    Annotation,
+    annotated_segments,
+    annotated_subjects,
+    identity_of,
+    read_annotation,
+    read_caption,
+)
+from facediffuser.preprocess.captions import Captioner
+from facediffuser.preprocess.faces import Face, FaceDetector, face_crop_box, ffhq_crop_box
+from facediffuser.preprocess.images import Picture, Rejection, read_picture
+from facediffuser.preprocess.models import model_folder
+from facediffuser.preprocess.parts import REJECTED, put_part
+from facediffuser.preprocess.phrases import find_person_phrases
+from facediffuser.preprocess.segments import Segment, Segmenter, encode_map, read_map, resize_map
+from facediffuser.preprocess.settings import NONE, PreprocessSettings
+from facediffuser.preprocess.sources import FASTCOMPOSER, Record
+from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
+from facediffuser.preprocess.subjects import PhraseMatcher, Subject, match_subjects, tie_faces
+from facediffuser.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+READERS = 8
+STAGES = ("read", "check", "faces", "captions", "segments", "subjects", "write")
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part of a run has in common; small enough to be sent to each worker."""
+
+    settings: PreprocessSettings
+    format: str
+    fingerprint: str
+    device: str = "auto"
+
+
+@dataclass
+class _Item:
+    """A picture on its way through the stages."""
+
+    record: Record
+    picture: Picture
+    annotation: Annotation | None = None
+    ids: np.ndarray | None = None
+    segments: list[Segment] = field(default_factory=list)
+    subjects: list[Subject] = field(default_factory=list)
+    faces: list[Face] = field(default_factory=list)
+    caption: str = ""
+    identity: str | None = None
+
+
+class PartPreparer:
+    """Turns parts of a source into parts of prepared data; holds the models, loaded once, when first needed."""
+
+    def __init__(self, job: Job, threads: int | None = None):
+        if threads:
+            torch.set_num_threads(threads)
+        self.job, self.settings = job, job.settings
+        device = job.device
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.store = open_store(self.settings.output)
+        self.source = open_store(self.settings.source)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @cached_property
+    def detector(self) -> FaceDetector:
+        """The face detector."""
+        return FaceDetector(self.device, min_side=self.settings.face_search_side)
+
+    @cached_property
+    def captioner(self) -> Captioner | None:
+        """The captioning model, None when the settings say none."""
+        name = self.settings.captioner
+        return None if name == NONE else Captioner(model_folder(name), self.device, self.settings.caption_tokens)
+
+    @cached_property
+    def segmenter(self) -> Segmenter | None:
+        """The segmentation model, None when the settings say none."""
+        name = self.settings.segmenter
+        return None if name == NONE else Segmenter(model_folder(name), self.device)
+
+    @cached_property
+    def matcher(self) -> PhraseMatcher | None:
+        """The model that compares phrases and crops, None when the settings say none."""
+        name = self.settings.matcher
+        return None if name == NONE else PhraseMatcher(model_folder(name), self.device)
+
+    def prepare(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
+        """Prepare and write one part; return its summary, and the seconds of each stage under `seconds`.
+
+        `files`: the bytes of the records' files, when whoever calls has read them (an archive is read in one go).
+        """
+        self.seconds = defaultdict(float)
+        rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], TEST: [], REJECTED: []}
+        rejected: Counter[str] = Counter()
+        facts = _Facts()
+        size = self.settings.batch_size
+        for start in range(0, len(records), size):
+            chunk = records[start : start + size]
+            content = files[start : start + size] if files is not None else self._read(chunk)
+            for record, result in zip(chunk, self._prepare_chunk(chunk, content), strict=True):
+                if isinstance(result, Rejection):
+                    rows[REJECTED].append(
+                        {"image_id": record.image_id, "path": record.image, "reason": result.reason}
+                    )
+                    rejected[result.kind] += 1
+                else:
+                    row = self._row(result)
+                    rows[row["split"]].append(row)
+                    facts.add(row)
+        counts = {TRAIN: len(rows[TRAIN]), TEST: len(rows[TEST]), REJECTED: len(rows[REJECTED])}
+        known = {"pictures": len(records), "counts": counts, "rejected": dict(rejected), "facts": facts.to_dict()}
+        with self._timed("write"):
+            summary = put_part(self.store, part, self.job.fingerprint, rows, known)
+        return {**summary, "seconds": dict(self.seconds)}
+
+    def check(self, records: Sequence[Record], files: Sequence[Files] | None = None) -> list[str | None]:
+        """Return the perceptual hash (hex) of each picture; None for one that will be rejected."""
+        hashes: list[str | None] = []
+        for start in range(0, len(records), READERS):
+            chunk = records[start : start + READERS]
+            content = files[start : start + READERS] if files is not None else self._read(chunk)
+            for record, data in zip(chunk, content, strict=True):
+                picture = self._check(record, data)
+                hashes.append(None if isinstance(picture, Rejection) else perceptual_hash(picture.picture.image).hex())
+        return hashes
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - started
+
+    def _read(self, records: Sequence[Record]) -> list[Files]:
+        with self._timed("read"), ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._read_files, records))
+
+    def _read_files(self, record: Record) -> Files:
+        files = {}
+        for key in record.files:
+            try:
+                files[key] = self.source.get(key)
+            except (FileNotFoundError, PermissionError, IsADirectoryError, InputError) as error:
+                # A missing key is told by `_check` as this picture's rejection; anything else is the storage's failure.
+                logger.warning("%s: %s", self.source.url_of(key), error)
+        return files
+
+    def _prepare_chunk(self, records: Sequence[Record], content: Sequence[Files]) -> list[_Item | Rejection]:
+        with self._timed("check"):
+            results = [self._check(record, files) for record, files in zip(records, content, strict=True)]
+        items = [result for result in results if isinstance(result, _Item)]
+        if items:
+            with self._timed("faces"):
+                found = self.detector.detect([item.picture.image for item in items])
+                for item, faces in zip(items, found, strict=True):
+                    item.faces = faces
+            with self._timed("captions"):
+                self._caption([item for item in items if not item.caption])
+            with self._timed("segments"):
+                self._segment([item for item in items if item.ids is None])
+            with self._timed("subjects"):
+                for item in items:
+                    self._find_subjects(item)
+        return results
+
+    def _check(self, record: Record, files: Files) -> "_Item | Rejection":
+        """The picture and what its source says of it, each checked against the other."""
+        try:
+            if record.problem:
+                raise Rejection(*record.problem.split(": ", 1))
+            missing = [key for key in record.files if key not in files]
+            if missing:
+                raise Rejection("cannot be read", missing[0])
+            settings = self.settings
+            described = self.job.format == FASTCOMPOSER
+            picture = read_picture(
+                files[record.image],
+                record.image,
+                min_side=settings.min_side,
+                max_megapixels=settings.max_megapixels,
+                size=None if described else settings.size,
+                encode=settings.encode,
+                pixel_md5=record.pixel_md5,
+            )
+            item = _Item(record, picture)
+            if described:
+                self._read_fastcomposer(item, files)
+                if settings.size and min(picture.image.size) > settings.size:
+                    self._reduce(item, files[record.image])
+            elif record.annotation:
+                item.annotation = read_caption(files[record.annotation])
+                item.caption = item.annotation.caption
+            return item
+        except Rejection as rejection:
+            return rejection
+
+    def _read_fastcomposer(self, item: _Item, files: Files) -> None:
+        image, record = item.picture.image, item.record
+        item.annotation = read_annotation(files[record.annotation])
+        item.caption = item.annotation.caption
+        item.ids = read_map(files[record.segmentation], image.height, image.width)
+        item.segments = annotated_segments(item.annotation, item.ids)
+        item.subjects = annotated_subjects(item.annotation, item.segments)
+        item.identity = identity_of(item.annotation, item.segments)
+
+    def _reduce(self, item: _Item, data: bytes) -> None:
+        settings = self.settings
+        item.picture = read_picture(
+            data, item.record.image, max_megapixels=settings.max_megapixels, size=settings.size, encode=settings.encode
+        )
+        # What the source says was checked at its own size; the boxes are now taken at the new one, and segments of a
+        # few pixels may be gone.
+        item.ids = resize_map(item.ids, *item.picture.image.size)
+        kept = {int(value) for value in np.unique(item.ids)}
+        segments = tuple(part for part in item.annotation.segments if part["id"] in kept)
+        item.annotation = replace(item.annotation, segments=segments)
+        item.segments = annotated_segments(item.annotation, item.ids)
+        item.subjects = annotated_subjects(item.annotation, item.segments)
+
+    def _caption(self, items: list[_Item]) -> None:
+        if items and self.captioner is not None:
+            captions = self.captioner.caption([item.picture.image for item in items])
+            for item, caption in zip(items, captions, strict=True):
+                item.caption = caption
+
+    def _segment(self, items: list[_Item]) -> None:
+        if items and self.segmenter is not None:
+            results = self.segmenter.segment([item.picture.image for item in items])
+            for item, (ids, segments) in zip(items, results, strict=True):
+                item.ids, item.segments = ids, segments
+
+    def _find_subjects(self, item: _Item) -> None:
+        # FastComposer's segments without `end` are no subjects: that is what the source says.
+        if self.job.format != FASTCOMPOSER and item.segments:
+            phrases = find_person_phrases(item.caption)
+            people = sum(segment.label == "person" for segment in item.segments)
+            # CLIP is loaded only when there is a choice.
+            matcher = self.matcher if phrases and people and len(phrases) * people > 1 else None
+            item.subjects = match_subjects(item.picture.image, phrases, item.segments, matcher)
+        if item.ids is not None:
+            item.subjects = tie_faces(item.subjects, item.faces, item.ids)
+
+    def _row(self, item: _Item) -> dict[str, Any]:
+        record, picture = item.record, item.picture
+        return {
+            "image_id": record.image_id,
+            "image": {"bytes": picture.data, "path": picture.path},
+            "image_sha256": picture.sha256,
+            "width": picture.image.width,
+            "height": picture.image.height,
+            "caption": item.caption,
+            "faces": [self._face(face) for face in item.faces],
+            "subjects": [vars(subject) for subject in item.subjects],
+            "segmentation": None if item.ids is None else encode_map(item.ids),
+            "split": record.split or split_of(record.image_id, self.settings.test_share),
+            "identity": item.identity,
+            "licence": record.licence,
+            "author": record.author,
+            "source": self.job.format,
+        }
+
+    def _face(self, face: Face) -> dict[str, Any]:
+        if self.settings.reference_crop == "ffhq":
+            crop = ffhq_crop_box(face.landmarks)
+        else:
+            crop = face_crop_box(face.box, self.settings.face_margin)
+        return {"box": face.box, "prob": face.prob, "landmarks": face.landmarks, "crop_box": crop}
+
+
+class _Facts:
+    """Small tables of numbers for the card: how many pictures have 0, 1, 2, ... faces, and so on."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Counter[int]] = defaultdict(Counter)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count one prepared row."""
+        self.tables["faces"][len(row["faces"])] += 1
+        self.tables["subjects"][len(row["subjects"])] += 1
+        self.tables["caption_words"][len(row["caption"].split())] += 1
+        self.tables["side_px"][min(row["width"], row["height"])] += 1
+        for face in row["faces"]:
+            x1, _, x2, _ = face["crop_box"]
+            self.tables["crop_px"][(x2 - x1) // 8 * 8] += 1
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """The tables as they stand in JSON."""
+        return {name: {str(key): table[key] for key in sorted(table)} for name, table in self.tables.items()}

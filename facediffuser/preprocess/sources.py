@@ -1,0 +1,270 @@
+"""Where photographs come from: the layouts that are read, and the list of pictures in one of them."""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.images import EXTENSIONS
+from facediffuser.preprocess.splits import TEST, TRAIN
+from facediffuser.storage import open_store
+
+FFHQ, FASTCOMPOSER, FOLDER = "ffhq", "ffhq-fastcomposer", "folder"
+FFHQ_METADATA = "ffhq-dataset-v2.json"
+FFHQ_FOLDERS = {
+    "aligned": "images1024x1024",
+    "in-the-wild": "in-the-wild-images",
+    "thumbnails": "thumbnails128x128",
+}
+FFHQ_ENTRIES = {"aligned": "image", "in-the-wild": "in_the_wild", "thumbnails": "thumbnail"}
+FFHQ_SPLITS = {"training": TRAIN, "validation": TEST}
+FFHQ_TRAINING_IDS = 60_000
+ID_LISTS = {"all": "image_ids.txt", TRAIN: "image_ids_train.txt", TEST: "image_ids_test.txt"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture of a source, by the names of its files; `problem`: why it is rejected without being read."""
+
+    image_id: str
+    image: str
+    annotation: str | None = None
+    segmentation: str | None = None
+    split: str | None = None
+    licence: str | None = None
+    author: str | None = None
+    pixel_md5: str | None = None
+    problem: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files to read."""
+        return () if self.problem else tuple(key for key in (self.image, self.annotation, self.segmentation) if key)
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """The files of a source: `sizes` in bytes by name, how to `read` one of the root's, names that are `links`.
+
+    `top`: the folder around all of an archive's files, which the names here leave off.
+    """
+
+    url: str
+    sizes: dict[str, int]
+    read: Callable[[str], bytes]
+    links: frozenset[str] = frozenset()
+    top: str = ""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.sizes
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source's pictures in order; `ignored` files belong to none of them; `digest` changes when the source does."""
+
+    url: str
+    format: str
+    records: list[Record]
+    ignored: int
+    digest: str
+    archive: bool = False
+    top: str = ""
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether the source says of any picture which side it is on."""
+        return any(record.split for record in self.records)
+
+
+def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Listing:
+    """Return the pictures found at a URL; InputError when there is nothing of that format.
+
+    `url`: a folder, an s3:// prefix, or a .tgz, .tar.gz or .tar file in either, which is read without unpacking.
+    """
+    from facediffuser.preprocess.archives import is_archive, scan_archive
+
+    archive = is_archive(url)
+    table = scan_archive(url) if archive else _scan_store(url)
+    if not table.sizes:
+        raise InputError(f"{url}: no files there; give a folder of pictures")
+    format = recognise(table) if format == "auto" else format
+    lister = {FFHQ: lambda: _list_ffhq(table, ffhq_images), FASTCOMPOSER: lambda: _list_fastcomposer(table)}
+    records = lister.get(format, lambda: _list_folder(table))()
+    if not records:
+        raise InputError(f"{url}: no pictures of format {format}; give their folder, or another --format")
+    records = [_check_names(record, table) for record in records]
+    if archive:
+        records = _in_archive_order(records, table)
+    used = {key for record in records for key in record.files} | set(ID_LISTS.values()) | {FFHQ_METADATA}
+    ignored = sum(key not in used for key in table.sizes)
+    return Listing(url, format, records, ignored, _digest(format, records, table), archive, table.top)
+
+
+def recognise(table: FileTable) -> str:
+    """Return the format that a source's file names show: FFHQ's folders, FastComposer's lists or triples, or folder."""
+    folders = tuple(f"{name}/" for name in FFHQ_FOLDERS.values())
+    if FFHQ_METADATA in table or any(key.startswith(folders) for key in table.sizes):
+        return FFHQ
+    if any(name in table for name in ID_LISTS.values()):
+        return FASTCOMPOSER
+    maps = (key for key in table.sizes if key.endswith(".npy"))
+    if any(f"{key[:-4]}.json" in table and _is_fastcomposer_path(key) for key in maps):
+        return FASTCOMPOSER
+    return FOLDER
+
+
+def _scan_store(url: str) -> FileTable:
+    store = open_store(url)
+    store.require_readable()
+    return FileTable(url, {info.key: info.size for info in store.list()}, store.get)
+
+
+def _is_fastcomposer_path(key: str) -> bool:
+    folder, name = posixpath.split(key)
+    return "/" not in folder and folder == name.rsplit(".", 1)[0][:5]
+
+
+def _text(table: FileTable, key: str) -> str:
+    try:
+        return table.read(key).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{table.url}: {key} is not UTF-8 text; write it again") from error
+
+
+def _list_fastcomposer(table: FileTable) -> list[Record]:
+    lists = {name: _text(table, key).split() for name, key in ID_LISTS.items() if key in table}
+    ids = [image_id for name in ("all", TRAIN, TEST) for image_id in lists.get(name, ())]
+    if not ids:
+        ids = [posixpath.splitext(posixpath.basename(key))[0] for key in sorted(table.sizes) if _is_triple(key)]
+    train, test = set(lists.get(TRAIN, ())), set(lists.get(TEST, ()))
+    records = []
+    for image_id in dict.fromkeys(ids):
+        stem = f"{image_id[:5]}/{image_id}"
+        image = next((stem + end for end in EXTENSIONS if stem + end in table), None)
+        missing = [
+            name
+            for name, found in (
+                ("picture", image),
+                ("annotation .json", f"{stem}.json" in table),
+                ("segmentation map .npy", f"{stem}.npy" in table),
+            )
+            if not found
+        ]
+        problem = f"missing file: no {', no '.join(missing)}" if missing else None
+        if image_id in train and image_id in test:
+            problem = f"in two splits: both {ID_LISTS[TRAIN]} and {ID_LISTS[TEST]} list it"
+        split = TRAIN if image_id in train else TEST if image_id in test else None
+        records.append(Record(image_id, image or f"{stem}.jpg", f"{stem}.json", f"{stem}.npy", split, problem=problem))
+    return records
+
+
+def _is_triple(key: str) -> bool:
+    return key.lower().endswith((*EXTENSIONS, ".json", ".npy")) and _is_fastcomposer_path(key)
+
+
+def _list_ffhq(table: FileTable, images: str) -> list[Record]:
+    there = [name for name, folder in FFHQ_FOLDERS.items() if any(key.startswith(f"{folder}/") for key in table.sizes)]
+    wanted = [images] if images != "auto" else there
+    if not there or wanted[0] not in there:
+        folder = FFHQ_FOLDERS[wanted[0]] if wanted else " or ".join(FFHQ_FOLDERS.values())
+        raise InputError(f"{table.url}: no folder {folder}; download FFHQ's pictures or choose another --ffhq-images")
+    kind = wanted[0]
+    described = FFHQ_METADATA in table
+    metadata = dict(_ffhq_metadata(table, FFHQ_ENTRIES[kind])) if described else {}
+    records = []
+    for key in sorted(table.sizes):
+        if not key.startswith(f"{FFHQ_FOLDERS[kind]}/") or not key.lower().endswith(EXTENSIONS):
+            continue
+        image_id = posixpath.splitext(posixpath.basename(key))[0]
+        if not (image_id.isascii() and image_id.isdigit()):
+            records.append(Record(key, key, problem="not an FFHQ name: give <number>.png"))
+        elif described and int(image_id) not in metadata:
+            records.append(Record(image_id, key, problem=f"not in the metadata: {FFHQ_METADATA} has no such id"))
+        else:
+            split = TRAIN if int(image_id) < FFHQ_TRAINING_IDS else TEST
+            known = metadata.get(int(image_id), Record("", "", split=split))
+            records.append(replace(known, image_id=image_id, image=key))
+    return records
+
+
+def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]:
+    """Each id of FFHQ's JSON with what is kept of it; read item by item, since all of it as objects takes gigabytes."""
+    text = _text(table, FFHQ_METADATA)
+    decoder = json.JSONDecoder()
+    try:
+        position = _after(text, 0, "{")
+        while text[position] != "}":
+            key, position = decoder.raw_decode(text, position)
+            value, position = decoder.raw_decode(text, _after(text, position, ":"))
+            details = value.get("metadata") or {}
+            yield (
+                int(key),
+                Record(
+                    key,
+                    "",
+                    split=FFHQ_SPLITS[value["category"]],
+                    licence=details.get("license"),
+                    author=details.get("author"),
+                    pixel_md5=(value.get(entry) or {}).get("pixel_md5"),
+                ),
+            )
+            position = _skip(text, position)
+            position = _after(text, position, ",") if text[position] == "," else position
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged ({error!r}); download it again") from error
+
+
+def _skip(text: str, position: int) -> int:
+    while text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _after(text: str, position: int, sign: str) -> int:
+    position = _skip(text, position)
+    if text[position] != sign:
+        raise ValueError(f"{sign!r} expected at character {position}")
+    return _skip(text, position + 1)
+
+
+def _list_folder(table: FileTable) -> list[Record]:
+    records = []
+    for key in sorted(table.sizes):
+        name = posixpath.basename(key)
+        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            caption = f"{posixpath.splitext(key)[0]}.txt"
+            records.append(Record(key, key, caption if caption in table else None))
+    return records
+
+
+def _check_names(record: Record, table: FileTable) -> Record:
+    try:
+        "".join((record.image_id, *record.files)).encode()
+    except UnicodeEncodeError:
+        # Bytes of a file name that are no UTF-8 cannot stand in Parquet: show them escaped.
+        shown = record.image.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return replace(record, image_id=shown, image=shown, problem="unreadable name: not UTF-8; rename the file")
+    if any(ord(char) < 32 for char in record.image):
+        shown = record.image.encode("unicode_escape").decode()
+        return replace(record, image_id=shown, image=shown, problem="unreadable name: control characters; rename it")
+    links = [key for key in record.files if key in table.links]
+    if links:
+        return replace(record, problem=f"a link: {links[0]} is a link inside of the archive; archive files themselves")
+    return record
+
+
+def _in_archive_order(records: list[Record], table: FileTable) -> list[Record]:
+    # By the place where the last of a picture's files stands, so that parts are complete one after another.
+    place = {key: index for index, key in enumerate(table.sizes)}
+    return sorted(records, key=lambda record: max((place[key] for key in record.files), default=-1))
+
+
+def _digest(format: str, records: list[Record], table: FileTable) -> str:
+    digest = hashlib.sha256(format.encode())
+    for record in records:
+        sizes = [table.sizes[key] for key in record.files]
+        digest.update(repr((record, sizes)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,79 @@
+"""Which side a picture is on: train or test, the same one however the set grows, and near-identical ones together."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+TRAIN, TEST = "train", "test"
+HASH_SIDE = 16
+HASH_BITS = HASH_SIDE * HASH_SIDE
+
+
+def split_of(image_id: str, test_share: float) -> str:
+    """Return `train` or `test`, from a hash of the id alone: what else is in the set does not matter."""
+    number = int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return TEST if number < test_share * 2**64 else TRAIN
+
+
+def perceptual_hash(image: Image.Image) -> bytes:
+    """Return 256 bits that hardly change when a picture is resized, compressed or slightly recoloured.
+
+    A difference hash: the picture in grey on a grid of 17 x 16, one bit for each cell that is darker than its right
+    neighbour.
+    """
+    grid = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    cells = np.asarray(grid, np.int16)
+    return np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes()
+
+
+def near_duplicates(hashes: Sequence[bytes], bits: int) -> np.ndarray:
+    """Return for each hash the index of its group, the smallest index in it: (n,) int64.
+
+    Hashes that differ in at most `bits` bits are in one group, and so are those joined by a chain of such pairs. Found
+    by bands: of bits + 1 pieces of two such hashes one at least is equal.
+    """
+    if not len(hashes):
+        return np.zeros(0, np.int64)
+    table = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+    unique, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    # Representatives: the first picture with each distinct hash, so that many flat pictures cost no pairs.
+    parent = np.arange(len(unique))
+    spread = np.unpackbits(unique, axis=1)
+    for band in np.array_split(np.arange(spread.shape[1]), bits + 1):
+        _, key = np.unique(np.packbits(spread[:, band], axis=1), axis=0, return_inverse=True)
+        order = np.argsort(key.reshape(-1), kind="stable")
+        bounds = np.flatnonzero(np.diff(key.reshape(-1)[order])) + 1
+        for bucket in np.split(order, bounds):
+            _join_bucket(bucket, unique, bits, parent)
+    roots = np.array([_root(parent, index) for index in range(len(unique))])
+    smallest = np.full(len(unique), len(hashes), np.int64)
+    np.minimum.at(smallest, roots, first)
+    return smallest[roots[inverse.reshape(-1)]]
+
+
+def _join_bucket(bucket: np.ndarray, table: np.ndarray, bits: int, parent: np.ndarray) -> None:
+    for position, index in enumerate(bucket[:-1]):
+        others = bucket[position + 1 :]
+        distance = np.bitwise_count(table[others] ^ table[index]).sum(axis=1)
+        for other in others[distance <= bits]:
+            a, b = _root(parent, index), _root(parent, other)
+            parent[max(a, b)] = min(a, b)
+
+
+def _root(parent: np.ndarray, index: int) -> int:
+    while parent[index] != index:
+        parent[index] = parent[parent[index]]
+        index = parent[index]
+    return int(index)
+
+
+def assign_splits(ids: Sequence[str], groups: np.ndarray, test_share: float) -> list[str]:
+    """Return each picture's side: its id's, but a whole group of near-identical pictures is in train if any of it is.
+
+    So a picture that has once been in train is never in test of a larger set.
+    """
+    sides = [split_of(image_id, test_share) for image_id in ids]
+    in_train = {int(group) for group, side in zip(groups, sides, strict=True) if side == TRAIN}
+    return [TRAIN if int(group) in in_train else TEST for group in groups]

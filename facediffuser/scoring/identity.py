@@ -1,0 +1,206 @@
+"""Identity: MTCNN finds faces, a face network turns each into a unit vector, cosines compare them."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.faces import Face, FaceDetector
+
+logger = logging.getLogger(__name__)
+
+FACENET_CROP = 160
+FACENET_FILE = "20180402-114759-vggface2.pt"
+MINIATURE_CROP = 64
+MINIATURE_MIN_SIDE = 160
+BATCH_FACES = 64
+
+
+@dataclass(frozen=True)
+class FaceEmbeddings:
+    """The faces of one picture, the largest first, and their unit vectors (faces, d), float32."""
+
+    faces: list[Face]
+    vectors: np.ndarray
+
+
+class IdentityScorer:
+    """Finds the faces of pictures and embeds them.
+
+    `network` maps (n, 3, crop_size, crop_size) to (n, d); `normalise` maps crops of 0..255 to what it was trained on.
+    """
+
+    def __init__(
+        self,
+        detector: FaceDetector,
+        network: torch.nn.Module,
+        crop_size: int,
+        normalise: Callable[[torch.Tensor], torch.Tensor],
+        device: str | torch.device = "cpu",
+    ):
+        self.detector = detector
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.crop_size = crop_size
+        self.normalise = normalise
+
+    @torch.no_grad()
+    def embed_faces(self, images: Sequence[Image.Image]) -> list[FaceEmbeddings]:
+        """Return the faces of each picture with their embeddings; crops of all pictures go through in batches."""
+        pictures = [image.convert("RGB") for image in images]
+        found = self.detector.detect(pictures)
+        crops = [
+            face_crop(picture, face.box, self.crop_size)
+            for picture, faces in zip(pictures, found, strict=True)
+            for face in faces
+        ]
+        vectors = self.embed_crops(crops)
+        ends = np.cumsum([len(faces) for faces in found])
+        parts = np.split(vectors, ends[:-1]) if len(found) else []
+        return [FaceEmbeddings(faces, part) for faces, part in zip(found, parts, strict=True)]
+
+    @torch.no_grad()
+    def embed_crops(self, crops: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the unit vectors (n, d), float32, of face crops (crop_size, crop_size, 3) uint8."""
+        batches = []
+        for start in range(0, len(crops), BATCH_FACES):
+            pixels = torch.from_numpy(np.stack(crops[start : start + BATCH_FACES])).to(self.device)
+            inputs = self.normalise(pixels.permute(0, 3, 1, 2).float().contiguous())
+            batches.append(torch.nn.functional.normalize(self.network(inputs).float(), dim=1).cpu().numpy())
+        return np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
+
+    def embed_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
+        """Return the unit vector of each reference picture's first (largest) face, (k, d) float32.
+
+        Raises InputError, one line naming the picture, when a picture shows no face.
+        """
+        found = self.embed_faces(images)
+        for name, embedded in zip(names, found, strict=True):
+            if not embedded.faces:
+                raise InputError(f"{name}: no face found; give a picture with one visible face")
+        return np.stack([embedded.vectors[0] for embedded in found])
+
+
+def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
+    """Return the picture inside a face box, (size, size, 3) uint8: MTCNN's own extraction with margin 0.
+
+    The box (x1, y1, x2, y2; px) is cut at the picture's edge and truncated to whole pixels, the crop resized bilinearly
+    without keeping its aspect. A box that holds no whole pixel gives its nearest one.
+    """
+    left, top = (int(min(max(box[axis], 0), image.size[axis] - 1)) for axis in (0, 1))
+    right, bottom = (int(min(box[axis + 2], image.size[axis])) for axis in (0, 1))
+    inside = (left, top, max(right, left + 1), max(bottom, top + 1))
+    return np.asarray(image.crop(inside).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def facenet_normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels of 0..255 in FaceNet's fixed standardisation, about -1..1."""
+    return (pixels - 127.5) / 128.0
+
+
+def miniature_normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels of 0..255 as -1..1."""
+    return pixels / 127.5 - 1.0
+
+
+def subject_embedding(vectors: np.ndarray) -> np.ndarray:
+    """Return one unit vector (d,) for a subject from those of its reference pictures (k, d): their mean, renormalised.
+
+    With one reference, as in the paper, that is the reference's own vector. With several, none of them decides alone.
+    """
+    mean = np.asarray(vectors, np.float64).mean(axis=0)
+    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+
+
+def load_identity(folder: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
+    """Return the identity scorer of a scorers folder's `identity/` and the sha256 of its weights.
+
+    The folder holds either FaceNet's weights (one `.pt` or `.safetensors` state dict of InceptionResnetV1), which are
+    run as the paper does, or the miniature's embedder (`config.json` and `model.safetensors`), which is run on faces of
+    pictures enlarged to 160 px. Raises InputError when it holds neither.
+    """
+    if (folder / "config.json").is_file():
+        return _load_miniature(folder, device)
+    weights = sorted([*folder.glob("*.pt"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
+    if len(weights) != 1:
+        found = "no weights" if not weights else f"{len(weights)} weight files"
+        raise InputError(f"{folder}: {found}; put FaceNet's {FACENET_FILE} there, or the miniature's identity embedder")
+    return load_facenet(weights[0], device)
+
+
+def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
+    """Return the paper's identity scorer (MTCNN + InceptionResnetV1) with weights from a file, and their sha256."""
+    from facenet_pytorch import InceptionResnetV1
+
+    network = InceptionResnetV1(pretrained=None)
+    try:
+        if weights.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        # The training classifier's weights are in the published file; embeddings do not use them.
+        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("logits.")})
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{weights}: not InceptionResnetV1's weights ({reason}); give {FACENET_FILE}") from error
+    detector = FaceDetector(device, min_side=0)
+    return IdentityScorer(detector, network, FACENET_CROP, facenet_normalise, device), file_digest([weights])
+
+
+def published_facenet() -> Path:
+    """Return the file of FaceNet's published vggface2 weights in facenet-pytorch's cache, downloading it if missing.
+
+    Raises InputError naming the file when it is neither there nor to be had.
+    """
+    from facenet_pytorch import InceptionResnetV1
+    from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
+
+    path = Path(get_torch_home()) / "checkpoints" / FACENET_FILE
+    if not path.is_file():
+        logger.info("%s: not there, downloading it", path)
+        try:
+            InceptionResnetV1(pretrained="vggface2")
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: FaceNet's weights are missing and cannot be downloaded ({error}); put the file "
+                "there, or give --scorers a folder with identity/ and prompt/"
+            ) from error
+    return path
+
+
+def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}/model.safetensors: missing; give the whole identity/ folder of the scorers")
+    from facediffuser.miniature.embedder import load_identity_embedder
+
+    network = load_identity_embedder(folder)
+    detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)
+    scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device)
+    return scorer, file_digest([folder / "config.json", folder / "model.safetensors"])
+
+
+def detector_digest() -> str:
+    """Return the sha256 of MTCNN's three weight files as installed."""
+    import facenet_pytorch
+
+    folder = Path(facenet_pytorch.__file__).parent / "data"
+    return file_digest([folder / f"{name}.pt" for name in ("pnet", "rnet", "onet")])
+
+
+def file_digest(paths: Sequence[Path]) -> str:
+    """Return the sha256 over the names and contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Prompt consistency (PC): CLIP's cosine of a picture and the text it was asked to show."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from facediffuser.errors import InputError
+from facediffuser.scoring.identity import file_digest
+
+logger = logging.getLogger(__name__)
+
+PAPER_CLIP = "openai/clip-vit-large-patch14"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+BATCH = 64
+
+
+class PromptScorer:
+    """A CLIP model (transformers' CLIPModel) with its tokenizer, in float32."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.image_size = model.config.vision_config.image_size
+        self.text_length = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return the unit vectors (n, d), float32, of pictures."""
+        batches = []
+        for start in range(0, len(images), BATCH):
+            crops = [clip_crop(image, self.image_size) for image in images[start : start + BATCH]]
+            pixels = torch.from_numpy(np.stack(crops)).to(self.device)
+            batches.append(_unit(self.model.get_image_features(pixel_values=pixels).pooler_output))
+        return np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the unit vectors (n, d), float32, of texts, cut at the model's length (77 tokens for CLIP)."""
+        batches = []
+        for start in range(0, len(texts), BATCH):
+            tokens = self.tokenizer(
+                list(texts[start : start + BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=self.text_length,
+                return_tensors="pt",
+            )
+            features = self.model.get_text_features(
+                input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
+            )
+            batches.append(_unit(features.pooler_output))
+        return np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """Return the PC of each picture with its prompt (without markers), -1..1."""
+        if not images:
+            return []
+        distinct = list(dict.fromkeys(prompts))
+        row = {text: index for index, text in enumerate(distinct)}
+        texts = self.embed_texts(distinct)[[row[text] for text in prompts]]
+        products = self.embed_images(images).astype(np.float64) * texts.astype(np.float64)
+        return products.sum(axis=1).tolist()
+
+
+def clip_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Return a picture as CLIP takes it, (3, size, size) float32: shorter side to `size` (bicubic), centre, normalised.
+
+    As in CLIP's own preprocessing, with Pillow.
+    """
+    image = image.convert("RGB")
+    width, height = image.size
+    if min(width, height) != size:
+        scale = size / min(width, height)
+        width, height = max(size, int(width * scale)), max(size, int(height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255.0
+    return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+
+
+def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer, str]:
+    """Return the prompt scorer of a transformers CLIPModel folder with tokenizer, and the sha256 of its files.
+
+    Raises InputError when a file is missing.
+    """
+    weights = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not (folder / "config.json").is_file() or not weights:
+        missing = "config.json" if weights else "model.safetensors"
+        raise InputError(f"{folder}/{missing}: missing; give a transformers CLIP folder (such as {PAPER_CLIP})")
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: not a CLIP model with tokenizer ({reason}); give the whole folder") from error
+    text = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+    return PromptScorer(model, tokenizer, device), file_digest([*text, weights[0]])
+
+
+def published_clip(model: str = PAPER_CLIP) -> Path:
+    """Return the local folder of a CLIP model of the hub, downloaded if missing; InputError when it cannot be had."""
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    # Only what is read: such a repository holds the same weights for several frameworks.
+    patterns = [*TEXT_FILES, "special_tokens_map.json", "model.safetensors"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise InputError(
+            f"{model}: not in the cache of huggingface_hub and cannot be downloaded; fetch it once with "
+            "`hf download`, or give --scorers a folder with identity/ and prompt/"
+        ) from error
+
+
+def _unit(features: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()

@@ -1,0 +1,123 @@
+"""The scorers of a run: loaded once, checked at the start, with the digests of what they are."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from facediffuser.errors import InputError
+from facediffuser.scoring.identity import (
+    IdentityScorer,
+    detector_digest,
+    load_facenet,
+    load_identity,
+    published_facenet,
+)
+from facediffuser.scoring.matching import identity_preservation
+from facediffuser.scoring.prompt import PromptScorer, load_prompt, published_clip
+from facediffuser.storage import local_copy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What the scorers say of one picture.
+
+    `ip` 0..1, the minimum of `ip_per_subject`; `pc` -1..1; `face_boxes` (x1, y1, x2, y2) in px, the largest face first;
+    `face_probs` 0..1; `subject_faces`: the index of each subject's face, -1 for none.
+    """
+
+    ip: float
+    ip_per_subject: list[float]
+    face_count: int
+    face_boxes: list[list[float]]
+    face_probs: list[float]
+    pc: float
+    subject_faces: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """IP and PC of pictures. `digests`: the sha256 of each part's weights (face_detector, identity, prompt)."""
+
+    name: str
+    identity: IdentityScorer
+    prompt: PromptScorer
+    digests: dict[str, str]
+
+    def embed_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
+        """Return the unit vector of each reference picture's first (largest) face, (k, d) float32.
+
+        `names` are for messages: InputError names the first picture without a face.
+        """
+        return self.identity.embed_references(images, names)
+
+    def score(
+        self,
+        images: Sequence[Image.Image],
+        references: Sequence[Sequence[np.ndarray]],
+        prompts: Sequence[str],
+    ) -> list[ImageScore]:
+        """Return the scores of a batch of pictures (METHOD: Evaluation).
+
+        `references`: for each picture the embedding (d,) of each of its subjects; `prompts`: without markers.
+        The same batch gives the same numbers on the same hardware.
+        """
+        if not len(images) == len(references) == len(prompts):
+            raise ValueError(f"{len(images)} images, {len(references)} references, {len(prompts)} prompts")
+        faces = self.identity.embed_faces(images)
+        scores = []
+        for found, wanted, pc in zip(faces, references, self.prompt.score(images, prompts), strict=True):
+            ip, per_subject, chosen = identity_preservation(found.vectors, np.stack(wanted))
+            scores.append(
+                ImageScore(
+                    ip=ip,
+                    ip_per_subject=per_subject,
+                    face_count=len(found.faces),
+                    face_boxes=[[float(value) for value in face.box] for face in found.faces],
+                    face_probs=[float(face.prob) for face in found.faces],
+                    pc=pc,
+                    subject_faces=chosen,
+                )
+            )
+        return scores
+
+
+def load_scorers(name: str, device: str | torch.device = "cpu") -> Scorers:
+    """Return the scorers called `paper` or `miniature`, or those of a folder or s3:// prefix.
+
+    A folder holds identity/ and prompt/. `paper`: MTCNN, FaceNet (vggface2) and CLIP ViT-L/14 from the libraries'
+    caches, downloaded when missing.
+    Raises InputError at once, naming the file, when a weight is missing.
+    """
+    if name == "paper":
+        # Both are looked for before either is loaded: the answer to a missing one comes within seconds.
+        facenet, clip = published_facenet(), published_clip()
+        identity, identity_digest = load_facenet(facenet, device)
+        prompt, prompt_digest = load_prompt(clip, device)
+    else:
+        folder = _scorers_folder(name)
+        for part in ("identity", "prompt"):
+            if not (folder / part).is_dir():
+                raise InputError(f"{folder}/{part}: missing; a scorers folder holds identity/ and prompt/")
+        identity, identity_digest = load_identity(folder / "identity", device)
+        prompt, prompt_digest = load_prompt(folder / "prompt", device)
+    digests = {"face_detector": detector_digest(), "identity": identity_digest, "prompt": prompt_digest}
+    logger.info("scorers %s on %s: %s", name, device, {part: digest[:12] for part, digest in digests.items()})
+    return Scorers(name, identity, prompt, digests)
+
+
+def _scorers_folder(name: str) -> Path:
+    if name == "miniature":
+        from facediffuser.miniature.parts import scorers_folder
+
+        return scorers_folder()
+    folder = local_copy(name)
+    if not folder.is_dir():
+        raise InputError(f"{name}: not a folder; give paper, miniature, or a folder with identity/ and prompt/")
+    return folder

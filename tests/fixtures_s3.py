@@ -1,0 +1,42 @@
+"""The fixtures of a real S3 server: `s3_server`, one per session, and `s3_bucket`, a fresh bucket per test."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import boto3
+import pytest
+from swift import SwiftS3
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket and the server that holds it; `url` is s3://name."""
+
+    name: str
+    server: SwiftS3
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[SwiftS3]:
+    """One S3 server for the whole session; where it is not installed the test fails, saying what installs it."""
+    with SwiftS3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: SwiftS3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A fresh bucket; for this test the AWS variables are its server's, and nothing else is configured."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    for name, value in {**s3_server.environment(), **nothing, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(f"bucket-{uuid.uuid4().hex[:12]}", s3_server)
+    boto3.client("s3").create_bucket(Bucket=bucket.name)
+    return bucket

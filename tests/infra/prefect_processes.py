@@ -1,0 +1,115 @@
+"""A Prefect server and a worker as processes of their own on the loopback address, for the tests."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFECT = Path(sys.executable).with_name("prefect")
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+
+
+class PrefectHouse:
+    """A running server with a home of its own below `folder`; `command` runs the `prefect` command line against it."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder = folder
+        self.port = port
+        self.api_url = f"http://127.0.0.1:{port}/api"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+        self.environment = {
+            **inherited,
+            "PREFECT_HOME": str(folder / "home"),
+            "PREFECT_API_URL": self.api_url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_LOGGING_COLORS": "false",
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def command(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run `prefect ARGUMENTS` in the repository's root and return what it said."""
+        return subprocess.run(
+            [PREFECT, *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def log(self, name: str) -> str:
+        """Return the end of a process's log."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")[-4000:]
+
+    @contextmanager
+    def process(self, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run `prefect ARGUMENTS` beside the test, with its output in a log, and stop it on exit."""
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = self._launch(log, arguments)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _launch(self, log: IO[bytes], arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [PREFECT, *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait_until_healthy(self, server: subprocess.Popen[bytes]) -> None:
+        """Return when the server answers; raise with its log when it ended or takes too long."""
+        end = time.monotonic() + START_TIMEOUT_S
+        while not self._healthy():
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the Prefect server did not start:\n{self.log('server')}")
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.api_url}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@contextmanager
+def running_house(folder: Path) -> Iterator[PrefectHouse]:
+    """A server with the work pool of prefect.yaml and a worker on it; all of it ends on exit."""
+    house = PrefectHouse(folder, _free_port())
+    with house.process("server", "server", "start", "--host", "127.0.0.1", "--port", str(house.port)) as server:
+        house.wait_until_healthy(server)
+        made = house.command("work-pool", "create", "face-diffuser", "--type", "process")
+        if made.returncode != 0:
+            raise RuntimeError(f"prefect work-pool create: {made.stdout}{made.stderr}")
+        with house.process("worker", "worker", "start", "--pool", "face-diffuser", "--type", "process"):
+            yield house
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
