@@ -1,8 +1,8 @@
 """Released Face-diffuser checkpoints to our model folder.
 
-`SDM/pytorch_model.bin` and `TDM/pytorch_model.bin` are each the `state_dict()` of one module that holds text_encoder, vae
-and unet, the SDM's also image_encoder and postfuse_module. Their names are older than the libraries that read them:
-attention of the VAE as query/key/value/proj_attn, the text encoder with or without `text_model.`, `position_ids` buffers.
+`SDM/pytorch_model.bin` and `TDM/pytorch_model.bin` are each the `state_dict()` of one module that holds text_encoder,
+vae and unet, the SDM's also image_encoder and postfuse_module. Their names are older than the libraries that read them:
+attention of the VAE as query/key/value/proj_attn, the text encoder with or without `text_model.`, and `position_ids`.
 """
 
 import logging
@@ -127,9 +127,7 @@ def fit(state: State, parts: dict[str, str], modules: dict[str, nn.Module], sour
         part, _, inner = key.partition(".")
         place = wanted.get(part, {}).pop(_plain(inner), None)
         if place is None:
-            raise InputError(
-                f"{source}: {key} has no place in the {_role(parts)}; give the released {_role(parts)} of these base models"
-            )
+            raise InputError(f"{source}: {key} has no place in the {_role(parts)}; give the one released")
         if tuple(tensor.shape) != place.shape:
             raise InputError(f"{source}: {key} has shape {_by(tensor.shape)}, the base models need {_by(place.shape)}")
         if place.kept:

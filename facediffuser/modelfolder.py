@@ -1,8 +1,8 @@
 """Model folders: where they are found, what they hold, and how two trained runs become one.
 
 A model folder is a diffusers folder with `unet` (SDM), `unet_text` (TDM), `vae`, `text_encoder`, `tokenizer`,
-`image_encoder`, `subject_fuser` and `scheduler`; a base folder has one `unet`, and `image_encoder` at choice. Weights are
-safetensors.
+`image_encoder`, `subject_fuser` and `scheduler`; a base folder has one `unet`, and `image_encoder` at choice.
+Weights are safetensors.
 """
 
 import hashlib

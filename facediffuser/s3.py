@@ -90,7 +90,7 @@ class S3Store(Store):
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
         client = _s3_client(connect_timeout=4, read_timeout=15, attempts=2)
-        with self._told(""):
+        with self._told("", unreachable=InputError):
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
     def require_writable(self) -> None:
@@ -110,8 +110,11 @@ class S3Store(Store):
         return self._cached_client
 
     @contextmanager
-    def _told(self, key: str) -> Iterator[None]:
-        """Turn boto3's errors into InputError, FileNotFoundError, FileExistsError or StorageError without secrets."""
+    def _told(self, key: str, unreachable: type[Exception] = StorageError) -> Iterator[None]:
+        """Turn boto3's errors into InputError, FileNotFoundError, FileExistsError or StorageError without secrets.
+
+        An endpoint that cannot be reached is the user's to mend before a run (InputError), an outage during one.
+        """
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import (
             BotoCoreError,
@@ -132,7 +135,7 @@ class S3Store(Store):
             kind = type(error).__name__
             where = _without_userinfo(endpoint_url()) or "the S3 endpoint"
             if kind in ("EndpointConnectionError", "ConnectTimeoutError", "InvalidRegionError"):
-                raise InputError(f"{url}: {where} cannot be reached ({kind}); check AWS_ENDPOINT_URL") from None
+                raise unreachable(f"{url}: {where} cannot be reached ({kind}); check AWS_ENDPOINT_URL") from None
             raise StorageError(f"{url}: {where} did not answer as it should ({kind})") from None
         except ValueError as error:
             # boto3 raises a bare ValueError for an endpoint that is no URL.

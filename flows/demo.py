@@ -1,7 +1,10 @@
 """The flow `demo`: the whole factory at a small scale, from rendered photographs to a scored dataset."""
 
+import json
 import logging
+import shutil
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 
 from prefect import flow, task
@@ -55,6 +58,21 @@ def render_photographs(settings: DemoSettings, url: str) -> str:
             store.put(path.relative_to(rendered).as_posix(), path.read_bytes())
     logger.info("%s: %d photographs", url, settings.photos)
     return url
+
+
+def _keep_first(photos: Path, subjects: int, prompts: int) -> None:
+    """Keep as many subjects and prompts as asked, the prompts of all categories in turn."""
+    names = sorted(path.name for path in (photos / "subjects").iterdir() if path.is_dir())
+    for name in names[subjects:]:
+        shutil.rmtree(photos / "subjects" / name)
+    table = (photos / "subjects" / "subjects.csv").read_text().splitlines()
+    kept = [line for line in table if line.split(",")[0] not in names[subjects:]]
+    (photos / "subjects" / "subjects.csv").write_text("\n".join(kept) + "\n")
+    categories: dict[str, list[str]] = {}
+    for line in (photos / "prompts.jsonl").read_text().splitlines():
+        categories.setdefault(json.loads(line)["category"], []).append(line)
+    in_turn = [line for lines in zip_longest(*categories.values()) for line in lines if line]
+    (photos / "prompts.jsonl").write_text("\n".join(in_turn[:prompts]) + "\n")
 
 
 @task(name="assemble-models")

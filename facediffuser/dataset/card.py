@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.page import card_page
+from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
 from facediffuser.dataset.sheet import SheetRow, Tile, contact_sheet
 from facediffuser.dataset.survey import Located, Survey, fetch_images, survey_dataset
+from facediffuser.scoring.external import without_markers
 from facediffuser.scoring.plots import image_plane, score_histograms
 from facediffuser.scoring.tables import NO_CATEGORY, ScoreRow, markdown, score_table
 from facediffuser.storage import Store
@@ -164,9 +166,9 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "scored for identity preservation (IP) and prompt consistency (PC). More on one page: `card/index.html`.\n",
         "![Subjects, images made of them, prompts and scores](card/contact_sheet.png)\n",
         "## Contents\n\n" + _two_columns(facts),
-        "## Scores\n\nMean and 95% bootstrap interval. IP: cosine of face embeddings of image and reference, negatives\n"
-        "and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of image and\n"
-        "prompt.\n\n"
+        "## Scores\n\nMean and 95% bootstrap interval. IP: cosine of face embeddings of image and reference,\n"
+        "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
+        "image and prompt.\n\n"
         + markdown(card.table),
         "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",
         "## Reading it\n\n```python\nfrom datasets import load_dataset\n\n"
@@ -211,21 +213,16 @@ def tile(located: Located, images: dict[str, bytes]) -> Tile:
     data = images.get(values["sample_id"])
     return Tile(
         image=Image.open(io.BytesIO(data)) if data else None,
-        prompt=shown_prompt(values["prompt"]),
+        prompt=without_markers(values["prompt"]),
         category=values["category"] or "",
         ip=values["ip"],
         pc=values["pc"],
     )
 
 
-def shown_prompt(prompt: str) -> str:
-    """Return a prompt without its markers."""
-    return " ".join(prompt.replace("<|image|>", " ").split())
-
-
 def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
     """The first reference picture of each named subject; none when there is no subjects.parquet."""
-    if not store.exists("subjects.parquet"):
+    if not names or not store.exists("subjects.parquet"):
         return {}
     filesystem, base = store.arrow()
     table = pq.read_table(
@@ -246,18 +243,8 @@ def _run_facts(store: Store) -> dict[str, Any]:
         return {}
     filesystem, base = store.arrow()
     metadata = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
-    facts = {}
-    for name, value in sorted(metadata.items()):
-        if name.startswith(b"facediffuser"):
-            facts[name.decode()] = _decoded(value.decode())
-    return facts
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    run = json.loads(metadata.get(RUN_KEY, b"{}"))
+    return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
 
 
 def _word(value: Any) -> str:

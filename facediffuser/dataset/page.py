@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from facediffuser.dataset.survey import Located
+from facediffuser.scoring.external import without_markers
 from facediffuser.scoring.tables import METRICS, OVERALL, ScoreRow
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _tiles(rows: Sequence[Located], images: Mapping[str, bytes]) -> str:
     figures = []
     for located in rows:
         values = located.values
-        prompt = html.escape(" ".join(values["prompt"].replace("<|image|>", " ").split()))
+        prompt = html.escape(without_markers(values["prompt"]))
         who = html.escape(", ".join(located.subject_ids))
         figures.append(
             f'<figure><img alt="{prompt}" src="{_thumbnail(images[values["sample_id"]])}">'

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 TILE = 208
 GAP = 14
 MARGIN = 28
-REFERENCE_WIDTH = 168
+REFERENCE_WIDTH = 156
 CAPTION_LINES = 3
 CAPTION_HEIGHT = 92
 INK, PALE, RULE, GROUND = (28, 30, 34), (108, 114, 122), (222, 225, 229), (255, 255, 255)
@@ -64,7 +64,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _references(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, y: int) -> None:
     step = (TILE + CAPTION_HEIGHT - 34) / max(len(row.subjects), 1)
-    side = min(REFERENCE_WIDTH - 34, int(step) - 28)
+    side = min(REFERENCE_WIDTH - 12, int(step) - 28)
     for index, (name, picture) in enumerate(row.subjects):
         place = (MARGIN, round(y + index * step))
         if picture is None:

@@ -80,11 +80,13 @@ class Latents:
             [token_ids(tokenizer, texts) for texts in (photos.captions, photos.full_captions)], 1
         ).int()
         self.empty = token_ids(tokenizer, [""]).int()
+        # Two people are named from left to right, so only pictures of one may be mirrored.
+        self.alone = torch.from_numpy(photos.who[:, 1] < 0)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random latents (b, 8, 16, 16), face masks (b, 1, 16, 16), and token ids (b, 77) of one of the two captions or none."""
         index = torch.randint(len(self.ids), (size,), generator=generator)
-        mirrored = torch.rand(size, generator=generator) < 0.5
+        mirrored = (torch.rand(size, generator=generator) < 0.5) & self.alone[index]
         full = torch.rand(size, generator=generator) < 0.5
         faces = self.faces[index].float()
         ids = self.ids[index, full.long()]

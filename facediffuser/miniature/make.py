@@ -17,11 +17,11 @@ from facediffuser.miniature.embedder import save_identity_embedder
 from facediffuser.miniature.photos import PhotoSet, load_photos
 from facediffuser.miniature.scorers import train_identity_embedder, train_image_encoder, train_prompt_scorer
 from facediffuser.miniature.tokenizer import make_tokenizer
-from facediffuser.miniature.vae import round_trip_psnr, train_vae
+from facediffuser.miniature.vae import round_trip_psnr, train_decoder, train_vae
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = {"tokenizer": 0, "vae": 420, "base": 3000, "image-encoder": 300, "identity": 240, "prompt": 300}
+BUDGETS = {"tokenizer": 0, "vae": 540, "vae-decoder": 900, "base": 2700, "image-encoder": 300, "identity": 240, "prompt": 300}
 """Seconds of training per part."""
 
 MODEL_PEOPLE, SCORER_PEOPLE = 0, 1_000_000
@@ -41,7 +41,12 @@ def make(part: str, output: Path, seconds: float, cache: Path) -> None:
         make_tokenizer(_texts(photos)).save_pretrained(base / "tokenizer")
         new_scheduler().save_pretrained(base / "scheduler")
     elif part == "vae":
-        vae = train_vae(photos, seconds)
+        made = base / "vae"
+        vae = train_vae(photos, seconds, start=AutoencoderKL.from_pretrained(made).float() if made.exists() else None)
+        logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
+        save_fp16(vae, base / "vae")
+    elif part == "vae-decoder":
+        vae = train_decoder(photos, seconds, AutoencoderKL.from_pretrained(base / "vae").float())
         logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
         save_fp16(vae, base / "vae")
     elif part == "base":

@@ -27,29 +27,51 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(photos: PhotoSet, seconds: float, batch_size: int = 32, seed: int = 0) -> AutoencoderKL:
-    """Train on L1 and edge differences, faces weighing more, with a slight pull towards a unit Gaussian; return the average.
+def train_vae(
+    photos: PhotoSet, seconds: float, batch_size: int = 32, seed: int = 0, start: AutoencoderKL | None = None
+) -> AutoencoderKL:
+    """Train on L1 and edges, faces weighing more, with a slight pull towards a unit Gaussian; return the average.
 
     The latents' mean and deviation per channel are folded into the quantising convolutions, so `scaling_factor` is 1.
+    With `start` its training goes on, at a lower rate.
     """
+    vae = (start or new_vae()).to(memory_format=torch.channels_last).train()
+    average = _fit_vae("vae", vae, photos, seconds, 8e-4 if start else 2e-3, batch_size, seed)
+    fold_normalisation(average, photos)
+    return average
+
+
+def train_decoder(
+    photos: PhotoSet, seconds: float, start: AutoencoderKL, batch_size: int = 32, seed: int = 1
+) -> AutoencoderKL:
+    """Go on with the decoder alone: the latents stay what they are, so a UNet trained on them still fits."""
+    vae = start.to(memory_format=torch.channels_last).train()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return _fit_vae("vae decoder", vae, photos, seconds, 1.2e-3, batch_size, seed)
+
+
+def _fit_vae(
+    name: str, vae: AutoencoderKL, photos: PhotoSet, seconds: float, learning_rate: float, batch_size: int, seed: int
+) -> AutoencoderKL:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    vae = new_vae().to(memory_format=torch.channels_last).train()
     average = Average(vae, 0.998)
+    encoder_learns = vae.quant_conv.weight.requires_grad
 
     def loss(step: int) -> torch.Tensor:
         index = torch.randint(len(photos), (batch_size,), generator=generator)
         pixels = photos.pixels(index).contiguous(memory_format=torch.channels_last)
         weight = 1 + FACE_WEIGHT * photos.face_masks(index)[:, None]
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
+            with torch.set_grad_enabled(encoder_learns):
+                posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean() if encoder_learns else 0.0
         return reconstruction_loss(decoded.float(), pixels, weight) + 1e-4 * kl
 
-    fit("vae", loss, vae.parameters(), seconds, 2e-3, 1e-4, after_step=lambda step: average.update(vae))
-    fold_normalisation(average.module, photos)
+    fit(name, loss, vae.parameters(), seconds, learning_rate, 1e-4, after_step=lambda step: average.update(vae))
     return average.module.eval().to(memory_format=torch.contiguous_format)
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
 
 from facediffuser.preprocess.segments import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -52,7 +53,7 @@ def _sample(store: Store, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def contact_sheet(rows: list[dict[str, Any]]) -> Image.Image:
-    """Return a sheet of pictures: face boxes red, reference crops yellow, subjects tinted, captions below."""
+    """Return a sheet of pictures: face boxes red, reference crops yellow, subjects outlined, captions below."""
     columns = min(COLUMNS, len(rows))
     height = CELL + TEXT_LINES * LINE + 6
     sheet = Image.new("RGB", (columns * CELL, -(-len(rows) // columns) * height), "white")
@@ -71,8 +72,10 @@ def _cell(row: dict[str, Any]) -> Image.Image:
         ids = decode_map(row["segmentation"])
         pixels = np.asarray(image).astype(np.float32)
         for index, subject in enumerate(row["subjects"]):
-            inside = (ids == subject["segment_id"])[..., None]
-            pixels = np.where(inside, pixels * 0.65 + np.float32(SUBJECTS[index % len(SUBJECTS)]) * 0.35, pixels)
+            inside = ids == subject["segment_id"]
+            # Its outline in full colour, a breath of it inside, so that the picture itself can be judged.
+            opacity = np.where(binary_erosion(inside, border_value=1), 0.12, 0.9) * inside
+            pixels += opacity[..., None] * (np.float32(SUBJECTS[index % len(SUBJECTS)]) - pixels)
         image = Image.fromarray(pixels.astype(np.uint8))
     scale = CELL / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -137,7 +140,7 @@ def _readme(manifest: dict[str, Any], pictured: bool) -> str:
         f"{counts[TEST]:,} in test, {counts['rejected']:,} rejected. {source['ignored_files']:,} other files of the "
         "source belong to no picture.\n\n"
         + ("![pictures with faces and subjects](card/contact-sheet.png)\n\n" if pictured else "")
-        + "Red: a face and its five landmarks. Yellow: its reference crop. Tinted: a subject's segment, in the colour "
+        + "Red: a face and its five landmarks. Yellow: its reference crop. Outlined: a subject's segment, in the colour "
         "of its phrase.\n\n![histograms](card/histograms.png)\n\n"
         + (f"| rejected because | pictures |\n|---|---:|\n{rejected}\n" if rejected else "")
         + "Licence and author stand in each row where the source tells them; FFHQ as a whole is CC BY-NC-SA 4.0, its "

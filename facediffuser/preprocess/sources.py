@@ -95,10 +95,11 @@ def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Li
     records = lister.get(format, lambda: _list_folder(table))()
     if not records:
         raise InputError(f"{url}: no pictures of format {format}; give their folder, or another --format")
-    records = [_check_names(record, table) for record in records]
+    used = {key for record in records for key in (record.image, record.annotation, record.segmentation)}
+    records = _check_twice([_check_names(record, table) for record in records])
     if archive:
         records = _in_archive_order(records, table)
-    used = {key for record in records for key in record.files} | set(ID_LISTS.values()) | {FFHQ_METADATA}
+    used |= {*ID_LISTS.values(), FFHQ_METADATA}
     ignored = sum(key not in used for key in table.sizes)
     return Listing(url, format, records, ignored, _digest(format, records, table), archive, table.top)
 
@@ -254,6 +255,16 @@ def _check_names(record: Record, table: FileTable) -> Record:
     if links:
         return replace(record, problem=f"a link: {links[0]} is a link inside of the archive; archive files themselves")
     return record
+
+
+def _check_twice(records: list[Record]) -> list[Record]:
+    seen: set[str] = set()
+    checked = []
+    for record in records:
+        twice = record.image_id in seen and not record.problem
+        checked.append(replace(record, problem="id stands twice: another file has it too") if twice else record)
+        seen.add(record.image_id)
+    return checked
 
 
 def _in_archive_order(records: list[Record], table: FileTable) -> list[Record]:

@@ -1,6 +1,7 @@
 """The Dockerfile parses, passes the linter, and copies only what exists and what the build context lets in."""
 
 import json
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -83,3 +84,26 @@ def test_the_image_has_the_python_that_the_project_asks_for(commands):
     assert len(set(images)) == 1, "the environment is copied from one stage to the next: both need the same Python"
     major, minor = images[0].removeprefix("python:").split("-")[0].split(".")[:2]
     assert (int(major), int(minor)) >= (3, 11)
+
+
+def test_what_is_copied_installs_with_everything_the_commands_need(commands, tmp_path):
+    context, installed = tmp_path / "context", tmp_path / "installed"
+    context.mkdir()
+    for source in ("pyproject.toml", "README.md", "facediffuser", "tasks", "flows"):
+        assert source in _copied_from_context(commands)
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        copy(ROOT / source, context / source)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable),
+            *("--target", installed, "--no-deps", "--no-build-isolation", context),
+        ],
+        check=True,
+    )
+    shipped = {path.relative_to(ROOT) for path in (ROOT / "facediffuser").rglob("*") if _is_shipped(path)}
+    assert {path for path in shipped if not (installed / path).exists()} == set()
+    assert (installed / "bin" / "facediffuser").exists()
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.is_file() and (path.suffix == ".py" or "weights" in path.parts) and "__pycache__" not in path.parts

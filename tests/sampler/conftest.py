@@ -114,8 +114,12 @@ def pipeline(parts):
     return pipe
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> Image.Image:
-    """A random picture of a size (width, height)."""
+@pytest.fixture(scope="session")
+def picture():
+    """A function (seed, (width, height), mode) -> a random picture."""
+    return random_picture
+
+
+def random_picture(seed: int, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> Image.Image:
     generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze(), mode if len(mode) > 1 else None)
+    return Image.fromarray(generator.integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8))

@@ -1,11 +1,15 @@
 """Made worlds for the scorers' tests: a face network that looks at colours, an untrained small CLIP, pictures."""
 
+import io
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
+from facediffuser.dataset.schema import DATASET_SCHEMA, SUBJECTS_SCHEMA
 from facediffuser.miniature.embedder import IdentityEmbedder, save_identity_embedder
 from facediffuser.miniature.tokenizer import make_tokenizer
 
@@ -39,3 +43,57 @@ def save_scorers(folder: Path) -> Path:
     CLIPModel(config).save_pretrained(folder / "prompt")
     tokenizer.save_pretrained(folder / "prompt")
     return folder
+
+
+def row(number: int, image: Image.Image | None, **values) -> dict:
+    """A dataset's row, ok when it has an image; `values` replace what it would hold."""
+    made = {
+        "sample_id": f"sample-{number:05d}",
+        "prompt_id": f"prompt-{number % 6}",
+        "prompt": "a person <|image|> on the beach",
+        "category": ("context", "style")[number % 2],
+        "subject_ids": ["ada"],
+        "seed": number,
+        "method": "face-diffuser",
+        "num_inference_steps": 30,
+        "guidance_scale": 5.0,
+        "fusion_start": 10,
+        "fusion_end": 19,
+        "scheduler": "PNDMScheduler",
+        "height": 64,
+        "width": 64,
+        "image": {"bytes": png(image), "path": f"{number}.png"} if image else None,
+        "ip": 0.5 if image else None,
+        "pc": 0.25 if image else None,
+        "status": "ok" if image else "failed",
+        "error": None if image else "out of memory\nwhere it happened",
+    }
+    return made | values
+
+
+def write_dataset(folder: Path, rows: list[dict], references: dict[str, Image.Image], shards: int = 2) -> Path:
+    """Write rows as a dataset's shards, with its subjects.parquet; return the folder."""
+    (folder / "data").mkdir(parents=True)
+    size = -(-len(rows) // shards)
+    for shard in range(shards):
+        table = pa.Table.from_pylist(rows[shard * size : (shard + 1) * size], schema=DATASET_SCHEMA)
+        pq.write_table(table, folder / "data" / f"shard-{shard:05d}-of-{shards:05d}.parquet", row_group_size=4)
+    subjects = [
+        {
+            "subject_id": name,
+            "class_word": "person",
+            "reference": f"{name}/1.png",
+            "source_sha256": "0" * 64,
+            "image": {"bytes": png(image)},
+        }
+        for name, image in references.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(subjects, SUBJECTS_SCHEMA), folder / "subjects.parquet")
+    return folder
+
+
+def png(image: Image.Image) -> bytes:
+    """Return the picture as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()

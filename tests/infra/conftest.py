@@ -1,4 +1,4 @@
-"""A Prefect server and a worker as processes of their own on the loopback address, for the tests."""
+"""What the infra tests share: a Prefect server and worker as processes of their own, and what Prefect can be told."""
 
 import os
 import socket
@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+import prefect.settings
+import pytest
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
@@ -113,3 +117,26 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def prefect_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHouse]:
+    """A real Prefect server and a real worker on the work pool of prefect.yaml, once per session."""
+    with running_house(tmp_path_factory.mktemp("prefect")) as house:
+        yield house
+
+
+@pytest.fixture(scope="session")
+def prefect_variables() -> set[str]:
+    """The names of the environment variables that the installed Prefect reads."""
+    return _variables(prefect.settings.Settings)
+
+
+def _variables(settings: type[BaseModel]) -> set[str]:
+    names = set()
+    for name, field in settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names |= _variables(field.annotation)
+        else:
+            names.add(f"{settings.model_config.get('env_prefix', '')}{name}".upper())
+    return names

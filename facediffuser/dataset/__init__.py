@@ -1,0 +1,1 @@
+"""What readers of a dataset see: rows, plan, shards, manifest, verification, card."""

@@ -1,0 +1,177 @@
+"""The plan: every image of a dataset as a row, written before any pixel, the same rows for the same inputs."""
+
+import hashlib
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from facediffuser.dataset.inputs import Prompt, Subject
+from facediffuser.dataset.schema import PLAN_SCHEMA, canonical_json
+from facediffuser.storage import Store
+
+ROWS_PER_PART = 100_000
+GROUPS_PER_PART = 256
+
+
+class RowSettings(BaseModel):
+    """What is the same in every row of a plan: how its image is sampled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    num_inference_steps: int
+    guidance_scale: float
+    fusion_start: int
+    fusion_end: int
+    scheduler: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie in shards and plan parts; a function of the two numbers, not of workers.
+
+    A shard is one row group of a plan part, so a worker reads just its own rows.
+    """
+
+    rows: int
+    shard_size: int
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.rows / self.shard_size)
+
+    @property
+    def shards_per_part(self) -> int:
+        return max(1, min(GROUPS_PER_PART, ROWS_PER_PART // self.shard_size))
+
+    @property
+    def parts(self) -> int:
+        return math.ceil(self.shards / self.shards_per_part)
+
+    def shard_rows(self, shard: int) -> int:
+        """Return how many rows a shard has: `shard_size`, the last one what remains."""
+        return min(self.shard_size, self.rows - shard * self.shard_size)
+
+    def part_key(self, part: int) -> str:
+        return f"plan/part-{part:05d}-of-{self.parts:05d}.parquet"
+
+    def shard_key(self, shard: int) -> str:
+        return f"data/shard-{shard:05d}-of-{self.shards:05d}.parquet"
+
+    def stats_key(self, shard: int) -> str:
+        return f"stats/shard-{shard:05d}.json"
+
+    def shard_of_key(self, key: str) -> int | None:
+        """Return the number of a shard of this layout by its key, None for any other key."""
+        match = re.fullmatch(r"data/shard-(\d+)-of-(\d+)\.parquet", key)
+        number = int(match[1]) if match else -1
+        return number if 0 <= number < self.shards and self.shard_key(number) == key else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Subjects x prompts x images: each unordered set of `subjects_per_image` subjects with each prompt."""
+
+    subjects: tuple[Subject, ...]
+    prompts: tuple[Prompt, ...]
+    subjects_per_image: int
+    images_per_prompt: int
+    seed: int
+    row: RowSettings
+
+    @property
+    def subject_sets(self) -> int:
+        return math.comb(len(self.subjects), self.subjects_per_image)
+
+    def __len__(self) -> int:
+        return self.subject_sets * len(self.prompts) * self.images_per_prompt
+
+    def digest(self) -> str:
+        """Return the sha256 of all that the rows are made of."""
+        digest = hashlib.sha256()
+        head = [self.subjects_per_image, self.images_per_prompt, self.seed, self.row.model_dump()]
+        people = [[person.subject_id, person.class_word] for person in self.subjects]
+        digest.update(canonical_json([head, people]).encode())
+        for prompt in self.prompts:
+            line = [prompt.prompt_id, prompt.category, prompt.pieces, prompt.order]
+            digest.update(b"\n" + canonical_json(line).encode())
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[tuple[str, str, str, str | None, tuple[str, ...], int]]:
+        """Yield (sample_id, prompt_id, prompt, category, subject_ids, seed) of each image."""
+        for people in itertools.combinations(self.subjects, self.subjects_per_image):
+            ids = tuple(person.subject_id for person in people)
+            words = tuple(person.class_word for person in people)
+            name = "+".join(ids)
+            for prompt in self.prompts:
+                text, ordered = prompt.text(words), prompt.subjects_in_order(ids)
+                for number in range(self.images_per_prompt):
+                    sample_id = f"{name}~{prompt.prompt_id}~{number}"
+                    yield (
+                        sample_id, prompt.prompt_id, text, prompt.category, ordered, row_seed(self.seed, sample_id),
+                    )  # fmt: skip
+
+    def tables(self, rows_per_table: int) -> Iterator[pa.Table]:
+        """Yield the plan as tables of PLAN_SCHEMA, `rows_per_table` rows each, the last one what remains."""
+        same = self.row.model_dump()
+        rows = self.rows()
+        while chunk := list(itertools.islice(rows, rows_per_table)):
+            columns = dict(
+                zip(("sample_id", "prompt_id", "prompt", "category", "subject_ids", "seed"), zip(*chunk, strict=True),
+                    strict=True)
+            )  # fmt: skip
+            arrays = [
+                pa.array(columns[field.name], field.type)
+                if field.name in columns
+                else pa.repeat(pa.scalar(same[field.name], field.type), len(chunk))
+                for field in PLAN_SCHEMA
+            ]
+            yield pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA)
+
+
+def row_seed(run_seed: int, sample_id: str) -> int:
+    """Return a row's seed: 63 bits of a hash of the run's seed and the sample_id."""
+    digest = hashlib.blake2b(f"{run_seed}\0{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> int:
+    """Write the plan's missing parts and return how many were written; memory holds one part at a time.
+
+    `schema` is PLAN_SCHEMA with the run's marks. The first part is put only where none is: it settles which of two runs
+    started at once on one output goes on (FileExistsError for the other). Parts appear whole, so a part that is there
+    is finished.
+    """
+    there = {info.key for info in store.list("plan/")}
+    if all(layout.part_key(part) in there for part in range(layout.parts)):
+        return 0
+    written = 0
+    for part, table in enumerate(plan.tables(layout.shards_per_part * layout.shard_size)):
+        key = layout.part_key(part)
+        if key not in there:
+            sink = io.BytesIO()
+            pq.write_table(
+                table.replace_schema_metadata(schema.metadata), sink, row_group_size=layout.shard_size,
+                compression="zstd", write_page_index=True,
+            )  # fmt: skip
+            store.put(key, sink.getvalue(), if_absent=part == 0)
+            written += 1
+    return written
+
+
+def read_shard_rows(store: Store, layout: Layout, shard: int) -> list[dict[str, Any]]:
+    """Return the planned rows of one shard."""
+    part, group = divmod(shard, layout.shards_per_part)
+    filesystem, base = store.arrow()
+    with filesystem.open_input_file(f"{base}/{layout.part_key(part)}") as source, pq.ParquetFile(source) as file:
+        return file.read_row_group(group).to_pylist()

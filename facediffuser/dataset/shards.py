@@ -1,0 +1,87 @@
+"""Shards: finished rows as one Parquet object, encoded in memory; its presence with the run's fingerprint ends it."""
+
+import functools
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY
+from facediffuser.storage import ObjectInfo, Store
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_GROUP = 100
+IMAGE_BYTES = "image.bytes"
+READERS = 16
+
+
+def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """Return a shard's Parquet: about 100 rows per row group, page index, zstd for all columns but the image bytes.
+
+    `schema` is DATASET_SCHEMA with the run's marks. The same rows give the same bytes.
+    """
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    sink = io.BytesIO()
+    others = [path for path in _column_paths() if path != IMAGE_BYTES]
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROWS_PER_GROUP,
+        # Images are compressed already; a second pass would cost time and win nothing.
+        compression={IMAGE_BYTES: "none"} | dict.fromkeys(others, "zstd"),
+        use_dictionary=["prompt_id", "prompt", "category", "subject_ids.list.element", "method", "scheduler", "status"],
+        write_statistics=others,
+        write_page_index=True,
+    )
+    return sink.getvalue()
+
+
+@functools.cache
+def _column_paths() -> tuple[str, ...]:
+    sink = io.BytesIO()
+    pq.write_table(DATASET_SCHEMA.empty_table(), sink)
+    schema = pq.ParquetFile(sink).schema
+    return tuple(schema.column(index).path for index in range(len(schema)))
+
+
+def shard_mark(store: Store, key: str) -> str | None:
+    """Return the fingerprint in a Parquet object's footer; None when it has none or is no whole Parquet file."""
+    filesystem, base = store.arrow()
+    try:
+        with filesystem.open_input_file(f"{base}/{key}") as source:
+            metadata = pq.read_metadata(source).metadata or {}
+    except pa.ArrowInvalid:
+        return None
+    return metadata.get(FINGERPRINT_KEY, b"").decode() or None
+
+
+def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int, ObjectInfo]:
+    """Return the shards that are there and whole, with the run's fingerprint, by number."""
+    there = {}
+    for info in store.list("data/"):
+        shard = layout.shard_of_key(info.key)
+        if shard is not None:
+            there[shard] = info
+    with ThreadPoolExecutor(READERS) as pool:
+        marks = pool.map(lambda info: shard_mark(store, info.key), there.values())
+    finished = {shard: info for (shard, info), mark in zip(there.items(), marks, strict=True) if mark == fingerprint}
+    for shard in there.keys() - finished.keys():
+        logger.warning("%s: not a whole shard of this run; it is made again", store.url_of(there[shard].key))
+    return finished
+
+
+def foreign_shards(store: Store, layout: Layout) -> list[str]:
+    """Return the keys below data/ that are no shards of this layout."""
+    return [info.key for info in store.list("data/") if layout.shard_of_key(info.key) is None]
+
+
+def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
+    """Return some columns of a shard."""
+    filesystem, base = store.arrow()
+    return pq.read_table(f"{base}/{key}", filesystem=filesystem, columns=list(columns))

@@ -1,0 +1,77 @@
+"""What `facediffuser generate` and the flow `generate-dataset` are told."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SchedulerName = Literal["ddim", "pndm", "dpm", "euler", "euler-ancestral", "unipc"]
+SCHEDULER_CLASSES = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class GenerateSettings(BaseModel):
+    """Subjects x prompts x images to a scored image dataset; run again, it goes on where it stopped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: str = Field(description="model folder: a folder, an s3:// URL, a hub id, or `miniature`")
+    subjects: str = Field(description="folder or s3:// prefix of <subject_id>/*.jpg|png|webp, subjects.csv beside them")
+    prompts: str = Field(description="JSONL, CSV or Parquet with prompt, and prompt_id and category at choice")
+    output: str = Field(description="where the dataset goes: a folder or s3://bucket/prefix")
+    subjects_per_image: int = Field(1, ge=1, le=16, description="subjects in an image: every set of so many is made")
+    images_per_prompt: int = Field(1, ge=1, description="images of each prompt and set of subjects")
+    seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
+    method: Literal["face-diffuser", "tdm", "sdm", "fastcomposer"] = Field("face-diffuser", description="sampler")
+    steps: int = Field(50, ge=1, le=1000, description="denoising steps of an image")
+    guidance_scale: float = Field(5.0, ge=0, le=100, allow_inf_nan=False, description="strength of both models' guidance")
+    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 16 of 50)")
+    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 31 of 50)")
+    height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
+    width: int | None = Field(None, ge=8, le=4096, description="image width, px (default: the model's)")
+    scheduler: SchedulerName | None = Field(None, description="noise scheduler (default: the model's own)")
+    workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+    batch_size: int | None = Field(None, ge=1, le=1024, description="images denoised together (default: by image size)")
+    shard_size: int = Field(500, ge=1, le=100_000, description="rows of a shard, the unit of work and of resuming")
+    scorers: str | None = Field(
+        None, description="paper, miniature, or a folder with identity/ and prompt/ (default: what belongs to the models)"
+    )
+    image_format: Literal["png", "jpeg", "webp"] = Field("png", description="how images are stored")
+    reference_crop: Literal["face", "whole"] = Field(
+        "face", description="what the model is shown of a reference picture: the square around its face, or all of it"
+    )
+    reference_margin: float = Field(
+        0.3, ge=0, le=3, description="for `face`: how much wider the square is on each side, in parts of the face"
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="numbers the models compute in (auto: float16 on a GPU, float32 on a CPU)"
+    )
+    max_failed: float = Field(0.01, ge=0, le=1, description="share of failed rows above which the run fails")
+    provenance: bool = Field(True, description="mark images and Parquet as synthetic")
+    dry_run: bool = Field(False, description="check the input, say what would be made, write nothing")
+
+    @model_validator(mode="after")
+    def _window(self) -> "GenerateSettings":
+        start, end = self.fusion_window
+        if start > end:
+            raise ValueError(f"fusion window {start} to {end} of {self.steps} steps; let it start before it ends")
+        for name in ("fusion_start", "fusion_end"):
+            value = getattr(self, name)
+            if value is not None and value > self.steps:
+                raise ValueError(f"{name} {value} lies behind the {self.steps} steps; give at most {self.steps}")
+        return self
+
+    @property
+    def fusion_window(self) -> tuple[int, int]:
+        """First step of both models and first step of the SDM alone; the released window scaled where none is given."""
+        # The same rule as stages.default_fusion_window, which cannot be imported here without torch.
+        start, end = round(16 * self.steps / 50), round(31 * self.steps / 50)
+        return (
+            start if self.fusion_start is None else self.fusion_start,
+            end if self.fusion_end is None else self.fusion_end,
+        )

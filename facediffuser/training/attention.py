@@ -1,0 +1,70 @@
+"""Cross-attention that can be looked at: a processor that keeps the maps of the subjects' tokens while asked to."""
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+
+class AttentionMaps:
+    """The attention maps of one forward pass, one tensor a layer, (b, heads, cells, n) with n the text's tokens."""
+
+    def __init__(self):
+        self.maps: list[torch.Tensor] = []
+        self.recording = False
+
+    def __enter__(self) -> "AttentionMaps":
+        self.maps, self.recording = [], True
+        return self
+
+    def __exit__(self, *error) -> None:
+        # Gradient checkpointing runs the layers again during the backward pass: those maps are not wanted.
+        self.recording = False
+
+
+class RecordingProcessor:
+    """Cross-attention as diffusers computes it, with its probabilities given to an AttentionMaps while it records."""
+
+    def __init__(self, store: AttentionMaps):
+        self.store = store
+        self.plain = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.store.recording or encoder_hidden_states is None or attention_mask is not None:
+            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        residual = hidden_states
+        query = _split(attn.to_q(hidden_states), attn.heads)
+        key = _split(attn.to_k(encoder_hidden_states), attn.heads)
+        value = _split(attn.to_v(encoder_hidden_states), attn.heads)
+        # Probabilities in float32, as the small differences between them are what is learnt from.
+        probabilities = ((query @ key.transpose(-1, -2)).float() * attn.scale).softmax(dim=-1)
+        self.store.maps.append(probabilities)
+        joined = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        out = attn.to_out[1](attn.to_out[0](joined))
+        out = out + residual if attn.residual_connection else out
+        return out / attn.rescale_output_factor
+
+
+def _split(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """(b, cells, heads * d) to (b, heads, cells, d)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def record_cross_attention(unet: UNet2DConditionModel, store: AttentionMaps) -> list[str]:
+    """Install the processor in the cross-attention below the full latent resolution; return those layers' names.
+
+    These are all blocks but the first down and the last up: for Stable Diffusion v1-5 `down_blocks.1`, `down_blocks.2`,
+    `mid_block`, `up_blocks.1` and `up_blocks.2`, the five of the method's localization loss.
+    """
+    full = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
+    processors = dict(unet.attn_processors)
+    chosen = [name for name in processors if ".attn2." in name and not name.startswith(full)]
+    processors.update({name: RecordingProcessor(store) for name in chosen})
+    unet.set_attn_processor(processors)
+    return [name.removesuffix(".processor") for name in chosen]

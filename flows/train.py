@@ -1,0 +1,18 @@
+"""The flow `train`: the TDM, the SDM, or both."""
+
+from typing import Any
+
+from prefect import flow
+
+from facediffuser.training import TrainSettings
+from tasks.train import train_on_ray
+
+
+@flow(name="train")
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train what `settings.role` names from prepared Parquet; return per role step, loss, seconds and output.
+
+    Both models train side by side when `both` are asked for; on a cluster without room for two the second waits.
+    """
+    running = {role: train_on_ray.submit(settings.of(role)) for role in settings.roles}
+    return {role: future.result() for role, future in running.items()}

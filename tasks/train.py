@@ -1,0 +1,122 @@
+"""The training stage: Ray Train runs the loop on one or many workers; the driver shows how far it is."""
+
+import logging
+import tempfile
+import threading
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from prefect import task
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from facediffuser.storage import open_store
+from facediffuser.training import TrainSettings, runs
+from facediffuser.training.loop import Worker, train_model
+from tasks.progress import Progress
+from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where the first worker writes its numbers and the driver reads them."""
+
+    def __init__(self):
+        self.numbers: dict[str, float] = {}
+
+    def write(self, numbers: dict[str, float]) -> None:
+        self.numbers = numbers
+
+    def read(self) -> dict[str, float]:
+        return self.numbers
+
+
+@task(name="train-model")
+def train_on_ray(settings: TrainSettings) -> dict[str, Any]:
+    """Train one model on Ray and return role, step, loss, seconds and output.
+
+    A finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
+    `max_failures` times. Raises InputError before anything is written when the output holds another run.
+    """
+    store = open_store(settings.output)
+    store.require_writable()
+    runs.require_startable(store, settings)
+    done = runs.finished_step(store)
+    if done is not None and done >= settings.recipe().steps:
+        logger.info("%s: %s is trained already (%d steps)", settings.output, settings.role, done)
+        return {"role": settings.role, "step": done, "output": settings.output, "seconds": 0.0}
+    connect_ray()
+    workers = settings.workers or max(1, cluster_gpus())
+    on_gpu = cluster_gpus() >= workers
+    cpus = settings.cpus_per_worker or 1 if on_gpu else settings.cpus_per_worker or max(1, cluster_cpus() // workers)
+    board = _Board.remote()
+    with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"settings": settings.model_dump(), "board": board, "threads": cpus},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=on_gpu,
+                resources_per_worker={"GPU" if on_gpu else "CPU": 1 if on_gpu else cpus},
+            ),
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=settings.max_failures)),
+        )
+        _fit(trainer, board, settings)
+    last = ray.get(board.read.remote())
+    return {"role": settings.role, "output": settings.output, **last}
+
+
+def _fit(trainer: TorchTrainer, board: Any, settings: TrainSettings) -> None:
+    """Run the trainer in a thread and show its progress; raises what it raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train")
+    with Progress(settings.recipe().steps, "steps", f"Train {settings.role}") as progress:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            numbers = ray.get(board.read.remote())
+            if numbers:
+                note = f"loss {numbers['loss']:.4f}, {numbers.get('images_per_second', 0):.1f} images/s"
+                progress.advance(int(numbers["step"]) - progress.done, note)
+    if errors:
+        raise errors[0]
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker's whole life; Ray Train calls it in the worker's process."""
+    settings, board = TrainSettings.model_validate(config["settings"]), config["board"]
+    context = ray.train.get_context()
+    torch.set_num_threads(config["threads"])
+    rank = context.get_world_rank()
+    worker = Worker(
+        rank=rank,
+        count=context.get_world_size(),
+        device=str(ray.train.torch.get_device()),
+        wrap=_data_parallel if context.get_world_size() > 1 else (lambda module: module),
+    )
+
+    def report(numbers: dict[str, float]) -> None:
+        if rank == 0:
+            board.write.remote(numbers)
+
+    result = train_model(settings, report, worker)
+    if rank == 0:
+        ray.get(board.write.remote({**result, "step": float(result["step"])}))
+
+
+def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+    # A batch may have no subjects, so parts of the SDM may get no gradient.
+    return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)

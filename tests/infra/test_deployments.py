@@ -1,0 +1,78 @@
+"""prefect.yaml: what Prefect reads of it, and that its flows exist and take the parameters it gives them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig, WorkPoolConfig
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ParameterTypeError
+from prefect.flows import Flow, load_flow_from_entrypoint
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "prefect.yaml"
+NAMES = ["preprocess-ffhq", "train", "generate-dataset", "evaluate"]
+
+
+@pytest.fixture(scope="module")
+def raw() -> dict:
+    return yaml.safe_load(FILE.read_text())
+
+
+@pytest.fixture(scope="module")
+def deployments(raw) -> dict[str, DeploymentConfig]:
+    return {each.name: each for each in PrefectYamlModel.model_validate(raw).deployments}
+
+
+def _flow(deployment: DeploymentConfig, monkeypatch: pytest.MonkeyPatch) -> Flow:
+    monkeypatch.chdir(ROOT)
+    return load_flow_from_entrypoint(deployment.entrypoint)
+
+
+def test_the_four_stages_are_deployed(deployments):
+    assert list(deployments) == NAMES
+
+
+def test_prefect_reads_every_key(raw):
+    # Prefect drops keys it does not know without a word, so a slip of the pen would stay unseen.
+    assert raw.keys() - PrefectYamlModel.model_fields.keys() == {"definitions"}
+    for deployment in raw["deployments"]:
+        assert deployment.keys() <= DeploymentConfig.model_fields.keys()
+        assert deployment["work_pool"].keys() <= WorkPoolConfig.model_fields.keys()
+        for schedule in deployment.get("schedules", []):
+            assert schedule.keys() <= RawScheduleConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_flow_exists_under_the_same_name(deployments, name, monkeypatch):
+    assert _flow(deployments[name], monkeypatch).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_parameters_are_what_the_flow_takes(deployments, name, monkeypatch):
+    flow = _flow(deployments[name], monkeypatch)
+    parameters = deployments[name].parameters
+    assert parameters.keys() == {"settings"}
+    settings = flow.validate_parameters(parameters)["settings"]
+    for field, value in parameters["settings"].items():
+        assert str(getattr(settings, field)) == str(value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_option_is_refused(deployments, name, monkeypatch):
+    flow = _flow(deployments[name], monkeypatch)
+    assert deployments[name].enforce_parameter_schema
+    wrong = {"settings": {**deployments[name].parameters["settings"], "no_such_option": 1}}
+    with pytest.raises(ParameterTypeError, match="no_such_option"):
+        flow.validate_parameters(wrong)
+
+
+def test_datasets_are_generated_every_night_and_nothing_else_runs_by_itself(deployments):
+    assert [name for name, each in deployments.items() if each.schedules] == ["generate-dataset"]
+    (schedule,) = deployments["generate-dataset"].schedules
+    assert schedule.active is True
+    assert CronSchedule(cron=schedule.cron, timezone=schedule.timezone).timezone == "UTC"
+
+
+def test_two_runs_of_one_dataset_do_not_meet(deployments):
+    assert deployments["generate-dataset"].concurrency_limit == 1

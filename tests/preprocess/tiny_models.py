@@ -1,0 +1,76 @@
+"""Captioner, segmenter and matcher as their real transformers classes: tiny, with random weights, saved to folders."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman", "and", "young", "on", "the", "beach", "photo"]
+SMALL = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _save(folder: Path, model, processor) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def tiny_blip(folder: Path) -> Path:
+    """A BLIP captioner."""
+    torch.manual_seed(0)
+    text = {**SMALL, "vocab_size": len(WORDS), "max_position_embeddings": 64, "encoder_hidden_size": 32,
+            "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}  # fmt: skip
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(WORDS)})
+    return _save(folder, model, BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer))
+
+
+def tiny_mask2former(folder: Path) -> Path:
+    """A panoptic Mask2Former whose first class is `person`, sure enough of itself to name segments."""
+    torch.manual_seed(0)
+    backbone = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2],
+                          window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, hidden_dim=16, feature_size=16, mask_feature_size=16, num_queries=4,
+        num_attention_heads=2, encoder_layers=1, decoder_layers=2, dim_feedforward=16, encoder_feedforward_dim=16,
+        id2label={0: "person", 1: "tree"}, num_labels=2,
+    )  # fmt: skip
+    model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.bias[0] = 9.0
+    processor = Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}, num_labels=2)
+    return _save(folder, model, processor)
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIP model that compares phrases and crops."""
+    torch.manual_seed(0)
+    text = {**SMALL, "vocab_size": len(WORDS), "max_position_embeddings": 32, "eos_token_id": 3, "bos_token_id": 2}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    words = Tokenizer(WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]", model_max_length=32
+    )
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return _save(folder, model, CLIPProcessor(image_processor, tokenizer))

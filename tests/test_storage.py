@@ -1,0 +1,228 @@
+"""Storage: whole objects or none, both kinds of place alike, errors that name the mend and hide the secret."""
+
+import os
+import pickle
+import socket
+import threading
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from facediffuser.errors import InputError
+from facediffuser.storage import StorageError, local_copy, open_store
+
+SECRET = "wJalr-marked-secret-EXAMPLEKEY"
+
+
+@pytest.fixture(scope="module")
+def moto_endpoint():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def aws(monkeypatch, tmp_path):
+    """A clean AWS environment: a key with a colon, a marked secret, no files of the person who runs the tests."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return monkeypatch
+
+
+@pytest.fixture
+def bucket(aws, moto_endpoint, request):
+    aws.setenv("AWS_ENDPOINT_URL", moto_endpoint)
+    name = f"b{abs(hash(request.node.name)) % 10**12}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return open_store(tmp_path / "out" / "set")
+    return open_store(f"s3://{request.getfixturevalue('bucket')}/out/set")
+
+
+def test_both_kinds_of_store_keep_the_same_contract(store):
+    store.put("data/b.bin", b"two")
+    store.put("data/a.bin", b"one")
+    store.put("data/a.bin", b"uno")
+    store.put("top.json", b"")
+    assert store.get("data/a.bin") == b"uno"
+    assert [(info.key, info.size) for info in store.list()] == [("data/a.bin", 3), ("data/b.bin", 3), ("top.json", 0)]
+    assert [info.key for info in store.list("data/b")] == ["data/b.bin"]
+    assert store.list("nothing/") == []
+    assert store.exists("top.json") and not store.exists("data") and not store.exists("data/c.bin")
+    assert store.child("data").get("b.bin") == b"two"
+    assert [info.key for info in store.child("data").list()] == ["a.bin", "b.bin"]
+    store.delete("data/a.bin")
+    store.delete("data/a.bin")
+    with pytest.raises(FileNotFoundError):
+        store.get("data/a.bin")
+    store.require_writable()
+
+
+def test_put_if_absent_keeps_the_first_and_takes_a_repeat(store):
+    store.put("lock", b"first", if_absent=True)
+    store.put("lock", b"first", if_absent=True)
+    with pytest.raises(FileExistsError):
+        store.put("lock", b"second", if_absent=True)
+    assert store.get("lock") == b"first"
+
+
+def test_version_changes_with_the_content(store):
+    store.put("x", b"aa")
+    before = store.list()[0].version
+    store.put("x", b"bb")
+    assert store.list()[0].version != before
+
+
+def test_a_store_travels_to_another_process_without_its_client(store):
+    store.put("x", b"1")
+    copy = pickle.loads(pickle.dumps(store))
+    copy.put("y", b"2")
+    assert store.get("y") == b"2" and copy.url == store.url
+    assert SECRET.encode() not in pickle.dumps(store)
+
+
+def test_pyarrow_reads_what_was_put(store):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": [1, 2, 3]}), sink)
+    store.put("data/shard-0.parquet", sink.getvalue().to_pybytes())
+    filesystem, base = store.arrow()
+    assert ds.dataset(f"{base}/data", filesystem=filesystem, format="parquet").count_rows() == 3
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../x", "/x", "a//b", "", "a/.", "a\nb"])
+def test_a_key_cannot_leave_its_store(store, key):
+    with pytest.raises(InputError):
+        store.put(key, b"")
+
+
+def test_a_reader_that_polls_never_sees_part_of_a_local_object(tmp_path):
+    store, size, seen, done = open_store(tmp_path), 1 << 20, set(), threading.Event()
+
+    def poll():
+        while not done.is_set():
+            for info in store.list():
+                seen.add((info.key, info.size, len(set(store.get(info.key)))))
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    for number in range(40):
+        store.put("x", bytes([number]) * size)
+    done.set()
+    reader.join()
+    assert seen == {("x", size, 1)}
+
+
+def test_a_local_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        store.put("data/x", b"1")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_bucket_that_is_missing_is_told(bucket):
+    with pytest.raises(InputError, match="s3://no-such-bucket: no such bucket"):
+        open_store("s3://no-such-bucket/x").require_writable()
+
+
+def test_an_endpoint_that_does_not_answer_is_told_quickly_and_without_secrets(aws):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        aws.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(InputError, match="cannot be reached") as caught:
+            open_store("s3://bucket/x").require_writable()
+    assert SECRET not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_missing_credentials_are_told(aws):
+    aws.delenv("AWS_ACCESS_KEY_ID")
+    aws.delenv("AWS_SECRET_ACCESS_KEY")
+    aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="no S3 credentials"):
+        open_store("s3://bucket/x").require_writable()
+
+
+@pytest.mark.parametrize(("status", "code", "kind"), [
+    (403, "SignatureDoesNotMatch", InputError), (403, "AccessDenied", InputError),
+    (500, "InternalError", StorageError), (503, "SlowDown", StorageError),
+])  # fmt: skip
+def test_refusals_become_one_line_without_what_the_server_said(aws, status, code, kind):
+    from botocore.exceptions import ClientError
+
+    class Refusing:
+        def put_object(self, **_):
+            answer = {"Error": {"Code": code, "Message": f"you sent {SECRET}"}}
+            raise ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+
+    store = open_store("s3://bucket/x")
+    store._cached_client = Refusing()
+    with pytest.raises(kind, match=code) as caught:
+        store.put("k", b"")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", ""])
+def test_urls_that_cannot_be_are_refused(url):
+    with pytest.raises(InputError) as caught:
+        open_store(url)
+    assert "key:secret" not in str(caught.value)
+
+
+def test_a_file_in_the_way_of_the_output_is_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        open_store(tmp_path / "file" / "out").require_writable()
+
+
+def test_a_local_copy_is_made_once_and_again_when_the_source_changes(bucket, tmp_path):
+    store = open_store(f"s3://{bucket}/models/tiny")
+    store.put("unet/weights", b"abc")
+    store.put("config.json", b"{}")
+    open_store(f"s3://{bucket}/models").put("tiny-other/x", b"not part of it")
+    folder = local_copy(store.url, tmp_path / "cache")
+    assert folder.name == "tiny"
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
+        "config.json",
+        "unet/weights",
+    ]
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    assert local_copy(store.url, tmp_path / "cache") == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    store.put("unet/weights", b"xyz")
+    assert (local_copy(store.url, tmp_path / "cache") / "unet/weights").read_bytes() == b"xyz"
+
+
+def test_a_local_copy_of_one_object_is_a_file(bucket, tmp_path):
+    open_store(f"s3://{bucket}").put("prompts.jsonl", b"{}\n")
+    path = local_copy(f"s3://{bucket}/prompts.jsonl", tmp_path / "cache")
+    assert path.name == "prompts.jsonl" and path.read_bytes() == b"{}\n"
+
+
+def test_a_local_copy_of_nothing_is_told(bucket, tmp_path):
+    with pytest.raises(InputError, match="nothing there"):
+        local_copy(f"s3://{bucket}/none", tmp_path / "cache")
+    with pytest.raises(InputError, match="no such file or folder"):
+        local_copy(tmp_path / "none")
+    assert local_copy(tmp_path) == Path(tmp_path)
