@@ -81,6 +81,9 @@ def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = Non
 
 def load_image_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithProjection:
     """Return the vision tower with its projection from a folder that holds it alone or a whole CLIP model."""
+    kind = read_json(Path(folder) / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise InputError(f"{folder}: holds a model of type {kind}; give the folder of a CLIP model")
     encoder, report = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise InputError(f"{folder}: {sorted(report['missing_keys'])[0]} is missing; give the folder of a CLIP model")

@@ -180,7 +180,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 made the noise, text_saliency and subject_saliency (None for a model that did not run). It may return a
                 dict with other `latents`.
 
-        Raises InputError, before anything is computed, for inputs that do not fit together.
+        Raises InputError, before the first step, for inputs that do not fit together.
         """
         # 1. Check what can be checked without computing
         check_sampling(
@@ -224,7 +224,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 progress.update()
 
         # 6. Decode
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
         fraction = torch.stack(shares).mean(dim=0).tolist() if shares else [float("nan")] * len(latents)
         self.maybe_free_model_hooks()
         return FaceDiffuserPipelineOutput(images, fraction) if return_dict else (images, fraction)
@@ -342,7 +342,9 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             with_saliency,
         )  # fmt: skip
 
-    def _decode(self, latents: torch.Tensor, output_type: str):
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+        """Return the images of latents (b, c, h, w), as `output_type` "pil", "np" or "pt"."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type, do_denormalize=[True] * len(images))

@@ -28,10 +28,14 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "the whole factory at a small scale: photographs to scored dataset", "flows.demo:DemoSettings", "flows.demo:run"
+        "the whole factory at a small scale: photographs to scored dataset",
+        "flows.demo:DemoSettings",
+        "flows.commands:demo",
     ),
     "preprocess": Command(
-        "photographs to prepared Parquet", "facediffuser.preprocess:PreprocessSettings", "flows.commands:preprocess"
+        "photographs to prepared Parquet",
+        "facediffuser.preprocess.settings:PreprocessSettings",
+        "flows.commands:preprocess",
     ),
     "train": Command(
         "train the TDM or the SDM from prepared Parquet",
@@ -54,7 +58,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "IP and PC tables of a dataset or of a folder of images",
-        "facediffuser.scoring:EvaluateSettings",
+        "facediffuser.scoring.settings:EvaluateSettings",
         "flows.commands:evaluate_images",
     ),
     "verify": Command(

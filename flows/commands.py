@@ -47,19 +47,33 @@ class RenderSettings(_Settings):
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
 
 
+def demo(settings) -> None:
+    """Run the flow `demo`; print where its dataset is, its scores, and what to type next."""
+    from flows.demo import demo as flow
+
+    result = flow(settings)
+    print(f"\nThe dataset is in {result['output']}: {_counts(result)}.\n\n{result['table']}\n")
+    print("Look at its card (README.md and card/index.html there), then make one of your own people:\n")
+    print(f"  facediffuser verify {result['output']}")
+    print(
+        f"  facediffuser generate --models {result['models']} --scorers miniature --subjects YOUR_PEOPLE "
+        "--prompts YOUR_PROMPTS.jsonl --output out/mine"
+    )
+
+
 def preprocess(settings) -> None:
     """Run the flow `preprocess-ffhq`."""
     from flows.preprocess_ffhq import preprocess_ffhq
 
-    result = preprocess_ffhq(settings)
-    print(f"prepared: {settings.output}  {result}")
+    _print_fields(preprocess_ffhq(settings))
 
 
 def train(settings) -> None:
-    """Run the flow `train` for one model."""
+    """Run the flow `train`."""
     from flows.train import train as flow
 
-    print(flow(settings))
+    for result in flow(settings).values():
+        _print_fields(result)
 
 
 def generate(settings) -> None:
@@ -67,7 +81,20 @@ def generate(settings) -> None:
     from flows.generate_dataset import generate_dataset
 
     result = generate_dataset(settings)
-    print(result)
+    if settings.dry_run:
+        _print_fields(result)
+        return
+    print(f"\n{result['output']}: {_counts(result)}\n\n{result['table']}")
+
+
+def _counts(result: dict) -> str:
+    kept = f", {result['shards_kept']} shards of them from before" if result["shards_kept"] else ""
+    return f"{result['rows']} images, {result['ok']} ok, {result['failed']} failed{kept}"
+
+
+def _print_fields(result) -> None:
+    for name, value in (result if isinstance(result, dict) else result.model_dump()).items():
+        print(f"{name}: {value}")
 
 
 def evaluate_images(settings) -> None:

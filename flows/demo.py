@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from facediffuser.checkpoints import assemble, resolve_base
 from facediffuser.generation import GenerateSettings
 from facediffuser.miniature.render import render_set
-from facediffuser.preprocess import PreprocessSettings
+from facediffuser.preprocess.settings import PreprocessSettings
 from facediffuser.storage import open_store
 from facediffuser.training import TrainSettings
 from flows.generate_dataset import generate_dataset
@@ -100,24 +100,23 @@ def demo(settings: DemoSettings) -> dict:
     photos = render_photographs(settings, f"{root}/photos")
     prepared = f"{root}/prepared"
     preprocess_ffhq(PreprocessSettings(source=photos, format="ffhq-fastcomposer", output=prepared))
-    runs = {}
-    for role in ("tdm", "sdm"):
-        runs[role] = f"{root}/training/{role}"
-        train(
-            TrainSettings(
-                role=role,
-                data=prepared,
-                base="miniature",
-                output=runs[role],
-                preset="miniature",
-                resume=True,
-                steps=settings.train_steps,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-            )
+    trained = f"{root}/training"
+    train(
+        TrainSettings(
+            role="both",
+            data=prepared,
+            base="miniature",
+            output=trained,
+            resume=True,
+            steps=settings.train_steps,
+            batch_size=settings.batch_size,
+            checkpoint_every=settings.train_steps,
+            cpus_per_worker=1,
+            seed=settings.seed,
         )
-    models = assemble_models(runs["tdm"], runs["sdm"], f"{root}/models")
-    return generate_dataset(
+    )
+    models = assemble_models(f"{trained}/tdm", f"{trained}/sdm", f"{root}/models")
+    result = generate_dataset(
         GenerateSettings(
             models=models,
             scorers="miniature",
@@ -130,3 +129,4 @@ def demo(settings: DemoSettings) -> dict:
             shard_size=24,
         )
     )
+    return {**result, "models": models}

@@ -25,7 +25,6 @@ from facediffuser.preprocess.parts import (
     finished_parts,
     part_name,
     split_into_parts,
-    to_json,
 )
 from facediffuser.preprocess.prepare import Job, PartPreparer
 from facediffuser.preprocess.settings import PreprocessSettings
@@ -39,8 +38,10 @@ logger = logging.getLogger(__name__)
 
 CHECK, PREPARE = "check", "prepare"
 MOST_BLOCKS = 1000
-# Less than an actor's share, so that Ray Data neither runs the reader inside of an actor nor lets it take a whole core.
-READER_CPUS = 0.5
+# No share of the CPUs: on a machine whose cores all belong to actors the one reader would wait for ever.
+READER_CPUS = 0
+
+PART_BLOCK_BYTES = 1 << 16
 
 Parts = dict[int, list[Record]]
 
@@ -54,12 +55,8 @@ class PartActor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Check or prepare the part in `row`; returns its number, its pictures and what came of it as JSON."""
         mode, part, records, files = pickle.loads(row["payload"])
-        if mode == CHECK:
-            hashes = self.preparer.check(records, files)
-            result = {"fingerprint": self.preparer.job.fingerprint, "hashes": hashes}
-            self.preparer.store.put(part_name("checks", part, "json"), to_json(result))
-        else:
-            result = self.preparer.prepare(part, records, files)
+        work = self.preparer.check if mode == CHECK else self.preparer.prepare
+        result = work(part, records, files)
         return {"part": part, "pictures": len(records), "result": json.dumps(result)}
 
 
@@ -155,6 +152,8 @@ def _drive(mode: str, job: Job, listing: Listing, parts: Parts) -> Iterator[tupl
             num_cpus=READER_CPUS,
             fn_kwargs={"mode": mode, "top": listing.top, "parts": parts},
         )
+        # Ray Data gathers what a reader yields until a block is this large: a part by itself must already be enough.
+        rows.context.target_max_block_size = PART_BLOCK_BYTES
     else:
         items = [{"payload": pickle.dumps((mode, part, records, None))} for part, records in parts.items()]
         rows = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS))

@@ -12,9 +12,10 @@ from prefect import task
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 from facediffuser.training import TrainSettings, runs
-from facediffuser.training.loop import Worker, train_model
+from facediffuser.training.loop import DivergedError, Worker, train_model
 from tasks.progress import Progress
 from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 
@@ -29,9 +30,16 @@ class _Board:
 
     def __init__(self):
         self.numbers: dict[str, float] = {}
+        self.error: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    def failure(self) -> Exception | None:
+        return self.error
 
     def write(self, numbers: dict[str, float]) -> None:
-        self.numbers = numbers
+        self.numbers |= numbers
 
     def read(self) -> dict[str, float]:
         return self.numbers
@@ -42,7 +50,7 @@ def train_on_ray(settings: TrainSettings) -> dict[str, Any]:
     """Train one model on Ray and return role, step, loss, seconds and output.
 
     A finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
-    `max_failures` times. Raises InputError before anything is written when the output holds another run.
+    `max_failures` times. Raises InputError before anything is written when the output holds another run, and DivergedError.
     """
     store = open_store(settings.output)
     store.require_writable()
@@ -91,6 +99,9 @@ def _fit(trainer: TorchTrainer, board: Any, settings: TrainSettings) -> None:
             if numbers:
                 note = f"loss {numbers['loss']:.4f}, {numbers.get('images_per_second', 0):.1f} images/s"
                 progress.advance(int(numbers["step"]) - progress.done, note)
+    failure = ray.get(board.failure.remote())
+    if failure is not None:
+        raise failure
     if errors:
         raise errors[0]
 
@@ -112,7 +123,12 @@ def _work(config: dict[str, Any]) -> None:
         if rank == 0:
             board.write.remote(numbers)
 
-    result = train_model(settings, report, worker)
+    try:
+        result = train_model(settings, report, worker)
+    except (InputError, DivergedError) as error:
+        # Trying again would end the same way, so this is no failure to Ray; all workers come to the same end.
+        ray.get(board.fail.remote(error))
+        return
     if rank == 0:
         ray.get(board.write.remote({**result, "step": float(result["step"])}))
 

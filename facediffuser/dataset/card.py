@@ -111,9 +111,7 @@ def summary(card: Card) -> list[tuple[str, str]]:
     """Return the card's facts as (name, value) lines: counts, sizes, sampling settings."""
     survey, settings = card.survey, card.survey.settings
     methods = sorted({row.method for row in card.table})
-    sizes = [
-        f"{width} × {height}" for width in settings.get("width", []) for height in settings.get("height", [])
-    ]
+    sizes = [f"{width} × {height}" for width in settings.get("width", []) for height in settings.get("height", [])]
     facts = [
         ("images", f"{card.rows - card.failed:,}"),
         ("failed rows", f"{card.failed:,}"),
@@ -168,8 +166,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "## Contents\n\n" + _two_columns(facts),
         "## Scores\n\nMean and 95% bootstrap interval. IP: cosine of face embeddings of image and reference,\n"
         "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
-        "image and prompt.\n\n"
-        + markdown(card.table),
+        "image and prompt.\n\n" + markdown(card.table),
         "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",
         "## Reading it\n\n```python\nfrom datasets import load_dataset\n\n"
         'rows = load_dataset("parquet", data_files="data/*.parquet", split="train")  # rows[0]["image"] is a picture\n'

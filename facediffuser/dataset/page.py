@@ -101,7 +101,7 @@ def _score(row: ScoreRow | None, metric: str) -> str:
     if row is None or row.n == 0:
         return "–"
     bar = f'<span class="bar {metric}" style="width:{100 * max(0.0, min(1.0, row.mean)):.0f}px"></span>'
-    interval = f" <span class=note>({row.low:.3f}–{row.high:.3f})</span>" if row.n > 1 else ""
+    interval = f" <span class=note>({row.low:.3f} to {row.high:.3f})</span>" if row.n > 1 else ""
     return f"{bar}{row.mean:.3f}{interval}"
 
 

@@ -97,6 +97,8 @@ def encode_references(table: pa.Table, schema: pa.Schema) -> bytes:
 def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, References]:
     """Return the references of the named subjects from a dataset's subjects.parquet, in the order of their names."""
     wanted = sorted(set(subject_ids))
+    if not wanted:
+        return {}
     filesystem, base = store.arrow()
     table = pq.read_table(
         f"{base}/{SUBJECTS_KEY}", filesystem=filesystem, columns=["subject_id", "image", "identity"],

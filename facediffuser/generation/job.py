@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser import __version__
-from facediffuser.checkpoints import model_digests, resolve_model
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
 from facediffuser.dataset.plan import Layout, Plan, RowSettings, write_plan
 from facediffuser.dataset.schema import (
@@ -29,6 +28,7 @@ from facediffuser.dataset.subjects import SUBJECTS_KEY, encode_references, prepa
 from facediffuser.errors import InputError
 from facediffuser.generation.settings import SCHEDULER_CLASSES, GenerateSettings
 from facediffuser.miniature.parts import base_folder
+from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.scoring import load_scorers
 from facediffuser.storage import Store, open_store
 from facediffuser.subject import tokenize_with_markers
@@ -92,6 +92,7 @@ class Prepared:
         Raises InputError when another run took the output since it was looked at.
         """
         job, store = self.job, self.job.store()
+        require_same_run(store, job.fingerprint, job.run)
         marks = {"fingerprint": job.fingerprint, "run": job.run, "synthetic": False}
         try:
             written = write_plan(store, self.plan, job.layout, with_marks(PLAN_SCHEMA, **marks))
@@ -100,6 +101,8 @@ class Prepared:
         if not store.exists(SUBJECTS_KEY):
             store.put(SUBJECTS_KEY, encode_references(self.references, with_marks(SUBJECTS_SCHEMA, **marks)))
             written += 1
+        # Where a server lets both of two conditional puts win, one of the two runs finds the other's mark here.
+        require_same_run(store, job.fingerprint, job.run)
         return written
 
 

@@ -29,7 +29,7 @@ class GenerateSettings(BaseModel):
     seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
     method: Literal["face-diffuser", "tdm", "sdm", "fastcomposer"] = Field("face-diffuser", description="sampler")
     steps: int = Field(50, ge=1, le=1000, description="denoising steps of an image")
-    guidance_scale: float = Field(5.0, ge=0, le=100, allow_inf_nan=False, description="strength of both models' guidance")
+    guidance_scale: float = Field(5.0, ge=0, le=100, allow_inf_nan=False, description="strength of the guidance")
     fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 16 of 50)")
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 31 of 50)")
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
@@ -39,7 +39,7 @@ class GenerateSettings(BaseModel):
     batch_size: int | None = Field(None, ge=1, le=1024, description="images denoised together (default: by image size)")
     shard_size: int = Field(500, ge=1, le=100_000, description="rows of a shard, the unit of work and of resuming")
     scorers: str | None = Field(
-        None, description="paper, miniature, or a folder with identity/ and prompt/ (default: what belongs to the models)"
+        None, description="paper, miniature, or a folder with identity/ and prompt/ (default: those of the models)"
     )
     image_format: Literal["png", "jpeg", "webp"] = Field("png", description="how images are stored")
     reference_crop: Literal["face", "whole"] = Field(

@@ -27,6 +27,7 @@ SCHEDULE = {
 FACE_WEIGHT = 2.0
 CAPTION_DROP = 0.1
 MIN_SNR_GAMMA = 5.0
+PICTURES = 12_000
 SAVE_STEPS = 250
 
 
@@ -73,15 +74,14 @@ class Latents:
     """The latents of photographs and of their mirror images, with what a training step needs of each."""
 
     def __init__(self, vae: AutoencoderKL, photos: PhotoSet, tokenizer: CLIPTokenizer):
-        every = torch.arange(len(photos))
+        every = torch.arange(min(len(photos), PICTURES))
+        texts = photos.captions[: len(every)], photos.full_captions[: len(every)]
         self.latents = torch.stack([encode(vae, photos, every, flip) for flip in (False, True)], 1).half()
         self.faces = F.interpolate(photos.face_masks(every)[:, None], size=16, mode="area").half()
-        self.ids = torch.stack(
-            [token_ids(tokenizer, texts) for texts in (photos.captions, photos.full_captions)], 1
-        ).int()
+        self.ids = torch.stack([token_ids(tokenizer, some) for some in texts], 1).int()
         self.empty = token_ids(tokenizer, [""]).int()
         # Two people are named from left to right, so only pictures of one may be mirrored.
-        self.alone = torch.from_numpy(photos.who[:, 1] < 0)
+        self.alone = torch.from_numpy(photos.who[: len(every), 1] < 0)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random latents (b, 8, 16, 16), face masks (b, 1, 16, 16), and token ids (b, 77) of one of the two captions or none."""

@@ -50,7 +50,7 @@ def blend(first: Colour, second: Colour, t: Array) -> Array:
 
 @dataclass
 class Canvas:
-    """A picture being painted: `image` (size, size, 3) float32 in 0..255 and `ids` (size, size), the person at each pixel."""
+    """A picture being painted: `image` (size, size, 3) in 0..255, and `ids` (size, size), the person at each pixel."""
 
     size: int
     rng: np.random.Generator

@@ -3,7 +3,7 @@
 import numpy as np
 
 from facediffuser.miniature import clothes, hair, head
-from facediffuser.miniature.canvas import Array, Canvas, Colour, box, ellipse, glow, inside
+from facediffuser.miniature.canvas import Array, Canvas, Colour, ellipse, glow, inside
 from facediffuser.miniature.looks import COLOURS, Outfit, Pose
 from facediffuser.miniature.people import Identity
 
@@ -74,10 +74,3 @@ def draw_body(figure: Figure) -> None:
         ear = person.face_width * side
         figure.put(inside(ellipse(figure.u, figure.v, ear * 0.99, 0.02, 0.12, 0.2), soft), person.skin_colour * 0.88)
         figure.mark(0.45 * glow(figure.u, figure.v, ear * 1.02, 0.02, 0.06, 0.11), person.skin_colour * 0.6)
-
-
-def arm_shape(figure: Figure, hand_x: float, hand_y: float) -> tuple[Array, Array]:
-    """Distances to a sleeve rising from below to a hand, and to the hand (upright coordinates)."""
-    sleeve = box(figure.x, figure.y, hand_x, hand_y + 0.75, 0.17, 0.6)
-    hand = ellipse(figure.x, figure.y, hand_x, hand_y, 0.2, 0.21)
-    return sleeve, hand

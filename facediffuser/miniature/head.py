@@ -3,6 +3,7 @@
 import numpy as np
 
 from facediffuser.miniature.canvas import Array, ellipse, glow, inside
+from facediffuser.miniature.people import EYES
 
 EYE_LEVEL = -0.10
 
@@ -115,8 +116,6 @@ def _eye_coordinates(figure, side: int) -> tuple[Array, Array]:
 
 
 def _draw_eye(figure, side: int) -> None:
-    from facediffuser.miniature.people import EYES
-
     person, soft = figure.person, figure.soft
     du, dv = _eye_coordinates(figure, side)
     width = person.eye_width

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable
 
+import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -39,5 +41,5 @@ def make_tokenizer(texts: Iterable[str], merges: int = 800) -> CLIPTokenizer:
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]):
     """Return the token ids of texts as a (n, 77) int64 tensor, padded and cut as the pipeline does."""
-    batch = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
-    return batch.input_ids
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True)
+    return torch.from_numpy(np.asarray(batch.input_ids, np.int64))

@@ -109,7 +109,8 @@ def encode(
     parts = []
     for some in index.split(batch):
         pixels = photos.pixels(some)
-        parts.append(vae.encode(pixels.flip(-1) if flip else pixels).latent_dist.mean)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(pixels.flip(-1) if flip else pixels).latent_dist.mean.float())
     return torch.cat(parts)
 
 

@@ -140,8 +140,8 @@ def _readme(manifest: dict[str, Any], pictured: bool) -> str:
         f"{counts[TEST]:,} in test, {counts['rejected']:,} rejected. {source['ignored_files']:,} other files of the "
         "source belong to no picture.\n\n"
         + ("![pictures with faces and subjects](card/contact-sheet.png)\n\n" if pictured else "")
-        + "Red: a face and its five landmarks. Yellow: its reference crop. Outlined: a subject's segment, in the colour "
-        "of its phrase.\n\n![histograms](card/histograms.png)\n\n"
+        + "Red: a face and its five landmarks. Yellow: its reference crop. Outlined: a subject's segment, in "
+        "the colour of its phrase.\n\n![histograms](card/histograms.png)\n\n"
         + (f"| rejected because | pictures |\n|---|---:|\n{rejected}\n" if rejected else "")
         + "Licence and author stand in each row where the source tells them; FFHQ as a whole is CC BY-NC-SA 4.0, its "
         "pictures under licences of their own.\n\n"

@@ -26,7 +26,7 @@ from facediffuser.preprocess.captions import Captioner
 from facediffuser.preprocess.faces import Face, FaceDetector, face_crop_box, ffhq_crop_box
 from facediffuser.preprocess.images import Picture, Rejection, read_picture
 from facediffuser.preprocess.models import model_folder
-from facediffuser.preprocess.parts import REJECTED, put_part
+from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.segments import Segment, Segmenter, encode_map, read_map, resize_map
 from facediffuser.preprocess.settings import NONE, PreprocessSettings
@@ -132,8 +132,8 @@ class PartPreparer:
             summary = put_part(self.store, part, self.job.fingerprint, rows, known)
         return {**summary, "seconds": dict(self.seconds)}
 
-    def check(self, records: Sequence[Record], files: Sequence[Files] | None = None) -> list[str | None]:
-        """Return the perceptual hash (hex) of each picture; None for one that will be rejected."""
+    def check(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
+        """Write and return, under `hashes`, the perceptual hash (hex) of each picture; null for one to be rejected."""
         hashes: list[str | None] = []
         for start in range(0, len(records), READERS):
             chunk = records[start : start + READERS]
@@ -141,7 +141,9 @@ class PartPreparer:
             for record, data in zip(chunk, content, strict=True):
                 picture = self._check(record, data)
                 hashes.append(None if isinstance(picture, Rejection) else perceptual_hash(picture.picture.image).hex())
-        return hashes
+        result = {"part": part, "fingerprint": self.job.fingerprint, "hashes": hashes}
+        self.store.put(part_name("checks", part, "json"), to_json(result))
+        return result
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
 from facediffuser.dataset.survey import row_groups
 from facediffuser.errors import InputError
 from facediffuser.scoring import compare, tables
+from facediffuser.scoring.benchmarks import prompts_file
 from facediffuser.scoring.external import ExternalImage, from_fastcomposer_layout, from_index, without_markers
 from facediffuser.scoring.identity import subject_embedding
 from facediffuser.scoring.plots import method_plane
@@ -146,7 +147,9 @@ def _dataset_job(store: Store, settings: EvaluateSettings) -> _Job:
 def _folder_job(method: str, url: str, settings: EvaluateSettings) -> _Job:
     store = open_store(url)
     subjects = read_subjects(settings.subjects)
-    prompts = read_prompts(settings.prompts, settings.subjects_per_image) if settings.prompts else []
+    prompts = []
+    if settings.prompts:
+        prompts = read_prompts(prompts_file(settings.prompts), settings.subjects_per_image)
     if settings.index:
         listed = from_index(store, _file(settings.index), settings.index, subjects, prompts)
     else:
@@ -212,10 +215,7 @@ def dataset_references(store: Store, scorers: Scorers) -> dict[str, np.ndarray]:
 
 def recorded_digests(schema: pa.Schema) -> dict[str, str]:
     """Return the digests of the scorers that a dataset's footer names, empty when it names none."""
-    run = json.loads((schema.metadata or {}).get(RUN_KEY, b"{}"))
-    scorers = run.get("scorers")
-    digests = scorers.get("digests", scorers) if isinstance(scorers, dict) else run.get("scorer_digests")
-    return digests if isinstance(digests, dict) else {}
+    return json.loads((schema.metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
 
 
 def _scored(batch: list[dict], scorers: Scorers, references: Mapping[str, np.ndarray]) -> list[dict]:
@@ -285,7 +285,8 @@ def _markdown(
     scored_by = f"Scored with `{scorers}`." if scorers else "The datasets' recorded scores."
     parts = [
         "# IP and PC\n",
-        f"{images.num_rows} images" + (f", {failed} of them failed and not counted" if failed else "")
+        f"{images.num_rows} images"
+        + (f", {failed} of them failed and not counted" if failed else "")
         + f". {scored_by} Mean and 95% bootstrap interval.\n",
         tables.markdown(table),
     ]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.faces import Face, FaceDetector
+from facediffuser.preprocess.faces import Face, FaceDetector, crop_square, face_crop_box
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class FaceEmbeddings:
 class IdentityScorer:
     """Finds the faces of pictures and embeds them.
 
-    `network` maps (n, 3, crop_size, crop_size) to (n, d); `normalise` maps crops of 0..255 to what it was trained on.
+    `network` maps (n, 3, crop_size, crop_size) to (n, d); `normalise` maps crops of 0..255 to what it was trained on;
+    `crop` cuts a face box out of a picture as (crop_size, crop_size, 3) uint8.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class IdentityScorer:
         crop_size: int,
         normalise: Callable[[torch.Tensor], torch.Tensor],
         device: str | torch.device = "cpu",
+        crop: Callable[[Image.Image, Sequence[float], int], np.ndarray] | None = None,
     ):
         self.detector = detector
+        self.crop = crop or face_crop
         self.device = torch.device(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.crop_size = crop_size
@@ -56,7 +59,7 @@ class IdentityScorer:
         pictures = [image.convert("RGB") for image in images]
         found = self.detector.detect(pictures)
         crops = [
-            face_crop(picture, face.box, self.crop_size)
+            self.crop(picture, face.box, self.crop_size)
             for picture, faces in zip(pictures, found, strict=True)
             for face in faces
         ]
@@ -97,6 +100,11 @@ def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray
     right, bottom = (int(min(box[axis + 2], image.size[axis])) for axis in (0, 1))
     inside = (left, top, max(right, left + 1), max(bottom, top + 1))
     return np.asarray(image.crop(inside).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def square_face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
+    """Return the square around a face box, (size, size, 3) uint8, its aspect kept: what the miniature learnt from."""
+    return np.asarray(crop_square(image, face_crop_box(box, margin=0.0), size))
 
 
 def facenet_normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -183,7 +191,7 @@ def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityS
 
     network = load_identity_embedder(folder)
     detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)
-    scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device)
+    scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device, square_face_crop)
     return scorer, file_digest([folder / "config.json", folder / "model.safetensors"])
 
 

@@ -34,8 +34,12 @@ def score_histograms(groups: PlaneGroups) -> bytes:
         if len(everything):
             axis.axvline(everything.mean(), color="#333333", linewidth=1, linestyle="--")
             axis.annotate(
-                f" mean {everything.mean():.3f}", (everything.mean(), 1), xycoords=("data", "axes fraction"),
-                va="top", fontsize=9, color="#333333",
+                f" mean {everything.mean():.3f}",
+                (everything.mean(), 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=9,
+                color="#333333",
             )
         _plain(axis, name, "images, %")
         if index == 1 and groups:
@@ -75,8 +79,16 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
                 continue
             label = method if len(counts) == 1 else f"{method}, {subjects} subject{'s' if subjects > 1 else ''}"
             axis.errorbar(
-                ip.mean, pc.mean, xerr=_spread(ip), yerr=_spread(pc), fmt=marker, color=colour, capsize=3,
-                markersize=8, elinewidth=1.4, label=f"{label} ({ip.n})",
+                ip.mean,
+                pc.mean,
+                xerr=_spread(ip),
+                yerr=_spread(pc),
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                markersize=8,
+                elinewidth=1.4,
+                label=f"{label} ({ip.n})",
             )
     if overall:
         axis.legend(frameon=False, fontsize=9, title="method (images)", title_fontsize=9)

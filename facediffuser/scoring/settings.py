@@ -17,7 +17,9 @@ class EvaluateSettings(BaseModel):
         "are called subject_0000_prompt_0000_instance_0000.jpg, or --index says what each shows",
     )
     subjects: str | None = Field(None, description="for --images: the subjects' folder, as for generate")
-    prompts: str | None = Field(None, description="for --images: the prompts' file, as for generate")
+    prompts: str | None = Field(
+        None, description="for --images: the prompts' file, as for generate, or a suite: single-30, single-40, pairs-20"
+    )
     subjects_per_image: int = Field(
         1, ge=1, le=4, description="for --images: how many subjects each prompt of --prompts names"
     )

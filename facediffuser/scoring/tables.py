@@ -92,7 +92,7 @@ def as_arrow(rows: Sequence[ScoreRow]) -> pa.Table:
 def markdown(rows: Sequence[ScoreRow]) -> str:
     """Return the rows as a Markdown table: a line per method, number of subjects and category, IP and PC beside it.
 
-    A value reads `0.514 (0.50–0.53)`: the mean and its 95% interval; the interval is left out for a single image.
+    A value reads `0.514 (0.502 to 0.526)`: the mean and its 95% interval; the interval is left out for a single image.
     """
     lines: dict[tuple[str, int, str], dict[str, ScoreRow]] = {}
     for row in rows:
@@ -111,4 +111,4 @@ def markdown(rows: Sequence[ScoreRow]) -> str:
 def _value(row: ScoreRow | None) -> str:
     if row is None or row.n == 0:
         return "–"
-    return f"{row.mean:.3f}" + (f" ({row.low:.3f}–{row.high:.3f})" if row.n > 1 else "")
+    return f"{row.mean:.3f}" + (f" ({row.low:.3f} to {row.high:.3f})" if row.n > 1 else "")

@@ -10,15 +10,22 @@ class AttentionMaps:
 
     def __init__(self):
         self.maps: list[torch.Tensor] = []
-        self.recording = False
+        self.recording = self.recorded = False
 
     def __enter__(self) -> "AttentionMaps":
-        self.maps, self.recording = [], True
+        self.maps, self.recording, self.recorded = [], True, True
         return self
 
     def __exit__(self, *error) -> None:
-        # Gradient checkpointing runs the layers again during the backward pass: those maps are not wanted.
         self.recording = False
+
+    @property
+    def explicit(self) -> bool:
+        """Whether attention is computed by its probabilities.
+
+        Gradient checkpointing runs the layers again during the backward pass: the same way, its maps not wanted.
+        """
+        return self.recording or (self.recorded and torch.is_grad_enabled())
 
 
 class RecordingProcessor:
@@ -36,7 +43,7 @@ class RecordingProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not self.store.recording or encoder_hidden_states is None or attention_mask is not None:
+        if not self.store.explicit or encoder_hidden_states is None or attention_mask is not None:
             return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         residual = hidden_states
         query = _split(attn.to_q(hidden_states), attn.heads)
@@ -44,7 +51,8 @@ class RecordingProcessor:
         value = _split(attn.to_v(encoder_hidden_states), attn.heads)
         # Probabilities in float32, as the small differences between them are what is learnt from.
         probabilities = ((query @ key.transpose(-1, -2)).float() * attn.scale).softmax(dim=-1)
-        self.store.maps.append(probabilities)
+        if self.store.recording:
+            self.store.maps.append(probabilities)
         joined = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](joined))
         out = out + residual if attn.residual_connection else out

@@ -4,12 +4,13 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 
 from facediffuser.storage import open_store
@@ -21,14 +22,18 @@ from facediffuser.training.parameters import select_trained
 from facediffuser.training.recipe import Recipe
 from facediffuser.training.records import Records, load_moments
 from facediffuser.training.settings import TrainSettings
+from facediffuser.training.watching import Watcher
 
 logger = logging.getLogger(__name__)
+
+HIGH_LOSS, HIGH_STEPS = 5.0, 20
+"""A noise loss starts near 1, what guessing 0 costs: one of 5 for 20 steps on end comes from broken weights."""
 
 Report = Callable[[dict[str, float]], None]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no finite number any more; the last checkpoint is still good."""
+    """The loss is no finite number any more, or far beyond what it was; the last checkpoint is still good."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ def train_model(settings: TrainSettings, report: Report, worker: Worker | None =
     """Train to the recipe's steps, from the last checkpoint when there is one; return role, step, loss and seconds.
 
     `report` gets a dict of numbers every `log_every` steps: step, loss, localization, learning_rate, images_per_second.
-    Every random choice of a step follows from (seed, step, worker), so a run that was stopped ends as an undisturbed one. Raises
-    InputError for settings and data that do not fit, DivergedError when the loss is not finite.
+    Every random choice about an image follows from the seed and its place in the sequence of all images, so a run that was
+    stopped ends as an undisturbed one, and two workers see what one with the doubled batch sees. Raises InputError for
+    settings and data that do not fit, DivergedError when loss or gradient is not finite.
     """
     return _Run(settings, worker or Worker(), report).go()
 
@@ -64,7 +70,8 @@ class _Run:
         if self.recipe.channels_last:
             self.parts.denoiser.unet.to(memory_format=torch.channels_last)
         self.parts.text_encoder.to(self.device)
-        self.batches = _batches(settings, self.parts, self.device)
+        self.batches = make_batches(settings, self.parts, self.worker)
+        self.watcher = Watcher(settings, self.store, report) if self.worker.rank == 0 else None
         self.model = worker.wrap(self.parts.denoiser)
         if self.recipe.compile:
             self.model = torch.compile(self.model)
@@ -78,7 +85,7 @@ class _Run:
         alphas = self.parts.schedule.alphas_cumprod
         weights = min_snr_weights(alphas, self.recipe.min_snr) if self.recipe.min_snr else torch.ones_like(alphas)
         self.time_weights = weights.to(self.device)
-        self.step = 0
+        self.step = self.high = 0
 
     def go(self) -> dict[str, Any]:
         started, last = time.monotonic(), {"loss": math.nan}
@@ -90,6 +97,11 @@ class _Run:
             last["images_per_second"] = images / (time.monotonic() - begun)
             if self.step % self.settings.log_every == 0 or self.step == self.recipe.steps:
                 self.report({"step": float(self.step), **last})
+                if self.watcher:
+                    self.watcher.write(self.step, last)
+            if self.watcher and self.watcher.is_due(self.step, self.recipe.steps):
+                with self._averaged():
+                    self.watcher.look(self.step, self.recipe.steps, self.parts)
             if self.step % self.settings.checkpoint_every == 0 and self.step < self.recipe.steps:
                 self._save_checkpoint()
         result = {
@@ -100,10 +112,11 @@ class _Run:
         }
         self._save_checkpoint()
         if self.worker.rank == 0:
-            self._use_average()
             settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
             record = {**result, "settings": settings, "content": self.settings.content()}
-            runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
+            with self._averaged():
+                runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
+            self.watcher.close()
         return result
 
     def _one_step(self) -> dict[str, float]:
@@ -115,19 +128,15 @@ class _Run:
         per_step = recipe.batch_size * recipe.accumulate * worker.count
         for part in range(recipe.accumulate):
             place = part * worker.count + worker.rank
-            torch.manual_seed(step_seed(self.settings.seed, self.step, place))
-            rows = self.batches.rows(self.step * per_step + place * recipe.batch_size, recipe.batch_size)
-            loss, localization = self._losses(self.batches.make(rows).to(self.device))
-            if not torch.isfinite(loss):
-                good = (runs.checkpoint_steps(self.store) or [0])[-1]
-                raise DivergedError(
-                    f"{self.settings.output}: the loss is {float(loss)} at step {self.step}; the last good checkpoint is "
-                    f"that of step {good}; go on from it with a lower --learning-rate in a new output"
-                )
+            first = self.step * per_step + place * recipe.batch_size
+            seeds = [image_seed(self.settings.seed, first + number) for number in range(recipe.batch_size)]
+            batch = self.batches.make(self.batches.rows(first, recipe.batch_size), seeds)
+            loss, localization = self._losses(batch.to(self.device))
             (loss / recipe.accumulate).backward()
             totals["loss"] += float(loss.detach()) / recipe.accumulate
             totals["localization"] += float(localization.detach()) / recipe.accumulate
-        nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm))
+        self._require_sound(totals["loss"], norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
@@ -135,17 +144,16 @@ class _Run:
         return {**totals, "learning_rate": recipe.learning_rate * share}
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        recipe, latents = self.recipe, batch.latents
-        times = torch.randint(self.parts.schedule.config.num_train_timesteps, (len(latents),)).to(self.device)
-        noise = torch.randn(latents.shape).to(self.device)
-        masked = self.settings.role == "sdm" and float(torch.rand(())) < recipe.masked_loss
-        noisy = self.parts.schedule.add_noise(latents, noise, times)
+        recipe, noise, times = self.recipe, batch.noise, batch.times
+        noisy = self.parts.schedule.add_noise(batch.latents, noise, times)
         half = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             with torch.no_grad():
                 text = self.parts.text_encoder(batch.tokens.input_ids).last_hidden_state
             predicted, maps = self.model(noisy, times, text, batch)
-        mask = batch.areas.amax(1, keepdim=True) if masked else None
+        # An image that is not to be masked, and one without subjects, count whole.
+        inside = batch.areas.amax(1, keepdim=True)
+        mask = torch.where(batch.masked[:, None, None, None], inside, 1.0) if self.settings.role == "sdm" else None
         emphasis = 1 + recipe.face_weight * batch.faces if recipe.face_weight else None
         errors = noise_loss(predicted, noise, mask, recipe.masked_loss_mean, emphasis)
         localization = self._localization(maps, batch)
@@ -165,9 +173,30 @@ class _Run:
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
 
-    def _use_average(self) -> None:
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights, if there are any, in place of the trained ones for as long as the block lasts."""
+        kept = [p.detach().clone() for p in self.trained] if self.average else []
         for parameter, mean in zip(self.trained, self.average, strict=bool(self.average)):
             parameter.data.copy_(mean)
+        try:
+            yield
+        finally:
+            for parameter, own in zip(self.trained, kept, strict=bool(kept)):
+                parameter.data.copy_(own)
+
+    def _require_sound(self, loss: float, norm: float) -> None:
+        """Raise DivergedError before a step that would spoil the weights, or when the loss has been far too high for long."""
+        if math.isfinite(norm):
+            # A worker's own loss may be large by chance; only the workers' common gradient stops all of them together.
+            self.high = self.high + 1 if self.worker.count == 1 and loss > HIGH_LOSS else 0
+            if self.high < HIGH_STEPS:
+                return
+        good = (runs.checkpoint_steps(self.store) or [0])[-1]
+        raise DivergedError(
+            f"{self.settings.output}: the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {self.step}; the last "
+            f"good checkpoint is that of step {good}; start from lower --learning-rate in a new output"
+        )
 
     def _save_checkpoint(self) -> None:
         if self.worker.rank == 0:
@@ -194,9 +223,9 @@ class _Run:
         logger.info("%s: going on from step %d", self.settings.output, self.step)
 
 
-def step_seed(seed: int, step: int, place: int) -> int:
-    """Return the seed of all chance in one batch; far apart for neighbouring steps and workers."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest()
+def image_seed(seed: int, place: int) -> int:
+    """Return the seed of all chance about the image at a place in the endless sequence of images."""
+    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -221,9 +250,20 @@ def _groups(named: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def _batches(settings: TrainSettings, parts: Parts, device: torch.device) -> Batches:
+def make_batches(settings: TrainSettings, parts: Parts, worker: Worker) -> Batches:
+    """Return the batches of the training split, its latents from the cache; the first worker fills that for all."""
+    if worker.rank:
+        torch.distributed.barrier()
+    batches = split_batches(settings, parts, torch.device(worker.device), "train")
+    if worker.count > 1 and not worker.rank:
+        torch.distributed.barrier()
+    return batches
+
+
+def split_batches(settings: TrainSettings, parts: Parts, device: torch.device, split: str) -> Batches:
+    """Return the batches of one split."""
     recipe = settings.recipe()
-    records = Records(settings.data, "train")
+    records = Records(settings.data, split)
     key = f"{records.digest()[:16]}-{parts.digests['vae'][:16]}-{recipe.resolution}"
     cache = settings.cache or f"{settings.data.rstrip('/')}-latents"
     moments = load_moments(records, parts.vae.to(device), recipe.resolution, cache, key)

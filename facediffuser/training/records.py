@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
+from facediffuser.preprocess.schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ class Records:
         if not store.list(f"{split}/"):
             raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
         filesystem, root = store.arrow()
-        self.table = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem).to_table(COLUMNS)
+        dataset = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem)
+        _require_schema(url, dataset.schema)
+        self.table = dataset.to_table(COLUMNS)
         if not len(self.table):
             raise InputError(f"{url}: {split}/ has no rows; prepare pictures with a person in them")
 
@@ -72,6 +75,12 @@ class Records:
         for value in self.table["image_sha256"]:
             digest.update(str(value.as_py()).encode())
         return digest.hexdigest()
+
+
+def _require_schema(url: str, schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(SCHEMA_KEY, b"").decode() or "none"
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{url}: prepared with schema version {version}, this reads {SCHEMA_VERSION}; prepare it again")
 
 
 def decode(data: bytes) -> Image.Image:

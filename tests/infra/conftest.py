@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
 
@@ -43,7 +43,7 @@ class PrefectHouse:
             "OMP_NUM_THREADS": "1",
         }
 
-    def command(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Run `prefect ARGUMENTS` in the repository's root and return what it said."""
         return subprocess.run(
             [PREFECT, *arguments],

@@ -1,5 +1,6 @@
 """prefect.yaml: what Prefect reads of it, and that its flows exist and take the parameters it gives them."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ def deployments(raw) -> dict[str, DeploymentConfig]:
     return {each.name: each for each in PrefectYamlModel.model_validate(raw).deployments}
 
 
-def _flow(deployment: DeploymentConfig, monkeypatch: pytest.MonkeyPatch) -> Flow:
-    monkeypatch.chdir(ROOT)
-    return load_flow_from_entrypoint(deployment.entrypoint)
+@functools.cache
+def _load(entrypoint: str) -> Flow:
+    return load_flow_from_entrypoint(f"{ROOT}/{entrypoint}")
 
 
 def test_the_four_stages_are_deployed(deployments):
@@ -44,13 +45,13 @@ def test_prefect_reads_every_key(raw):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_flow_exists_under_the_same_name(deployments, name, monkeypatch):
-    assert _flow(deployments[name], monkeypatch).name == name
+def test_its_flow_exists_under_the_same_name(deployments, name):
+    assert _load(deployments[name].entrypoint).name == name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_parameters_are_what_the_flow_takes(deployments, name, monkeypatch):
-    flow = _flow(deployments[name], monkeypatch)
+def test_its_parameters_are_what_the_flow_takes(deployments, name):
+    flow = _load(deployments[name].entrypoint)
     parameters = deployments[name].parameters
     assert parameters.keys() == {"settings"}
     settings = flow.validate_parameters(parameters)["settings"]
@@ -59,8 +60,8 @@ def test_its_parameters_are_what_the_flow_takes(deployments, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_unknown_option_is_refused(deployments, name, monkeypatch):
-    flow = _flow(deployments[name], monkeypatch)
+def test_an_unknown_option_is_refused(deployments, name):
+    flow = _load(deployments[name].entrypoint)
     assert deployments[name].enforce_parameter_schema
     wrong = {"settings": {**deployments[name].parameters["settings"], "no_such_option": 1}}
     with pytest.raises(ParameterTypeError, match="no_such_option"):

@@ -13,6 +13,7 @@ from facediffuser.miniature.render import render_set
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "generate-dataset/generate-dataset"
+RUN_TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,17 @@ def deployed(prefect_house):
     done = prefect_house.command("--no-prompt", "deploy", "--all")
     assert done.returncode == 0, done.stdout + done.stderr
     return prefect_house
+
+
+def _run(house, name: str, settings: dict) -> tuple[int, str]:
+    """Run the deployment and return the exit code of the command that watched it, and what the run said at its end."""
+    done = house.command(
+        *("deployment", "run", RUN, "--flow-run-name", name, "--param", f"settings={json.dumps(settings)}"),
+        *("--watch", "--watch-timeout", str(RUN_TIMEOUT_S)),
+        timeout=RUN_TIMEOUT_S + 60,
+    )
+    (run,) = _post(house, "flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
+    return done.returncode, f"{run['state_type']}: {run['state']['message']}"
 
 
 def _post(house, path: str, body: dict | None = None) -> list[dict]:
@@ -63,12 +75,8 @@ def test_deploy_all_makes_the_deployments_of_prefect_yaml(deployed):
 
 
 def test_a_deployed_run_makes_the_dataset(deployed, smallest):
-    done = deployed.command(
-        *("deployment", "run", RUN, "--param", f"settings={json.dumps(smallest)}"),
-        *("--watch", "--watch-timeout", "240"),
-        timeout=260,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr + deployed.log("worker")
+    code, end = _run(deployed, "smallest", smallest)
+    assert code == 0, f"{end}\n{deployed.log('worker')}"
 
     manifest = json.loads((Path(smallest["output"]) / "manifest.json").read_text())
     table = pyarrow.dataset.dataset(Path(smallest["output"]) / "data", format="parquet").to_table()
@@ -92,13 +100,8 @@ def test_a_run_with_bad_input_fails_with_its_one_line(deployed, smallest, tmp_pa
     (tmp_path / "subjects" / "nobody").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "subjects" / "nobody" / "0.png")
     wrong = {**smallest, "subjects": str(tmp_path / "subjects"), "output": str(tmp_path / "dataset")}
-    done = deployed.command(
-        *("deployment", "run", RUN, "--param", f"settings={json.dumps(wrong)}"),
-        *("--watch", "--watch-timeout", "240"),
-        timeout=260,
-    )
-    assert done.returncode != 0
-    failed = [run["state"]["message"] for run in _post(deployed, "flow_runs/filter") if run["state_type"] == "FAILED"]
-    assert len(failed) == 1
-    assert "nobody/0.png: no face" in failed[0]
+    code, end = _run(deployed, "faceless", wrong)
+    assert code != 0
+    assert end.startswith("FAILED")
+    assert "nobody/0.png: no face" in end
     assert not (tmp_path / "dataset").exists()

@@ -18,6 +18,7 @@ FILLED_IN = {
     "AWS_REGION": "eu-central-1",
     "IMAGE": "your-registry/face-diffuser:latest",
     "AMI": "ami-0123456789abcdef0",
+    "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
 }
 
 

@@ -1,4 +1,4 @@
-"""People and pictures that the miniature's tests share; their numbers are far from those of the shipped parts' pictures."""
+"""People and pictures the tests share; their numbers are far from those of the shipped parts' pictures."""
 
 import numpy as np
 import pytest

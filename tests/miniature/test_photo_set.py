@@ -26,6 +26,10 @@ def _ids(folder: Path, name: str) -> list[str]:
     return (folder / name).read_text().split()
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
 def test_every_listed_picture_has_its_three_files(folder: Path):
     every = _ids(folder, "image_ids.txt")
     assert len(every) == len(set(every)) == COUNT
@@ -80,8 +84,8 @@ def test_subjects_and_prompts_are_ready_for_generate(folder: Path):
 
 def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path):
     render_set(COUNT, 3, tmp_path / "again")
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert names == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    names, same = _files(folder), _files(tmp_path / "again")
+    assert names == same
     assert filecmp.cmpfiles(folder, tmp_path / "again", names, shallow=False)[0] == names
 
 

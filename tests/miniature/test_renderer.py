@@ -1,4 +1,4 @@
-"""What the renderer promises: the same picture for a seed, exact segmentation and offsets, people who look as they are said to."""
+"""The renderer: one picture per seed, exact segmentation and offsets, people who look as they are said to."""
 
 from dataclasses import asdict, replace
 
@@ -95,7 +95,8 @@ def test_only_the_full_caption_tells_looks(photos: list[Rendering]):
 
 def test_captions_name_what_is_worn_and_where():
     outfit = Outfit(hat="beanie", hat_colour="blue", shirt="red", expression="smiling", action="cup")
-    texts = [render([person(9)], seed, setting=Setting("snow", "sketch"), outfits=[outfit]).caption.text for seed in range(30)]
+    place = Setting("snow", "sketch")
+    texts = [render([person(9)], seed, setting=place, outfits=[outfit]).caption.text for seed in range(30)]
     assert all(text.startswith("a sketch of ") for text in texts)
     for words in ("blue beanie", "red shirt", "smiling", "holding a cup", "in the snow"):
         assert 10 < sum(words in text for text in texts)
@@ -135,12 +136,14 @@ def test_every_identity_trait_shows(change: dict):
     assert (np.abs(draw(plain) - draw(replace(plain, **change))).max(-1) > 40).sum() > 20
 
 
-@pytest.mark.parametrize("change", [*({"scene": scene} for scene in SCENES), *({"style": style} for style in STYLES)], ids=str)
-def test_scenes_and_styles_can_be_told_apart(change: dict):
-    start = {"scene": "room", "style": "photo"}
-    here, there = (render([person(3)], 1, setting=Setting(**(start | part)), outfits=[PLAIN]).image for part in ({}, change))
-    same = start | change == start
-    assert (np.abs(here.astype(int) - there).mean() > 8) != same
+SETTINGS = [*(Setting(scene, "photo") for scene in SCENES), *(Setting("room", style) for style in STYLES[1:])]
+
+
+def test_scenes_and_styles_can_be_told_apart():
+    drawn = [render([person(3)], 1, setting=setting, outfits=[PLAIN]).image.astype(int) for setting in SETTINGS]
+    for number, one in enumerate(drawn):
+        for other in drawn[:number]:
+            assert np.abs(one - other).mean() > 8
 
 
 def test_mtcnn_finds_exactly_the_people_in_nine_photos_of_ten(photos: list[Rendering]):

@@ -32,14 +32,16 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+RED = Image.new("RGB", (40, 30), "red")
+SIXTEEN_BITS = Image.fromarray(np.asarray(picture("L")).astype(np.uint16) * 257)
 BAD = {
     "zero bytes": (b"", "empty file"),
     "text": (b"this is no picture, though its name ends in .png", "not a picture"),
     "truncated JPEG": (saved(picture(), "JPEG")[:-200], "damaged picture"),
     "header only": (saved(picture(), "PNG")[:50], "damaged picture"),
     "damaged PNG": (saved(picture(), "PNG")[:80] + b"\0" * 400, "damaged picture"),
-    "animated GIF": (saved(picture(), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]), "moving picture"),
-    "animated WebP": (saved(picture(), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]), "moving picture"),
+    "animated GIF": (saved(picture(), "GIF", save_all=True, append_images=[RED]), "moving picture"),
+    "animated WebP": (saved(picture(), "WEBP", save_all=True, append_images=[RED]), "moving picture"),
     "bomb": (bomb(), "too large"),
     "above the limit": (saved(picture(size=(1100, 1000)), "PNG"), "too large"),
     "small": (saved(picture(size=(100, 19)), "PNG"), "too small"),
@@ -84,8 +86,8 @@ def test_a_picture_turned_by_exif_is_stored_upright(orientation):
         (picture("P"), "GIF"),
         (picture("P"), "PNG"),
         (picture("1"), "PNG"),
-        (Image.fromarray((np.asarray(picture("L")).astype(np.uint16) * 257)), "PNG"),
-        (Image.fromarray((np.asarray(picture("L")).astype(np.uint16) * 257)), "TIFF"),
+        (SIXTEEN_BITS, "PNG"),
+        (SIXTEEN_BITS, "TIFF"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.mode,
 )

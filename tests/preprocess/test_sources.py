@@ -1,4 +1,4 @@
-"""Every layout is recognised and listed whole: a picture is prepared, or rejected for a reason, or the source refused."""
+"""Every layout is recognised and listed whole: a picture is listed, or rejected for a reason, or the source refused."""
 
 import io
 import json

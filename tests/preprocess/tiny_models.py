@@ -23,7 +23,7 @@ from transformers import (
     SwinConfig,
 )
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman", "and", "young", "on", "the", "beach", "photo"]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a man woman and young on the beach photo".split()
 SMALL = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -50,8 +50,8 @@ def tiny_mask2former(folder: Path) -> Path:
     backbone = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2],
                           window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, hidden_dim=16, feature_size=16, mask_feature_size=16, num_queries=4,
-        num_attention_heads=2, encoder_layers=1, decoder_layers=2, dim_feedforward=16, encoder_feedforward_dim=16,
+        backbone_config=backbone, hidden_dim=32, feature_size=32, mask_feature_size=32, num_queries=4,
+        num_attention_heads=2, encoder_layers=1, decoder_layers=2, dim_feedforward=32, encoder_feedforward_dim=32,
         id2label={0: "person", 1: "tree"}, num_labels=2,
     )  # fmt: skip
     model = Mask2FormerForUniversalSegmentation(config)

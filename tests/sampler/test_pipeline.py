@@ -1,4 +1,4 @@
-"""What FaceDiffuserPipeline promises besides its numbers: passes, batches, seeds, callbacks, forms, folders, refusals."""
+"""What FaceDiffuserPipeline promises besides its numbers: passes, batches, seeds, callbacks, folders, refusals."""
 
 import logging
 import math
@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
+from sampler.conftest import SCHEDULE, scheduler
 
 import facediffuser
 from facediffuser.errors import InputError
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.stages import Stage, default_fusion_window, plan_stages
-from sampler.conftest import SCHEDULE, scheduler
 
 ONE = "a man <|image|> reading a book"
 TWO = "a man <|image|> and a woman <|image|> in the park"

@@ -121,7 +121,7 @@ def test_every_cell_comes_from_one_of_the_two_models(seed, shape):
 @quick
 @given(seeds, st.sampled_from([0.25, 0.5, 2.0, 4.0]))
 def test_scaling_both_responses_alike_keeps_the_mask_where_the_maps_have_one_level(seed, factor):
-    # Softmax is not linear, so the mask of two responses may move when both grow. It stays where both maps have the same
+    # Softmax is not linear, so the mask of two responses may move when both grow. It stays where both maps have one
     # normaliser, as for two arrangements of the same values: here one is the other, turned by 180 degrees.
     text = noise(seed, (1, 4, 9, 9)).double()
     subject = text.flip(-1, -2)

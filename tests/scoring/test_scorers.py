@@ -84,9 +84,7 @@ def test_a_real_photograph_stays_itself_when_turned_darkened_or_made_smaller(sco
         "turned": photograph.rotate(12, Image.Resampling.BICUBIC, fillcolor=(90, 90, 90)),
         "mirrored colours": Image.fromarray(np.ascontiguousarray(np.asarray(photograph)[:, :, ::-1])),
     }
-    ips = {
-        name: scorers.score([picture], [[reference[0]]], ["a woman"])[0].ip for name, picture in changed.items()
-    }
+    ips = {name: scorers.score([picture], [[reference[0]]], ["a woman"])[0].ip for name, picture in changed.items()}
     assert ips["itself"] == pytest.approx(1.0, abs=1e-6)
     assert min(ips[name] for name in ("darkened", "smaller")) > 0.95
     assert ips["turned"] > 0.75

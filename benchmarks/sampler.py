@@ -1,0 +1,127 @@
+"""How much work the sampler saves: UNet rows per stage, and time against simpler ways of running the same method.
+
+    python -m benchmarks.sampler [--models miniature|DIR] [--steps 50] [--images 4] [--repeats 3] [--device cpu|cuda]
+
+Without --models, small random models stand in, so the rows are exact and the times are this machine's. All ways run
+turn about in one process, from the same noise and embeddings, and the fastest repeat of each counts.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+
+from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.stages import default_fusion_window
+
+
+def small_random_pipeline(width: int = 64) -> FaceDiffuserPipeline:
+    """A pipeline of random UNets with the blocks of Stable Diffusion; its text parts are never called."""
+    torch.manual_seed(0)
+
+    def unet() -> UNet2DConditionModel:
+        return UNet2DConditionModel(
+            sample_size=32, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=width,
+            attention_head_dim=4, norm_num_groups=8, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        ).eval()  # fmt: skip
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=32).eval()
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    return FaceDiffuserPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, scheduler=scheduler, unet=unet(), unet_text=unet()
+    )
+
+
+def count_rows(pipe: FaceDiffuserPipeline, run: Callable[[], None]) -> dict[str, int]:
+    """Return the rows each UNet was called with while `run` ran."""
+    rows = {"unet_text": 0, "unet": 0}
+
+    def hook(name: str):
+        def add(module, args):
+            rows[name] += len(args[0])
+
+        return add
+
+    hooks = [getattr(pipe, name).register_forward_pre_hook(hook(name)) for name in rows]
+    run()
+    for handle in hooks:
+        handle.remove()
+    return rows
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Return the wall time of one call, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ways(pipe: FaceDiffuserPipeline, steps: int, images: int) -> dict[str, Callable[[], None]]:
+    """Return the ways to compare, each making all the images."""
+    width, channels = pipe.unet.config.cross_attention_dim, pipe.unet.config.in_channels
+    side = pipe.unet.config.sample_size
+    generator = torch.Generator().manual_seed(1)
+    null, text, fused = (torch.randn(images, 77, width, generator=generator) for _ in range(3))
+    noise = torch.randn(images, channels, side, side, generator=generator)
+    start, end = default_fusion_window(steps)
+
+    def sample(rows: slice, fusion_start: int, fusion_end: int, method: str = "face-diffuser") -> None:
+        pipe(
+            prompt_embeds=text[rows], subject_prompt_embeds=fused[rows], negative_prompt_embeds=null[rows],
+            latents=noise[rows], num_inference_steps=steps, fusion_start=fusion_start, fusion_end=fusion_end,
+            method=method, output_type="latent",
+        )  # fmt: skip
+
+    def image_by_image() -> None:
+        for i in range(images):
+            sample(slice(i, i + 1), start, end)
+
+    every = slice(0, images)
+    return {
+        "face-diffuser": lambda: sample(every, start, end),
+        "both models at every step": lambda: sample(every, 0, steps + 1),
+        "face-diffuser, image by image": image_by_image,
+        "tdm": lambda: sample(every, start, end, "tdm"),
+        "sdm": lambda: sample(every, start, end, "sdm"),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", help="model folder or `miniature`; default: small random models")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(options.device)
+    runs = ways(pipe, options.steps, options.images)
+    rows = {name: count_rows(pipe, run) for name, run in runs.items()}  # the first run of each, which also warms up
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            best[name] = min(best[name], seconds(run))
+    base = best["face-diffuser"]
+    lines = [f"{options.images} images, {options.steps} steps, {options.device}"]
+    lines.append(f"{'way':<32}{'TDM rows/image':>16}{'SDM rows/image':>16}{'s/image':>10}{'time ratio':>12}")
+    for name in runs:
+        text, subject = (rows[name][unet] / options.images for unet in ("unet_text", "unet"))
+        lines.append(
+            f"{name:<32}{text:>16.0f}{subject:>16.0f}{best[name] / options.images:>10.3f}{best[name] / base:>12.2f}"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""One picture that explains the method: what each model responds to, who wins which cell, and the image so far."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+
+from facediffuser.errors import InputError
+from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.stages import Stage, default_fusion_window, plan_stages
+from facediffuser.subject import to_rgb, without_markers
+
+logger = logging.getLogger(__name__)
+
+ROWS = ("TDM response", "SDM response", "mask (yellow: SDM)", "estimate")
+STAGE_NAMES = {Stage.TEXT: "TDM alone", Stage.FUSION: "fused", Stage.SUBJECT: "SDM alone"}
+_CELL_INCHES = 1.25
+_MASK_COLOURS = ListedColormap(["#2b2d5c", "#f2c14e"])
+
+
+class ExplainSettings(BaseModel):
+    """One prompt sampled with the Face-diffuser method, drawn step by step as one PNG."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: str = Field(description="model folder, s3:// URL, hub id, or `miniature`")
+    prompt: str = Field(description="prompt with <|image|> after each word that names a subject")
+    reference: list[Path] = Field(description="reference pictures, one per marker, in order (repeat the option)")
+    output: Path = Field(Path("explain.png"), description="the PNG to write")
+    steps: int = Field(50, ge=1, description="inference steps")
+    guidance_scale: float = Field(5.0, description="guidance scale s")
+    fusion_start: int | None = Field(None, ge=0, description="first fused step; default 16 of 50, scaled")
+    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone; default 31 of 50, scaled")
+    columns: int = Field(10, ge=2, description="steps to draw, spread evenly over the run")
+    seed: int = Field(0, ge=0, description="the same seed draws the same picture on the same hardware")
+    device: str = Field("auto", description="cpu, cuda, or auto: the GPU where there is one")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One step: its index and stage, both saliency maps (h, w), the mask (h, w), and the estimate as RGB (H, W, 3)."""
+
+    index: int
+    stage: Stage
+    text_saliency: np.ndarray | None
+    subject_saliency: np.ndarray | None
+    mask: np.ndarray
+    estimate: np.ndarray
+
+
+def explain(settings: ExplainSettings) -> Path:
+    """Return the path of the PNG: strips of TDM response, SDM response, mask and decoded estimate over the steps.
+
+    Responses are the maps Omega that are compared, each scaled to its own largest value; a model that does not run at a
+    step leaves its place empty. Raises InputError, nothing written, for references or prompts that cannot be used.
+    """
+    references = [_open(path) for path in settings.reference]
+    pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
+    pipe.set_progress_bar_config(desc="explain")
+    device = settings.device
+    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    frames, result = record(pipe, settings, references)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw(frames, references, result, without_markers(settings.prompt))
+    figure.savefig(settings.output, format="png", dpi=120)
+    logger.info("%s: %d of %d steps drawn", settings.output, len(frames), settings.steps)
+    return settings.output
+
+
+def record(
+    pipe: FaceDiffuserPipeline, settings: ExplainSettings, references: list[Image.Image]
+) -> tuple[list[Frame], Image.Image]:
+    """Return the frames of `settings.columns` steps spread over the run, first and last included, and the result."""
+    alphas = _alphas(pipe.scheduler)
+    default_start, default_end = default_fusion_window(settings.steps)
+    start = default_start if settings.fusion_start is None else settings.fusion_start
+    end = default_end if settings.fusion_end is None else settings.fusion_end
+    pipe.scheduler.set_timesteps(settings.steps)
+    count = len(pipe.scheduler.timesteps)
+    stages = plan_stages("face-diffuser", count, settings.steps, start, end)
+    shown = set(np.linspace(0, count - 1, min(settings.columns, count)).round().astype(int).tolist())
+    side, unet = pipe.unet.config.sample_size, pipe.unet.config
+    sides = (side, side) if isinstance(side, int) else tuple(side)
+    noise = torch.randn(1, unet.in_channels, *sides, generator=torch.Generator().manual_seed(settings.seed))
+    frames: list[Frame] = []
+    before = noise.to(pipe.device)
+
+    def watch(pipe, i, t, tensors):
+        nonlocal before
+        if i in shown:
+            clean = _clean(before, tensors["noise_pred"], alphas[int(t)])
+            frames.append(Frame(
+                i, stages[i], _map(tensors["text_saliency"]), _map(tensors["subject_saliency"]), _map(tensors["mask"]),
+                pipe.decode_latents(clean, "np")[0],
+            ))  # fmt: skip
+        before = tensors["latents"]
+
+    out = pipe(
+        settings.prompt, references, settings.steps, settings.guidance_scale, start, end, latents=noise,
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["latents", "noise_pred", "mask", "text_saliency", "subject_saliency"],
+    )  # fmt: skip
+    return frames, out.images[0]
+
+
+def draw(frames: list[Frame], references: list[Image.Image], result: Image.Image, title: str) -> Figure:
+    """Return the figure: one row per map, one column per step, references at the left and the result at the right."""
+    columns = len(frames) + 2
+    figure = Figure(figsize=(_CELL_INCHES * columns, _CELL_INCHES * (len(ROWS) + 0.6)), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(len(ROWS), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, name in enumerate(ROWS):
+        axes[row][0].text(1.0, 0.2, name, ha="right", va="center", fontsize=8, transform=axes[row][0].transAxes)
+    for row, image in zip(range(len(ROWS)), references, strict=False):
+        box = axes[row][0].inset_axes((0.45, 0.4, 0.55, 0.55))
+        box.imshow(to_rgb(image))
+        box.set_axis_off()
+    for column, frame in enumerate(frames, start=1):
+        axes[0][column].set_title(f"step {frame.index}\n{STAGE_NAMES[frame.stage]}", fontsize=7)
+        _show_map(axes[0][column], frame.text_saliency)
+        _show_map(axes[1][column], frame.subject_saliency)
+        axes[2][column].imshow(frame.mask, cmap=_MASK_COLOURS, vmin=0, vmax=1, interpolation="nearest")
+        axes[3][column].imshow(frame.estimate)
+    axes[3][-1].imshow(result)
+    axes[3][-1].set_title("result", fontsize=7)
+    return figure
+
+
+def _show_map(axis, values: np.ndarray | None) -> None:
+    if values is None:
+        axis.text(0.5, 0.5, "not run", ha="center", va="center", fontsize=7, color="0.5", transform=axis.transAxes)
+    else:
+        axis.imshow(values, cmap="magma", vmin=values.min(), vmax=values.max(), interpolation="nearest")
+
+
+def _clean(noisy: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return the estimate of the clean latents: (x_t - sqrt(1 - a) eps) / sqrt(a)."""
+    return (noisy - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
+
+
+def _alphas(scheduler) -> list[float]:
+    kind = type(scheduler).__name__
+    plain = scheduler.config.get("prediction_type", "epsilon") == "epsilon" and float(scheduler.init_noise_sigma) == 1
+    if not plain or not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(f"scheduler {kind}: the estimate cannot be drawn; give a model with PNDM, DDIM or DPM-Solver")
+    return scheduler.alphas_cumprod.tolist()
+
+
+def _map(values: torch.Tensor | None) -> np.ndarray | None:
+    return None if values is None else values[0, 0].float().cpu().numpy()
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give a reference picture") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a picture; give a jpg, png or webp") from error

@@ -1,0 +1,77 @@
+"""What the models are conditioned on: each prompt encoded once, each subject's references encoded once per worker."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from facediffuser.dataset.subjects import References, load_references
+from facediffuser.scoring import subject_embedding
+from facediffuser.storage import Store
+
+KEPT = 512
+
+
+class ConditionCache:
+    """Embeddings by prompt and by subject; the least lately used go when there are more than `KEPT` of a kind.
+
+    Everything is encoded alone, never in a batch: what a row is conditioned on must not depend on the rows a worker
+    happened to see before.
+    """
+
+    def __init__(self, pipeline, store: Store, with_subjects: bool):
+        self.pipeline, self.store, self.with_subjects = pipeline, store, with_subjects
+        self.null = pipeline.encode_prompt("")
+        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._fused: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._references: dict[str, References] = {}
+        self._subjects: OrderedDict[str, tuple[torch.Tensor | None, np.ndarray]] = OrderedDict()
+
+    def open(self, rows: list[dict[str, Any]]) -> None:
+        """Fetch the references that the rows of a shard need; a store that fails fails here, not in a row."""
+        names = {name for row in rows for name in row["subject_ids"]}
+        kept = {name: self._references[name] for name in names if name in self._references}
+        self._references = kept | load_references(self.store, names - kept.keys())
+
+    def of(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return the rows' plain text (b, n, d), subject-augmented text (b, n, d) or None, and null (1, n, d)."""
+        text = torch.cat([self._text(row["prompt"]) for row in rows])
+        fused = torch.cat([self._augmented(row) for row in rows]) if self.with_subjects else None
+        return text, fused, self.null
+
+    def identities(self, subject_ids: list[str]) -> list[np.ndarray]:
+        """Return the unit vector (d,) that each subject's identity is measured against."""
+        return [self._subject(name)[1] for name in subject_ids]
+
+    def _text(self, prompt: str) -> torch.Tensor:
+        return _kept(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))
+
+    def _augmented(self, row: dict[str, Any]) -> torch.Tensor:
+        names, prompt = tuple(row["subject_ids"]), row["prompt"]
+
+        def fuse() -> torch.Tensor:
+            embeds = torch.stack([self._subject(name)[0] for name in names])
+            return self.pipeline.fuse([prompt], [embeds], self._text(prompt))
+
+        return _kept(self._fused, (names, prompt), fuse)
+
+    def _subject(self, name: str) -> tuple[torch.Tensor | None, np.ndarray]:
+        def load() -> tuple[torch.Tensor | None, np.ndarray]:
+            found = self._references[name]
+            # The model takes one embedding per subject; of several references it is their mean.
+            shown = self.pipeline.encode_references(found.images).mean(dim=0) if self.with_subjects else None
+            return shown, subject_embedding(found.identities)
+
+        return _kept(self._subjects, name, load)
+
+
+def _kept(cache: OrderedDict, key: Any, make: Callable[[], Any]) -> Any:
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    cache[key] = value = make()
+    while len(cache) > KEPT:
+        cache.popitem(last=False)
+    return value

@@ -1,0 +1,63 @@
+"""The flow `generate-dataset`: subjects and prompts in, scored images as Parquet out."""
+
+import logging
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from facediffuser.dataset.survey import survey_dataset
+from facediffuser.generation import GenerateSettings
+from facediffuser.generation.job import Prepared
+from facediffuser.scoring.tables import markdown, score_table
+from facediffuser.storage import open_store
+from tasks.generate import finish_dataset, generate_shards, plan_dataset
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 3
+
+
+@flow(name="generate-dataset")
+def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
+    """Plan, make what is missing, finish; return counts, where the dataset is, and the table of IP and PC.
+
+    Run again with the same settings it keeps finished shards; an output that holds another run is refused.
+    """
+    prepared = plan_dataset(settings)
+    if settings.dry_run:
+        return describe(prepared)
+    run = generate_shards(prepared.job)
+    manifest = finish_dataset(prepared.job)
+    table = markdown(score_table(survey_dataset(open_store(settings.output)).scores))
+    create_markdown_artifact(f"`{prepared.job.output}`\n\n{table}\n", key="dataset-scores")
+    return {
+        "output": prepared.job.output,
+        **manifest.counts.model_dump(),
+        "shards_kept": run["kept"],
+        "shards_made": run["made"],
+        "seconds": run["seconds"],
+        "denoising_share": run["busy"],
+        "fingerprint": manifest.fingerprint,
+        "table": table,
+    }
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """Return what a run would make: counts and a few example rows; also told in the log."""
+    job, plan = prepared.job, prepared.plan
+    examples = next(plan.tables(EXAMPLES)).select(["sample_id", "prompt", "subject_ids", "seed"]).to_pylist()
+    for row in examples:
+        logger.info("example: %s: %s (subjects %s, seed %d)", row["sample_id"], row["prompt"],
+                    ", ".join(row["subject_ids"]), row["seed"])  # fmt: skip
+    return {
+        "output": job.output,
+        "dry_run": True,
+        "rows": job.layout.rows,
+        "shards": job.layout.shards,
+        "subjects": len(plan.subjects),
+        "prompts": len(plan.prompts),
+        "batch_size": job.batch_size,
+        "fingerprint": job.fingerprint,
+        "examples": examples,
+    }

@@ -1,0 +1,28 @@
+"""One made world, and one finished dataset of it, for all tests of generation."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from world import World
+
+from facediffuser.generation import ShardGenerator, prepare
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def made(world, tmp_path_factory):
+    """(job, generator) of a run whose shards are all made, by one worker in this process."""
+    prepared = prepare(world.settings(tmp_path_factory.mktemp("made") / "dataset"))
+    prepared.write()
+    generator = ShardGenerator(prepared.job)
+    for shard in range(prepared.job.layout.shards):
+        generator(shard)
+    return prepared.job, generator

@@ -1,0 +1,83 @@
+"""The flow on Prefect and Ray: from settings to a verified dataset, kept, mended or refused when run again."""
+
+import json
+
+import pytest
+
+from facediffuser.dataset.verify import verify
+from facediffuser.errors import InputError
+from facediffuser.storage import open_store
+from flows.generate_dataset import generate_dataset
+from tasks.generate import FailedRowsError, finish_dataset
+
+
+@pytest.fixture(scope="module")
+def flow_run(world, tmp_path_factory, prefect_harness, ray_session):
+    """(settings, result) of the flow run once."""
+    settings = world.settings(tmp_path_factory.mktemp("flow") / "dataset", workers=2)
+    return settings, generate_dataset(settings)
+
+
+def test_a_dry_run_tells_what_would_be_made_and_writes_nothing(world, tmp_path, prefect_harness, ray_session):
+    result = generate_dataset(world.settings(tmp_path / "out", dry_run=True))
+    assert (result["rows"], result["shards"], len(result["examples"])) == (12, 4, 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_flow_ends_with_a_dataset_that_verifies(flow_run):
+    settings, result = flow_run
+    assert (result["rows"], result["ok"], result["shards_made"]) == (12, 12, 4)
+    assert verify(settings.output) == []
+    assert "face-diffuser" in result["table"]
+    assert open_store(settings.output).exists("README.md")
+
+
+def test_workers_do_not_change_the_bytes(flow_run, made):
+    settings, _ = flow_run
+    stores = open_store(settings.output), made[0].store()
+    one, other = ({info.key: store.get(info.key) for info in store.list("data/")} for store in stores)
+    assert one == other
+
+
+def test_run_again_it_keeps_what_is_finished_and_mends_what_is_missing(flow_run):
+    settings, _ = flow_run
+    store = open_store(settings.output)
+    before = {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")}
+    store.delete("data/shard-00002-of-00004.parquet")
+    store.delete("manifest.json")
+    result = generate_dataset(settings)
+    assert (result["shards_kept"], result["shards_made"]) == (3, 1)
+    assert {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")} == before
+
+
+def test_another_run_on_the_same_output_is_refused_by_the_flow(flow_run):
+    settings, _ = flow_run
+    before = open_store(settings.output).list()
+    with pytest.raises(InputError, match="holds another run"):
+        generate_dataset(settings.model_copy(update={"guidance_scale": 7.5}))
+    assert open_store(settings.output).list() == before
+
+
+def test_more_failures_than_allowed_fail_the_run_after_the_manifest(flow_run, made, tmp_path):
+    job, source = made[0], made[0].store()
+    store = open_store(tmp_path / "out")
+    for info in source.list():
+        store.put(info.key, source.get(info.key))
+    key = job.layout.stats_key(0)
+    stats = json.loads(store.get(key))
+    store.put(key, json.dumps(stats | {"ok": 2, "failed": 1}).encode())
+    moved = type(job)(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "output": store.url})
+    with pytest.raises(FailedRowsError, match="1 of 12 rows failed"):
+        finish_dataset.fn(moved)
+    assert json.loads(store.get("manifest.json"))["counts"]["failed"] == 1
+
+
+def test_a_run_with_missing_shards_does_not_finish(flow_run, made, tmp_path):
+    job, source = made[0], made[0].store()
+    store = open_store(tmp_path / "out")
+    for info in source.list("plan/"):
+        store.put(info.key, source.get(info.key))
+    moved = type(job)(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "output": store.url})
+    with pytest.raises(RuntimeError, match="4 shards are missing"):
+        finish_dataset.fn(moved)
+    assert not store.exists("manifest.json")

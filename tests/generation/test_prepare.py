@@ -1,0 +1,114 @@
+"""Before the first pixel: inputs checked, nothing written when they are wrong, another run's output refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from skimage import data
+from world import save_people, save_prompts
+
+from facediffuser.dataset.subjects import load_references
+from facediffuser.errors import InputError
+from facediffuser.generation import GenerateSettings, prepare
+from facediffuser.generation.job import default_batch_size
+
+
+def test_preparing_writes_nothing(world, tmp_path):
+    prepared = prepare(world.settings(tmp_path / "out"))
+    assert prepared.job.layout.rows == 12 and not (tmp_path / "out").exists()
+
+
+def test_what_does_not_change_pixels_does_not_change_the_fingerprint(made, world, tmp_path):
+    assert prepare(world.settings(tmp_path / "x", workers=7, max_failed=0.5)).job.fingerprint == made[0].fingerprint
+    assert prepare(world.settings(tmp_path / "x", seed=1)).job.fingerprint != made[0].fingerprint
+
+
+def test_another_run_is_refused_with_the_difference(made, world):
+    with pytest.raises(InputError) as caught:
+        prepare(world.settings(made[0].output, steps=9))
+    assert "num_inference_steps 3 there, 9 here" in str(caught.value)
+
+
+def test_the_same_run_is_taken_up_again(made, world):
+    prepared = prepare(world.settings(made[0].output, workers=2))
+    before = made[0].store().list()
+    assert prepared.write() == 0
+    assert made[0].store().list() == before
+
+
+def test_an_output_with_other_files_is_refused(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="thesis.txt"):
+        prepare(world.settings(tmp_path / "out"))
+
+
+def test_of_two_runs_begun_at_once_the_second_is_refused(world, tmp_path):
+    first, second = (prepare(world.settings(tmp_path / "out", seed=seed)) for seed in (1, 2))
+    first.write()
+    with pytest.raises(InputError, match="another run"):
+        second.write()
+    assert prepare(world.settings(tmp_path / "out", seed=1)).write() == 0
+
+
+def test_a_picture_without_a_face_is_told(world, tmp_path):
+    people = save_people(tmp_path / "people")
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(people / "bob" / "2.png")
+    with pytest.raises(InputError, match="bob/2.png: no face found"):
+        prepare(world.settings(tmp_path / "out", subjects=str(people)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("others", "says"), [
+    ({"subjects_per_image": 3}, "2 subjects for 3"),
+    ({"subjects_per_image": 5}, "this model takes up to 4"),
+    ({"height": 33}, "multiples of 2"),
+    ({"models": "/no/such/folder"}, "no such folder"),
+])  # fmt: skip
+def test_what_the_models_or_subjects_cannot_give_is_told(world, tmp_path, others, says):
+    with pytest.raises(InputError, match=says):
+        prepare(world.settings(tmp_path / "out", **others))
+
+
+def test_a_prompt_that_is_too_long_for_its_subject_is_told(world, tmp_path):
+    prompts = save_prompts(tmp_path / "long.jsonl", [{"prompt": "a photo " * 80 + "of {subject}", "prompt_id": "long"}])
+    with pytest.raises(InputError, match="prompt long"):
+        prepare(world.settings(tmp_path / "out", prompts=str(prompts)))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"fusion_start": 30, "fusion_end": 20}, {"fusion_end": 51}, {"steps": 0}, {"method": "magic"}, {"max_failed": 2},
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        GenerateSettings(models="m", subjects="s", prompts="p", output="o", **wrong)
+
+
+def test_the_fusion_window_scales_with_the_steps():
+    from facediffuser.stages import default_fusion_window
+
+    for steps in (1, 7, 20, 30, 50, 100):
+        settings = GenerateSettings(models="m", subjects="s", prompts="p", output="o", steps=steps)
+        assert settings.fusion_window == default_fusion_window(steps)
+
+
+def test_batches_shrink_with_the_image():
+    assert default_batch_size(512, 512, True) == 8
+    assert default_batch_size(64, 64, False) == 8
+    assert default_batch_size(512, 512, False) == 1
+
+
+def test_a_real_photograph_becomes_a_square_around_its_face(world, tmp_path):
+    (tmp_path / "people" / "eileen").mkdir(parents=True)
+    Image.fromarray(data.astronaut()).save(tmp_path / "people" / "eileen" / "1.png")
+    settings = world.settings(tmp_path / "out", subjects=str(tmp_path / "people"))
+    prepared = prepare(settings)
+    prepared.write()
+    row = prepared.references.to_pylist()[0]
+    shown = load_references(prepared.job.store(), ["eileen"])["eileen"]
+    left, top, right, bottom = row["crop_box"]
+    assert right - left == bottom - top == shown.images[0].width < 512
+    # Eileen Collins's face is near the middle of the upper half of the picture.
+    assert 150 < (left + right) / 2 < 300 and 50 < (top + bottom) / 2 < 200
+    assert np.linalg.norm(shown.identities[0]) == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,276 @@
+"""Shards: each planned row once, the same bytes made again, failures as rows, and what every reader finds in them."""
+
+import io
+import json
+import pickle
+
+import datasets
+import duckdb
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from world import PROMPTS, save_prompts
+
+from facediffuser.dataset.images import encode_image
+from facediffuser.dataset.manifest import build_manifest, shard_entry, write_manifest
+from facediffuser.dataset.plan import read_shard_rows
+from facediffuser.dataset.schema import DATASET_SCHEMA, DIGITAL_SOURCE_TYPE, PROVENANCE_KEY
+from facediffuser.dataset.shards import finished_shards
+from facediffuser.dataset.verify import verify
+from facediffuser.errors import InputError
+from facediffuser.generation import ShardGenerator, prepare
+from facediffuser.generation.worker import told
+
+
+class Stumbling:
+    """A pipeline or scorers that fail as `stumble(rows)` says, and otherwise do what the real ones do."""
+
+    def __init__(self, real, method, stumble):
+        self.real, self.method, self.stumble, self.sizes = real, method, stumble, []
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def __call__(self, **given):
+        self._check("__call__", len(given["prompt_embeds"]))
+        return self.real(**given)
+
+    def score(self, images, references, prompts):
+        self._check("score", len(images))
+        return self.real.score(images, references, prompts)
+
+    def _check(self, method, rows):
+        if method == self.method:
+            self.sizes.append(rows)
+            error = self.stumble(rows, len(self.sizes))
+            if error:
+                raise error
+
+
+def data_bytes(store) -> dict[str, bytes]:
+    return {info.key: store.get(info.key) for info in store.list("data/")}
+
+
+def again(made, world, tmp_path, **replaced):
+    """The run of `made` at another place, with a generator of its own."""
+    prepared = prepare(world.settings(tmp_path / "again"))
+    assert prepared.job.fingerprint == made[0].fingerprint
+    prepared.write()
+    parts = {"pipeline": made[1].pipeline, "scorers": made[1].scorers} | replaced
+    return prepared.job, ShardGenerator(prepared.job, **parts)
+
+
+def test_every_planned_row_is_there_once_and_scored(made):
+    job, _ = made
+    table = pq.read_table(job.output + "/data")
+    planned = [row for shard in range(job.layout.shards) for row in read_shard_rows(job.store(), job.layout, shard)]
+    assert table.schema.equals(DATASET_SCHEMA)
+    assert table["sample_id"].to_pylist() == [row["sample_id"] for row in planned]
+    assert len(set(table["sample_id"].to_pylist())) == 12
+    assert set(table["status"].to_pylist()) == {"ok"}
+    for name in ("ip", "pc", "face_count", "subject_fraction", "image_sha256"):
+        assert table[name].null_count == 0
+    assert all(0 <= share <= 1 for share in table["subject_fraction"].to_pylist())
+
+
+def test_a_shard_made_again_elsewhere_in_another_order_is_the_same_bytes(made, world, tmp_path):
+    job, generator = again(made, world, tmp_path)
+    for shard in (3, 1, 0, 2):
+        generator(shard)
+    assert data_bytes(job.store()) == data_bytes(made[0].store())
+
+
+def test_a_finished_shard_is_found_and_not_made_again(made):
+    job, generator = made
+    before = job.store().list("data/")
+    assert generator(0) == {"shard": 0, "rows": 3, "found": True}
+    assert job.store().list("data/") == before
+
+
+def test_a_batch_that_fails_once_is_made_again_row_by_row(made, world, tmp_path):
+    pipeline = Stumbling(made[1].pipeline, "__call__", lambda rows, call: RuntimeError("once") if call == 1 else None)
+    job, generator = again(made, world, tmp_path, pipeline=pipeline)
+    stats = generator(0)
+    assert pipeline.sizes == [2, 1, 1, 1]
+    assert (stats["ok"], stats["failed"], stats["retries"]) == (3, 0, {"denoise": 1})
+
+
+def test_out_of_memory_halves_the_batch(made, world, tmp_path):
+    def short_of_memory(rows, call):
+        return torch.OutOfMemoryError("out of memory") if rows > 1 else None
+
+    pipeline = Stumbling(made[1].pipeline, "__call__", short_of_memory)
+    job, generator = again(made, world, tmp_path, pipeline=pipeline)
+    stats = generator(0)
+    assert pipeline.sizes == [2, 1, 1, 1]
+    assert (stats["failed"], stats["retries"]) == (0, {"out_of_memory": 1})
+
+
+@pytest.mark.parametrize("method", ["__call__", "score"])
+def test_a_row_that_always_fails_ends_as_a_row_with_its_error(made, world, tmp_path, method):
+    # The first batch fails whole, then its second row alone.
+    stumble = Stumbling(
+        made[1].pipeline if method == "__call__" else made[1].scorers, method,
+        lambda rows, call: ValueError("bad row\nsecond line") if call in (1, 3) else None,
+    )  # fmt: skip
+    job, generator = again(made, world, tmp_path, **{"pipeline" if method == "__call__" else "scorers": stumble})
+    stats = generator(0)
+    rows = pq.read_table(job.output + "/data").to_pylist()
+    assert (stats["ok"], stats["failed"]) == (2, 1)
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1]["error"] == "ValueError: bad row"
+    assert rows[1]["image"] is None and rows[1]["ip"] is None and rows[1]["seed"] is not None
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("CUDA error: misaligned address")])
+def test_an_error_that_is_not_the_rows_ends_the_worker_and_writes_nothing(made, world, tmp_path, error):
+    pipeline = Stumbling(made[1].pipeline, "__call__", lambda rows, call: error)
+    job, generator = again(made, world, tmp_path, pipeline=pipeline)
+    with pytest.raises(type(error)):
+        generator(0)
+    assert job.store().list("data/") == []
+
+
+def test_errors_of_rows_do_not_tell_credentials(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
+    assert "marked-secret" not in told(RuntimeError("sent marked-secret to the server"))
+
+
+def test_datasets_decodes_the_images_by_itself(made, tmp_path):
+    files = made[0].output + "/data/*.parquet"
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert rows.num_rows == 12 and rows[0]["image"].size == (32, 32)
+    assert rows[0]["subject_ids"] == ["ada"] and isinstance(rows[0]["seed"], int)
+
+
+def test_pyarrow_and_duckdb_count_the_same_rows(made):
+    output = made[0].output
+    assert ds.dataset(output + "/data", format="parquet").count_rows() == 12
+    assert duckdb.sql(f"select count(*) from '{output}/data/*.parquet' where status = 'ok'").fetchall() == [(12,)]
+
+
+def test_images_are_stored_as_they_are_beside_compressed_columns(made):
+    file = pq.ParquetFile(made[0].output + "/" + made[0].layout.shard_key(0))
+    group = file.metadata.row_group(0)
+    codecs = {group.column(n).path_in_schema: group.column(n).compression for n in range(group.num_columns)}
+    assert codecs.pop("image.bytes") == "UNCOMPRESSED"
+    assert set(codecs.values()) == {"ZSTD"}
+    assert group.column(0).has_column_index and group.column(0).has_offset_index
+
+
+def test_shards_and_images_say_that_they_are_synthetic(made):
+    table = pq.read_table(made[0].output + "/data")
+    assert json.loads(pq.read_schema(made[0].output + "/" + made[0].layout.shard_key(0)).metadata[PROVENANCE_KEY])[
+        "synthetic"
+    ]
+    image = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
+    assert DIGITAL_SOURCE_TYPE in image.info["XML:com.adobe.xmp"] and "synthetic" in image.info["Source"]
+
+
+@pytest.mark.parametrize(("kind", "decoded"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_every_kind_of_file_carries_its_provenance(kind, decoded):
+    data = encode_image(Image.new("RGB", (16, 16), "red"), kind, "ada~p0~<0>")
+    assert DIGITAL_SOURCE_TYPE.encode() in data and b"ada~p0~&lt;0&gt;" in data
+    assert Image.open(io.BytesIO(data)).format == decoded
+
+
+def test_a_job_travels_to_workers_without_secrets(made, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
+    data = pickle.dumps(made[0])
+    assert len(data) < 20_000 and b"marked-secret" not in data
+    assert pickle.loads(data).shard_schema.equals(made[0].shard_schema, check_metadata=True)
+
+
+def test_pairs_are_made_and_scored_per_subject(world, tmp_path):
+    prompts = save_prompts(tmp_path / "pairs.jsonl", [{"prompt": "{subject_2} and {subject_1} in the park"}])
+    prepared = prepare(world.settings(tmp_path / "out", prompts=str(prompts), subjects_per_image=2))
+    prepared.write()
+    ShardGenerator(prepared.job)(0)
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert [row["subject_ids"] for row in rows] == [["bob", "ada"]] * 2
+    assert rows[0]["prompt"] == "person <|image|> and woman <|image|> in the park"
+    assert all(len(row["ip_per_subject"]) == 2 and row["status"] == "ok" for row in rows)
+
+
+def test_a_shard_of_another_run_or_cut_short_is_not_taken_for_finished(made, world, tmp_path):
+    job, generator = again(made, world, tmp_path)
+    store, key = job.store(), job.layout.shard_key(0)
+    assert generator(0)["failed"] == 0
+    whole = store.get(key)
+    assert set(finished_shards(store, job.layout, job.fingerprint)) == {0}
+    assert finished_shards(store, job.layout, "another") == {}
+    store.put(key, whole[: len(whole) // 2])
+    assert finished_shards(store, job.layout, job.fingerprint) == {}
+    assert generator(0)["ok"] == 3
+    assert store.get(key) == whole
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """A copy of the finished dataset with its manifest."""
+    job, source = made[0], made[0].store()
+    from facediffuser.storage import open_store
+
+    store = open_store(tmp_path / "copy")
+    for info in source.list():
+        store.put(info.key, source.get(info.key))
+    infos = finished_shards(store, job.layout, job.fingerprint)
+    entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in sorted(infos)]
+    write_manifest(store, build_manifest(job.fingerprint, job.run, job.layout, entries))
+    return job, store
+
+
+def test_a_finished_dataset_verifies(finished):
+    assert verify(finished[1].url) == []
+
+
+def test_the_manifest_is_the_same_when_stats_are_missing(finished):
+    job, store = finished
+    infos = finished_shards(store, job.layout, job.fingerprint)
+    with_stats = [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)]
+    for info in store.list("stats/"):
+        store.delete(info.key)
+    assert [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)] == with_stats
+
+
+def test_verify_finds_what_is_missing_changed_swapped_or_foreign(finished):
+    job, store = finished
+    keys = [job.layout.shard_key(shard) for shard in range(4)]
+    store.delete(keys[0])
+    damaged = bytearray(store.get(keys[1]))
+    damaged[len(damaged) // 2] ^= 1
+    store.put(keys[1], bytes(damaged))
+    store.put(keys[2], store.get(keys[3]))
+    store.put("data/extra.parquet", b"x")
+    problems = verify(store.url)
+    for word in (f"{keys[0]}: missing", f"{keys[1]}: sha256", f"{keys[2]}: sha256", "data/extra.parquet"):
+        assert any(problem.startswith(word) for problem in problems)
+    assert len(problems) == 4
+
+
+def test_verify_finds_rows_that_are_not_those_planned(finished):
+    # The manifest itself was rewritten to match: only the plan can tell.
+    job, store = finished
+    store.put(job.layout.shard_key(0), store.get(job.layout.shard_key(1)))
+    infos = finished_shards(store, job.layout, job.fingerprint)
+    store.delete(job.layout.stats_key(0))
+    entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)]
+    write_manifest(store, build_manifest(job.fingerprint, job.run, job.layout, entries))
+    assert verify(store.url) == [f"{job.layout.shard_key(0)}: its rows are not those planned"]
+
+
+def test_verify_of_an_unfinished_dataset_is_told(finished):
+    finished[1].delete("manifest.json")
+    with pytest.raises(InputError, match="no manifest.json"):
+        verify(finished[1].url)
+
+
+def test_prompts_are_as_the_file_says(made):
+    table = pq.read_table(made[0].output + "/plan")
+    assert set(table["prompt_id"].to_pylist()) == {"book", "p00001", "p00002"}
+    assert {row["category"] for row in table.to_pylist()} == {row.get("category") for row in PROMPTS}

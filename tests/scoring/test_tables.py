@@ -1,0 +1,111 @@
+"""Tables of scores: right means, honest intervals, the same every time."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from facediffuser.scoring import compare
+from facediffuser.scoring.statistics import NORMAL_FROM, mean_interval, paired_difference
+from facediffuser.scoring.tables import as_arrow, markdown, score_table
+
+
+def scored(*rows: tuple) -> pa.Table:
+    names = ("sample_id", "method", "subject_ids", "prompt_id", "category", "ip", "pc", "status")
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+
+
+ROWS = scored(
+    ("1", "ours", ["ada"], "p", "style", 0.2, 0.20, "ok"),
+    ("2", "ours", ["ada"], "q", "context", 0.6, 0.30, "ok"),
+    ("3", "ours", ["ada", "bob"], "p", "style", 0.1, 0.10, "ok"),
+    ("4", "ours", ["ada"], "q", None, None, None, "failed"),
+    ("1", "theirs", ["ada"], "p", "style", 0.1, 0.25, "ok"),
+    ("2", "theirs", ["ada"], "q", "context", 0.3, 0.30, "ok"),
+)
+
+
+def test_means_are_by_method_number_of_subjects_and_category_with_all_last():
+    table = [(row.method, row.subjects, row.category, row.metric, row.mean, row.n) for row in score_table(ROWS)]
+    assert table[:6] == [
+        ("ours", 1, "context", "ip", 0.6, 1),
+        ("ours", 1, "context", "pc", 0.3, 1),
+        ("ours", 1, "style", "ip", 0.2, 1),
+        ("ours", 1, "style", "pc", 0.2, 1),
+        ("ours", 1, "all", "ip", pytest.approx(0.4), 2),
+        ("ours", 1, "all", "pc", pytest.approx(0.25), 2),
+    ]
+    assert [row[:3] for row in table[6:]][::2] == [
+        ("ours", 2, "style"), ("ours", 2, "all"), ("theirs", 1, "context"), ("theirs", 1, "style"), ("theirs", 1, "all")
+    ]  # fmt: skip
+
+
+def test_failed_rows_count_in_no_mean():
+    assert sum(row.n for row in score_table(ROWS) if row.category == "all" and row.metric == "ip") == 5
+
+
+def test_the_table_of_no_rows_is_empty():
+    assert score_table(ROWS.slice(0, 0)) == []
+    assert markdown([]).count("\n") == 2
+
+
+def test_the_parquet_has_the_promised_columns():
+    columns = ["method", "subjects", "category", "metric", "mean", "low", "high", "n"]
+    assert as_arrow(score_table(ROWS)).column_names == columns
+
+
+def test_markdown_shows_mean_and_interval_and_survives_a_bar_in_a_name():
+    text = markdown(score_table(scored(("1", "a|b", ["x"], "p", "c", 0.5, 0.25, "ok"))))
+    assert "| **a\\|b** | 1 | **all** | 1 | 0.500 | 0.250 |" in text
+    many = markdown(score_table(ROWS))
+    assert "| **ours** | 1 | **all** | 2 | 0.400 (0.200 to 0.600) |" in many
+
+
+def test_an_interval_holds_the_true_mean_about_95_times_in_100():
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        interval = mean_interval(generator.beta(2, 3, 60))
+        held += interval.low <= 0.4 <= interval.high
+    assert 180 <= held <= 199
+
+
+def test_the_same_values_give_the_same_interval_and_missing_ones_do_not_count():
+    values = np.random.default_rng(0).random(50)
+    assert mean_interval(values) == mean_interval(values.copy())
+    assert mean_interval(np.append(values, np.nan)) == mean_interval(values)
+    assert mean_interval(np.array([])).n == 0 and np.isnan(mean_interval(np.array([])).mean)
+
+
+def test_the_interval_of_many_values_agrees_with_resampling():
+    values = np.random.default_rng(0).beta(2, 3, NORMAL_FROM)
+    limit, resampled = mean_interval(values), mean_interval(values[:-1])
+    assert limit.low == pytest.approx(resampled.low, abs=3e-4)
+    assert limit.high == pytest.approx(resampled.high, abs=3e-4)
+
+
+def test_paired_differences_use_the_shared_rows_alone():
+    interval = paired_difference({"a": 1.0, "b": 3.0, "c": 9.0}, {"a": 0.5, "b": 2.0, "d": 9.0})
+    assert (interval.mean, interval.n) == (0.75, 2)
+
+
+def test_methods_are_compared_on_the_rows_both_made():
+    found = {(item.metric, item.subjects): item for item in compare.differences(ROWS)}
+    assert set(found) == {("ip", 1), ("pc", 1)}
+    ip = found["ip", 1]
+    assert (ip.method, ip.other, ip.interval.n) == ("ours", "theirs", 2)
+    assert ip.interval.mean == pytest.approx(0.2)
+    assert found["pc", 1].interval.mean == pytest.approx(-0.025)
+
+
+def test_a_constant_lead_is_sure_where_the_means_alone_overlap():
+    generator = np.random.default_rng(0)
+    base = generator.random(40)
+    rows = [
+        (f"{number:03d}", name, ["ada"], "p", "c", float(base[number] + lead), 0.2, "ok")
+        for name, lead in (("better", 0.05), ("worse", 0.0))
+        for number in range(40)
+    ]
+    table = scored(*rows)
+    better, worse = (row for row in score_table(table) if row.category == "all" and row.metric == "ip")
+    assert better.low < worse.high
+    assert "| better − worse | 1 | 40 | **+0.050** (+0.050 to +0.050) |" in compare.markdown(compare.differences(table))

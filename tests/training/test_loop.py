@@ -1,0 +1,216 @@
+"""The loop on one worker: what it leaves behind, what it refuses, and that a killed run ends as an undisturbed one."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.made import write_prepared
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.schema import PREPARED_SCHEMA, SCHEMA_KEY
+from facediffuser.storage import open_store
+from facediffuser.training import TrainSettings, runs
+from facediffuser.training.loop import DivergedError, train_model
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's result."""
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted((output / "final").rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors are equal bit for bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("role", "parts"), [("tdm", ["unet"]), ("sdm", ["image_encoder", "subject_fuser", "unet"])])
+def test_a_run_leaves_its_parts_and_says_what_it_was(settings, tmp_path, role, parts):
+    told = []
+    result = train_model(settings(role), told.append)
+    final = tmp_path / "run" / "final"
+    assert sorted(path.name for path in final.iterdir() if path.is_dir()) == parts
+    training = json.loads((final / "training.json").read_text())
+    assert (training["role"], training["step"]) == (role, 3) == (result["role"], result["step"])
+    assert {"unet", "vae", "text_encoder", "tokenizer"} <= training["base_digests"].keys()
+    assert [numbers["step"] for numbers in told][:3] == [1, 2, 3]
+    assert all({"loss", "localization", "learning_rate", "images_per_second"} <= numbers.keys() for numbers in told[:3])
+
+
+def test_two_trained_runs_and_their_base_make_a_pipeline(settings, base, tmp_path):
+    from facediffuser import FaceDiffuserPipeline
+    from facediffuser.checkpoints import assemble
+
+    for role in ("tdm", "sdm"):
+        train_model(settings(role, steps=1, output=str(tmp_path / role)), lambda numbers: None)
+    models = assemble(base, str(tmp_path / "tdm"), str(tmp_path / "sdm"), tmp_path / "models")
+    pipeline = FaceDiffuserPipeline.from_pretrained(models)
+    assert pipeline.unet is not None and pipeline.unet_text is not None
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(settings, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_model(settings("sdm", seed=seed, output=str(tmp_path / name)), lambda numbers: None)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def _train_until_killed(settings: TrainSettings, after: int) -> None:
+    torch.set_num_threads(1)
+
+    def report(numbers: dict[str, float]) -> None:
+        if numbers["step"] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_model(settings, report)
+
+
+@pytest.mark.parametrize("role", ["sdm"])
+def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights(settings, tmp_path, role):
+    given = dict(steps=6, checkpoint_every=2, ema=0.9, resume=True)
+    train_model(settings(role, output=str(tmp_path / "whole"), **given), lambda numbers: None)
+    killed = settings(role, output=str(tmp_path / "killed"), **given)
+    process = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(killed, 5))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    store = open_store(killed.output)
+    assert runs.checkpoint_steps(store)[-1] == 4 and runs.finished_step(store) is None
+    steps = []
+    train_model(killed, lambda numbers: steps.append(numbers["step"]))
+    assert steps[0] == 5
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_the_last_checkpoints_are_kept_and_those_of_every_so_many_steps(settings):
+    chosen = settings(steps=7, checkpoint_every=1, keep_last=2, keep_every=3)
+    train_model(chosen, lambda numbers: None)
+    assert runs.checkpoint_steps(open_store(chosen.output)) == [3, 6, 7]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_checkpoint(settings):
+    chosen = settings("tdm", steps=40, learning_rate=1e30, warmup_steps=0, max_grad_norm=1e30, checkpoint_every=1)
+    with pytest.raises(DivergedError, match="last good checkpoint"):
+        train_model(chosen, lambda numbers: None)
+    store = open_store(chosen.output)
+    assert runs.finished_step(store) is None
+    for step in runs.checkpoint_steps(store):
+        state = runs.load_checkpoint(store, step)
+        assert all(torch.isfinite(tensor).all() for tensor in state["trained"])
+
+
+def test_an_output_that_holds_another_run_is_refused_with_the_difference(settings):
+    train_model(settings("tdm"), lambda numbers: None)
+    with pytest.raises(InputError, match="--resume"):
+        runs.require_startable(open_store(settings("tdm").output), settings("tdm"))
+    for other, told in ((dict(seed=3), "seed"), (dict(batch_size=1), "batch_size")):
+        changed = settings("tdm", resume=True, **other)
+        with pytest.raises(InputError, match=told):
+            runs.require_startable(open_store(changed.output), changed)
+
+
+def test_an_output_that_holds_something_else_is_refused(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="something else"):
+        runs.require_startable(open_store(tmp_path / "run"), settings())
+
+
+def test_latents_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    cache = tmp_path / "cache"
+    train_model(settings("tdm", steps=1, cache=str(cache)), lambda numbers: None)
+    assert list(cache.rglob("*.parquet"))
+
+    def encode(*args, **kwargs):
+        raise AssertionError("the VAE ran again")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    other = str(tmp_path / "other")
+    train_model(settings("sdm", steps=1, cache=str(cache), output=other), lambda numbers: None)
+
+
+def test_prepared_data_of_another_schema_version_is_refused(settings, prepared, tmp_path):
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(prepared / "train" / "part-00000.parquet").to_pylist()
+    old = pa.schema(PREPARED_SCHEMA).with_metadata({**PREPARED_SCHEMA.metadata, SCHEMA_KEY: b"0"})
+    write_prepared(tmp_path / "old", rows, old)
+    with pytest.raises(InputError, match="version 0"):
+        train_model(settings("tdm", data=str(tmp_path / "old")), lambda numbers: None)
+
+
+def test_an_image_encoder_of_another_width_is_refused(settings, base, tmp_path):
+    import shutil
+
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    shutil.rmtree(other / "image_encoder")
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=40,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(other / "image_encoder")
+    with pytest.raises(InputError, match="40 numbers"):
+        train_model(settings("sdm", base=str(other)), lambda numbers: None)
+
+
+def test_no_prepared_data_is_one_clear_line(settings, tmp_path):
+    with pytest.raises(InputError, match="facediffuser preprocess"):
+        train_model(settings("tdm", data=str(tmp_path)), lambda numbers: None)
+
+
+def test_two_workers_learn_from_what_one_with_the_doubled_batch_learns_from(settings):
+    """The images of a step, and all chance about them, do not depend on how many workers share them."""
+    from facediffuser.training.denoisers import load_parts
+    from facediffuser.training.loop import Worker, image_seed, split_batches
+
+    chosen = settings("sdm", batch_size=2)
+    batches = split_batches(chosen, load_parts(chosen), torch.device(Worker().device), "train")
+    seeds = [image_seed(0, place) for place in range(4)]
+    whole = batches.make(batches.rows(0, 4), seeds)
+    halves = [batches.make(batches.rows(first, 2), seeds[first : first + 2]) for first in (0, 2)]
+    for name in ("latents", "noise", "times", "masked"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+    assert torch.equal(whole.tokens.input_ids, torch.cat([half.tokens.input_ids for half in halves]))
+
+
+def test_validation_losses_samples_and_tensorboard_files_are_written_beside_the_checkpoints(settings, tmp_path):
+    from PIL import Image
+
+    told = []
+    chosen = settings("sdm", steps=2, ema=0.9, validate_every=1, sample_every=2, sample_images=2, validation_images=2)
+    train_model(chosen, told.append)
+    losses = [numbers["validation_loss"] for numbers in told if "validation_loss" in numbers]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    run = tmp_path / "run"
+    assert Image.open(run / "samples" / "step-00000002.png").width == 2 * 64 + 4
+    assert list((run / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("role", ["tdm", "sdm"])
+def test_looking_at_a_run_does_not_change_what_it_learns(settings, tmp_path, role):
+    train_model(settings(role, output=str(tmp_path / "plain")), lambda numbers: None)
+    watched = settings(role, output=str(tmp_path / "watched"), validate_every=1, validation_images=2, sample_images=1)
+    train_model(watched, lambda numbers: None)
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(settings, tmp_path):
+    given = dict(steps=1, warmup_steps=0, masked_loss=0.0)
+    train_model(settings("tdm", output=str(tmp_path / "a"), batch_size=4, **given), lambda numbers: None)
+    train_model(settings("tdm", output=str(tmp_path / "b"), batch_size=2, accumulate=2, **given), lambda numbers: None)
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
+    close = [torch.isclose(ours[name], theirs[name], atol=1e-6).float().mean() for name in ours]
+    assert torch.stack(close).mean() > 0.99
