@@ -2,10 +2,14 @@
 
 import logging
 import os
+import threading
 
 import ray
 
 logger = logging.getLogger(__name__)
+
+# Tasks of one flow may run side by side, and a process has one connection.
+_connecting = threading.Lock()
 
 
 def connect_ray() -> None:
@@ -14,19 +18,20 @@ def connect_ray() -> None:
     The cluster is the one named by the standard `RAY_ADDRESS` (`auto`, `host:6379`, `ray://host:10001`). Without it a
     local Ray is started on the loopback address, without a dashboard, and ends with this process.
     """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
-    if address and address != "local":
-        ray.init(address=address, **quiet)
-    else:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    resources = ray.cluster_resources()
-    logger.info(
-        "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
-    )
+    with _connecting:
+        if ray.is_initialized():
+            return
+        address = os.environ.get("RAY_ADDRESS")
+        quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
+        if address and address != "local":
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        resources = ray.cluster_resources()
+        logger.info(
+            "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
+        )
 
 
 def cluster_gpus() -> int:

@@ -45,9 +45,7 @@ def prepare_references(
     side; "whole": the picture. Identity is measured on the picture before cropping. `scorers.identity` finds and embeds
     the faces. Raises InputError for an unreadable picture and for one without a face, naming it.
     """
-    rows = [
-        _row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references
-    ]
+    rows = [_row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references]
     logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))
     return pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA)
 

@@ -5,6 +5,7 @@ folder, so parts can be made one at a time, in the order of BUDGETS.
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -21,8 +22,29 @@ from facediffuser.miniature.vae import round_trip_psnr, train_decoder, train_vae
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = {"tokenizer": 0, "vae": 540, "vae-decoder": 900, "base": 2700, "image-encoder": 300, "identity": 240, "prompt": 300}
+BUDGETS = {
+    "tokenizer": 0,
+    "vae": 540,
+    "vae-decoder": 900,
+    "base": 2700,
+    "image-encoder": 300,
+    "identity": 240,
+    "prompt": 300,
+}
 """Seconds of training per part."""
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+"""What makes the base a diffusers folder."""
 
 MODEL_PEOPLE, SCORER_PEOPLE = 0, 1_000_000
 """First person of the models' pictures and of the scorers': nobody is in both."""
@@ -40,6 +62,7 @@ def make(part: str, output: Path, seconds: float, cache: Path) -> None:
     if part == "tokenizer":
         make_tokenizer(_texts(photos)).save_pretrained(base / "tokenizer")
         new_scheduler().save_pretrained(base / "scheduler")
+        (base / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     elif part == "vae":
         made = base / "vae"
         vae = train_vae(photos, seconds, start=AutoencoderKL.from_pretrained(made).float() if made.exists() else None)

@@ -1,10 +1,10 @@
 """The parts that prepared data is made of: which pictures are in which, their bytes, and whether one is finished.
 
-    <output>/run.json                     what is being made: the fingerprint and all that goes into it; written first
-    <output>/checks/part-00000.json       ids, checksums and perceptual hashes (only for sources without splits)
-    <output>/{train,test,rejected}/part-00000.parquet
-    <output>/parts/part-00000.json        written last of a part: its counts and its files with their checksums
-    <output>/manifest.json, README.md, card/    written last of all
+<output>/run.json                     what is being made: the fingerprint and all that goes into it; written first
+<output>/checks/part-00000.json       ids, checksums and perceptual hashes (only for sources without splits)
+<output>/{train,test,rejected}/part-00000.parquet
+<output>/parts/part-00000.json        written last of a part: its counts and its files with their checksums
+<output>/manifest.json, README.md, card/    written last of all
 """
 
 import hashlib

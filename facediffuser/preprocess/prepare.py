@@ -118,9 +118,7 @@ class PartPreparer:
             content = files[start : start + size] if files is not None else self._read(chunk)
             for record, result in zip(chunk, self._prepare_chunk(chunk, content), strict=True):
                 if isinstance(result, Rejection):
-                    rows[REJECTED].append(
-                        {"image_id": record.image_id, "path": record.image, "reason": result.reason}
-                    )
+                    rows[REJECTED].append({"image_id": record.image_id, "path": record.image, "reason": result.reason})
                     rejected[result.kind] += 1
                 else:
                     row = self._row(result)

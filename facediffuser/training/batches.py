@@ -12,7 +12,6 @@ from facediffuser.training.conditioning import choose_told, mark_caption
 from facediffuser.training.recipe import NO_AUGMENTATION, Recipe
 from facediffuser.training.records import Records, decode_ids, square
 
-
 TIMESTEPS = 1000
 
 

@@ -80,7 +80,9 @@ class Records:
 def _require_schema(url: str, schema: pa.Schema) -> None:
     version = (schema.metadata or {}).get(SCHEMA_KEY, b"").decode() or "none"
     if version != SCHEMA_VERSION:
-        raise InputError(f"{url}: prepared with schema version {version}, this reads {SCHEMA_VERSION}; prepare it again")
+        raise InputError(
+            f"{url}: prepared with schema version {version}, this reads {SCHEMA_VERSION}; prepare it again"
+        )
 
 
 def decode(data: bytes) -> Image.Image:

@@ -42,8 +42,11 @@ def save_models(folder: Path, width: int = 16) -> Path:
         unet=unet(),
         unet_text=unet(),
         vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-            sample_size=32, **blocks,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            sample_size=32,
+            **blocks,
         ),
         text_encoder=CLIPTextModel(CLIPTextConfig(**size, **tokens, max_position_embeddings=77)),
         tokenizer=tokenizer,

@@ -124,8 +124,15 @@ def test_beards_are_on_men_only_and_both_class_words_occur():
 )
 def test_every_identity_trait_shows(change: dict):
     plain = replace(
-        person(3), class_word="man", skin="pale", hair="black", hair_style="short", glasses="none", beard="none",
-        face_width=0.72, face_height=1.05,
+        person(3),
+        class_word="man",
+        skin="pale",
+        hair="black",
+        hair_style="short",
+        glasses="none",
+        beard="none",
+        face_width=0.72,
+        face_height=1.05,
     )
 
     def draw(who: Identity) -> np.ndarray:

@@ -57,7 +57,7 @@ def damage(photos: Path) -> dict[str, str]:
     }
 
 
-def test_what_ray_prepares_is_whole_and_the_same_bytes_as_without_ray(photos, tmp_path, ray_session, monkeypatch):
+def test_what_ray_prepares_is_whole_and_the_same_bytes_as_without_ray(photos, tmp_path, ray_session):
     bad = damage(photos)
     result = prepare(photos, tmp_path / "out", workers=2)
     prepared, rejected = rows(tmp_path / "out"), rows(tmp_path / "out", "rejected")
@@ -65,8 +65,7 @@ def test_what_ray_prepares_is_whole_and_the_same_bytes_as_without_ray(photos, tm
     assert len(prepared) + len(rejected) == COUNT == result["pictures"]
     assert (result["train"], result["test"], result["rejected"]) == (*_split_counts(prepared), len(bad))
     assert result["rejected_by_reason"] == Counter(bad.values())
-    request = pytest.MonkeyPatch()
-    with request.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_drive", _in_this_process)
         prepare(photos, tmp_path / "again", workers=1)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
@@ -234,13 +233,37 @@ def test_wrong_input_is_refused_and_nothing_written(rendered, tmp_path, here, wr
     assert contents(tmp_path) == before and not (rendered / "prepared").exists()
 
 
-def test_an_archive_gives_the_same_rows_as_its_folder(rendered, prepared, tmp_path, ray_session):
-    with tarfile.open(tmp_path / "photos.tgz", "w:gz") as tar:
-        tar.add(rendered, "photos")
-    result = prepare(tmp_path / "photos.tgz", tmp_path / "out", workers=2)
+def _pack(folder: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "photos")
+    return archive
+
+
+def _same_rows(first: Path, second: Path) -> bool:
+    one, two = (sorted(rows(folder), key=lambda row: row["image_id"]) for folder in (first, second))
+    return one == two
+
+
+def test_an_archive_gives_the_same_rows_as_its_folder(rendered, prepared, tmp_path, here, monkeypatch):
+    def drive(mode, job, listing, parts):
+        actor = stage.PartActor(job, 1)
+        for batch in stage._read_archive({"archive": [listing.url]}, mode, listing.top, parts):
+            row = actor({"payload": batch["payload"][0]})
+            yield row["part"], json.loads(row["result"])
+
+    monkeypatch.setattr(stage, "_drive", drive)
+    result = prepare(_pack(rendered, tmp_path / "photos.tgz"), tmp_path / "out")
     assert result["pictures"] == COUNT and result["rejected"] == 0
-    by_id = [sorted(rows(folder), key=lambda row: row["image_id"]) for folder in (tmp_path / "out", prepared)]
-    assert by_id[0] == by_id[1]
+    assert _same_rows(tmp_path / "out", prepared)
+
+
+@pytest.mark.slow
+def test_an_archive_is_read_by_ray_even_when_actors_have_every_core(rendered, prepared, tmp_path, ray_session):
+    import ray
+
+    cores = int(ray.cluster_resources()["CPU"])
+    result = prepare(_pack(rendered, tmp_path / "photos.tgz"), tmp_path / "out", workers=2, cpus_per_worker=cores // 2)
+    assert result["pictures"] == COUNT and _same_rows(tmp_path / "out", prepared)
 
 
 def test_pictures_are_reduced_with_all_that_is_measured_on_them(rendered, tmp_path, here):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from training.test_loop import weights
 
 from facediffuser.errors import InputError
 from facediffuser.training.loop import DivergedError, train_model
 from tasks.train import train_on_ray
-from training.test_loop import weights
 
 
 def test_two_workers_on_ray_train_the_weights_of_one_with_the_doubled_batch(ray_session, settings, tmp_path):
