@@ -235,6 +235,7 @@ def write_full_size(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_full_size_conversion_makes_an_image_of_512_pixels(tokenizer, picture, tmp_path):
     write_full_size(tmp_path)
     modules = real_modules()
