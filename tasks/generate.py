@@ -100,7 +100,7 @@ def drive(job: GenerationJob, shards: list[int]) -> Iterator[dict[str, Any]]:
     context.enable_progress_bars = False
     gpus = cluster_gpus() if job.device == "cuda" else 0
     workers = min(job.settings.workers or gpus or 1, len(shards))
-    cpus = 1 if gpus else max(1, cluster_cpus() // workers)
+    cpus = 1 if gpus else job.settings.cpus_per_worker or max(1, cluster_cpus() // workers)
     rows = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS)
     ).map(

@@ -36,6 +36,9 @@ class GenerateSettings(BaseModel):
     width: int | None = Field(None, ge=8, le=4096, description="image width, px (default: the model's)")
     scheduler: SchedulerName | None = Field(None, description="noise scheduler (default: the model's own)")
     workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPU cores of a worker without a GPU; the last bits of an image can depend on it"
+    )
     batch_size: int | None = Field(None, ge=1, le=1024, description="images denoised together (default: by image size)")
     shard_size: int = Field(500, ge=1, le=100_000, description="rows of a shard, the unit of work and of resuming")
     scorers: str | None = Field(

@@ -109,5 +109,5 @@ def test_a_missing_bucket(world, capfd, s3_bucket, prefect_harness, ray_session)
 
 def test_wrong_credentials(world, capfd, s3_bucket, monkeypatch, prefect_harness, ray_session):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
-    line = refusal(capfd, world, output=f"s3://{s3_bucket}/dataset")
-    assert s3_bucket in line and "not-the-secret" not in line
+    line = refusal(capfd, world, output=f"{s3_bucket.url}/dataset")
+    assert s3_bucket.name in line and "not-the-secret" not in line

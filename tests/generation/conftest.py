@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,9 +21,13 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture(scope="session")
 def made(world, tmp_path_factory):
     """(job, generator) of a run whose shards are all made, by one worker in this process."""
+    # As many threads as each of two workers has on two cores: the last bits of an image depend on them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     prepared = prepare(world.settings(tmp_path_factory.mktemp("made") / "dataset"))
     prepared.write()
     generator = ShardGenerator(prepared.job)
     for shard in range(prepared.job.layout.shards):
         generator(shard)
+    torch.set_num_threads(threads)
     return prepared.job, generator

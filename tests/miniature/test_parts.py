@@ -71,7 +71,9 @@ def test_the_autoencoder_keeps_pictures_and_faces(photos: list[Rendering]):
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.25 and (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.25
     images = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
     found = FaceDetector().detect([Image.fromarray(image) for image in images])
-    assert np.mean([len(faces) == len(one.people) for faces, one in zip(found, photos, strict=True)]) >= 0.7  # the goal is 0.9; longer training is to bring it
+    assert (
+        np.mean([len(faces) == len(one.people) for faces, one in zip(found, photos, strict=True)]) >= 0.7
+    )  # the goal is 0.9; longer training is to bring it
 
 
 def test_the_base_predicts_noise_better_with_the_right_caption(photos: list[Rendering]):
