@@ -80,7 +80,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """Subjects x prompts x images: each unordered set of `subjects_per_image` subjects with each prompt."""
+    """Subjects x prompts x images: each unordered set of `subjects_per_image` subjects with each prompt.
+
+    With `most_sets`, only so many sets, in which every subject comes about equally often.
+    """
 
     subjects: tuple[Subject, ...]
     prompts: tuple[Prompt, ...]
@@ -88,10 +91,12 @@ class Plan:
     images_per_prompt: int
     seed: int
     row: RowSettings
+    most_sets: int | None = None
 
     @property
     def subject_sets(self) -> int:
-        return math.comb(len(self.subjects), self.subjects_per_image)
+        every = math.comb(len(self.subjects), self.subjects_per_image)
+        return every if self.most_sets is None else min(every, self.most_sets)
 
     def __len__(self) -> int:
         return self.subject_sets * len(self.prompts) * self.images_per_prompt
@@ -99,7 +104,7 @@ class Plan:
     def digest(self) -> str:
         """Return the sha256 of all that the rows are made of."""
         digest = hashlib.sha256()
-        head = [self.subjects_per_image, self.images_per_prompt, self.seed, self.row.model_dump()]
+        head = [self.subjects_per_image, self.subject_sets, self.images_per_prompt, self.seed, self.row.model_dump()]
         people = [[person.subject_id, person.class_word] for person in self.subjects]
         digest.update(canonical_json([head, people]).encode())
         for prompt in self.prompts:
@@ -107,9 +112,30 @@ class Plan:
             digest.update(b"\n" + canonical_json(line).encode())
         return digest.hexdigest()
 
+    def sets(self) -> Iterator[tuple[Subject, ...]]:
+        """Yield the sets of subjects, each in the order of the subjects."""
+        count = len(self.subjects)
+        every = itertools.combinations(range(count), self.subjects_per_image)
+        if self.subject_sets < math.comb(count, self.subjects_per_image):
+            # Neighbours on a ring first, then every second one, and so on: each subject as often as any other.
+            ring = (
+                {(start + stride * place) % count for place in range(self.subjects_per_image)}
+                for stride in range(1, count)
+                for start in range(count)
+            )
+            chosen: dict[tuple[int, ...], None] = {}
+            for members in itertools.chain(ring, every):
+                if len(members) == self.subjects_per_image:
+                    chosen[tuple(sorted(members))] = None
+                if len(chosen) == self.subject_sets:
+                    break
+            every = iter(sorted(chosen))
+        for members in every:
+            yield tuple(self.subjects[member] for member in members)
+
     def rows(self) -> Iterator[tuple[str, str, str, str | None, tuple[str, ...], int]]:
         """Yield (sample_id, prompt_id, prompt, category, subject_ids, seed) of each image."""
-        for people in itertools.combinations(self.subjects, self.subjects_per_image):
+        for people in self.sets():
             ids = tuple(person.subject_id for person in people)
             words = tuple(person.class_word for person in people)
             name = "+".join(ids)

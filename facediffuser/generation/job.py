@@ -122,7 +122,7 @@ def prepare(settings: GenerateSettings, gpu: bool = False) -> Prepared:
             f"{settings.subjects}: {len(subjects)} subjects for {settings.subjects_per_image} subjects an image; add "
             "subjects or lower --subjects-per-image"
         )
-    prompts = read_prompts(settings.prompts, settings.subjects_per_image)
+    prompts = read_prompts(settings.prompts_url, settings.subjects_per_image)
     _require_room(model, subjects, prompts, settings)
     scorers_name = settings.scorers or default_scorers(settings.models, model.digests)
     scorers = load_scorers(scorers_name, "cuda" if gpu and _has_cuda() else "cpu")
@@ -137,6 +137,7 @@ def prepare(settings: GenerateSettings, gpu: bool = False) -> Prepared:
             method=settings.method, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
             fusion_start=start, fusion_end=end, scheduler=model.scheduler, height=height, width=width,
         ),
+        settings.subject_sets,
     )  # fmt: skip
     batch_size = min(settings.batch_size or default_batch_size(height, width, gpu), settings.shard_size)
     run = run_document(settings, plan, model.digests, scorers.digests, references, batch_size, gpu)
@@ -163,6 +164,7 @@ def run_document(
     made = {
         "subjects_per_image": plan.subjects_per_image,
         "images_per_prompt": plan.images_per_prompt,
+        "subject_sets": plan.subject_sets,
         "seed": plan.seed,
         **plan.row.model_dump(),
         "batch_size": batch_size,

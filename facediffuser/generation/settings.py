@@ -1,8 +1,10 @@
 """What `facediffuser generate` and the flow `generate-dataset` are told."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from facediffuser.scoring.benchmarks import suite_prompts, suite_subjects
 
 SchedulerName = Literal["ddim", "pndm", "dpm", "euler", "euler-ancestral", "unipc"]
 SCHEDULER_CLASSES = {
@@ -22,9 +24,19 @@ class GenerateSettings(BaseModel):
 
     models: str = Field(description="model folder: a folder, an s3:// URL, a hub id, or `miniature`")
     subjects: str = Field(description="folder or s3:// prefix of <subject_id>/*.jpg|png|webp, subjects.csv beside them")
-    prompts: str = Field(description="JSONL, CSV or Parquet with prompt, and prompt_id and category at choice")
+    prompts: str | None = Field(
+        None, description="JSONL, CSV or Parquet with prompt, and prompt_id and category at choice"
+    )
+    benchmark: str | None = Field(
+        None,
+        description="instead of prompts: single-30, single-40, pairs-20, miniature-30 or miniature-pairs-8; it decides "
+        "how many subjects an image shows",
+    )
     output: str = Field(description="where the dataset goes: a folder or s3://bucket/prefix")
     subjects_per_image: int = Field(1, ge=1, le=16, description="subjects in an image: every set of so many is made")
+    subject_sets: int | None = Field(
+        None, ge=1, description="how many sets of subjects, chosen evenly (default: every set there is)"
+    )
     images_per_prompt: int = Field(1, ge=1, description="images of each prompt and set of subjects")
     seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
     method: Literal["face-diffuser", "tdm", "sdm", "fastcomposer"] = Field("face-diffuser", description="sampler")
@@ -58,6 +70,21 @@ class GenerateSettings(BaseModel):
     provenance: bool = Field(True, description="mark images and Parquet as synthetic")
     dry_run: bool = Field(False, description="check the input, say what would be made, write nothing")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _prompts(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        benchmark = given.get("benchmark")
+        if bool(benchmark) == bool(given.get("prompts")):
+            raise ValueError("give --prompts or --benchmark" + (", not both" if benchmark else ""))
+        if not benchmark:
+            return given
+        count = suite_subjects(benchmark)
+        if given.get("subjects_per_image", count) != count:
+            raise ValueError(f"benchmark {benchmark} shows {count} in an image; leave --subjects-per-image out")
+        return given | {"subjects_per_image": count}
+
     @model_validator(mode="after")
     def _window(self) -> "GenerateSettings":
         start, end = self.fusion_window
@@ -68,6 +95,11 @@ class GenerateSettings(BaseModel):
             if value is not None and value > self.steps:
                 raise ValueError(f"{name} {value} lies behind the {self.steps} steps; give at most {self.steps}")
         return self
+
+    @property
+    def prompts_url(self) -> str:
+        """Where the prompts stand: the file given, or the benchmark's."""
+        return str(suite_prompts(self.benchmark)) if self.benchmark else self.prompts
 
     @property
     def fusion_window(self) -> tuple[int, int]:

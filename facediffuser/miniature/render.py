@@ -20,7 +20,7 @@ from facediffuser.miniature.styles import finish
 
 PER_PERSON = 6
 PAIR_SHARE = 0.15
-SUBJECTS, REFERENCES = 15, 3
+SUBJECTS, REFERENCES, TAKES = 15, 3, 20
 FACE_BOX_TOP, FACE_BOX_WIDTH = 0.77, 0.92
 SET_PEOPLE, SUBJECT_PEOPLE = 2_000_000, 3_000_000
 """First numbers of the people in photo sets and of their unseen subjects; the shipped parts were trained on others."""
@@ -112,18 +112,27 @@ def render_set(count: int, seed: int, output: Path, size: int = 64) -> None:
 
 
 def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJECTS) -> None:
-    """Write `count` people with three reference photographs each (no hat, nothing in hand), and `subjects.csv`."""
-    rows = []
+    """Write `count` people with three reference photographs each (no hat, nothing in hand), and `subjects.csv`.
+
+    A photograph in which MTCNN finds no face, or two, is taken again: `generate` would refuse it.
+    """
+    from facediffuser.preprocess.faces import FaceDetector
+
+    detector, rows = FaceDetector(), []
     for place in range(count):
         who = person(first + place)
         name = f"{who.class_word}_{place:02d}"
         (folder / name).mkdir(parents=True)
         for number in range(REFERENCES):
             rng = np.random.default_rng((first + place, number, 17))
-            outfit = sample_outfit(rng, hats=False, actions=False)
-            setting = sample_setting(rng, photo_share=1.0)
-            drawn = render([who], int(rng.integers(2**31)), size, setting, [outfit])
-            Image.fromarray(drawn.image).save(folder / name / f"{number}.png")
+            for _ in range(TAKES):
+                outfit = sample_outfit(rng, hats=False, actions=False)
+                setting = sample_setting(rng, photo_share=1.0)
+                drawn = render([who], int(rng.integers(2**31)), size, setting, [outfit])
+                picture = Image.fromarray(drawn.image)
+                if len(detector.detect([picture])[0]) == 1:
+                    break
+            picture.save(folder / name / f"{number}.png")
         rows.append((name, who.class_word))
     with open(folder / "subjects.csv", "w", newline="") as file:
         csv.writer(file).writerows([("subject_id", "class_word"), *rows])

@@ -1,15 +1,19 @@
 """Benchmark suites: files of prompts that come with the package, in the format that anyone's prompts have.
 
 `single-30` has the shape of the paper's benchmark (15 subjects x 30 prompts), `single-40` that of FastComposer's (15 x
-40, ten prompts each of accessory, style, action and context), `pairs-20` is for all pairs of the subjects. The prompts
-are our own; the subjects are the user's.
+40, ten prompts each of accessory, style, action and context), `pairs-20` is for all pairs of the subjects;
+`miniature-30` and `miniature-pairs-8` say the same kinds of things in the words of the miniature world. The prompts are
+our own; the subjects are the user's.
 """
 
+import json
+import re
 from pathlib import Path
 
 from facediffuser.errors import InputError
 
 FOLDER = Path(__file__).parent / "suites"
+_PLACE = re.compile(r"\{subject(?:_\d+)?\}")
 
 
 def suites() -> list[str]:
@@ -22,6 +26,12 @@ def suite_prompts(name: str) -> Path:
     if name not in suites():
         raise InputError(f"{name}: no such benchmark; give one of {', '.join(suites())}, or a file of prompts")
     return FOLDER / f"{name}.jsonl"
+
+
+def suite_subjects(name: str) -> int:
+    """Return how many subjects an image of a suite shows; InputError for no suite."""
+    first = json.loads(suite_prompts(name).read_text().splitlines()[0])
+    return len(_PLACE.findall(first["prompt"]))
 
 
 def prompts_file(prompts: str) -> str:

@@ -1,6 +1,8 @@
 """The plan: the same rows for the same inputs, each once, in memory that does not grow with their number."""
 
 import itertools
+import math
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,11 +19,11 @@ ROW = RowSettings(method="face-diffuser", num_inference_steps=50, guidance_scale
 MARKS = with_marks(PLAN_SCHEMA, "f" * 64, {"settings": {"steps": 50}}, False)
 
 
-def plan_of(subjects=3, prompts=2, together=1, images=2, seed=0) -> Plan:
+def plan_of(subjects=3, prompts=2, together=1, images=2, seed=0, sets=None) -> Plan:
     people = tuple(Subject(f"person{n}", "man" if n % 2 else "woman", ("x.png",)) for n in range(subjects))
     template = "{subject} reading" if together == 1 else " and ".join(f"{{subject_{n + 1}}}" for n in range(together))
     texts = tuple(Prompt(f"p{n}", None, *parse_template(template, together, "row")) for n in range(prompts))
-    return Plan(people, texts, together, images, seed, ROW)
+    return Plan(people, texts, together, images, seed, ROW, sets)
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,6 +41,16 @@ def test_every_set_prompt_and_image_is_planned_once(subjects, prompts, together,
     assert all(0 <= row[5] < 2**63 for row in rows)
 
 
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(1, 40))
+def test_of_the_sets_as_many_as_asked_are_planned_and_every_subject_comes_equally_often(subjects, together, sets):
+    plan = plan_of(subjects, 1, together, 1, sets=sets)
+    groups = [row[4] for row in plan.rows()]
+    assert len(groups) == len(set(groups)) == len(plan) == min(sets, math.comb(subjects, together))
+    if sets % subjects == 0 and together <= 2:
+        counts = Counter(person for group in groups for person in group)
+        assert len(set(counts.values())) <= 1
+
+
 def test_the_same_inputs_give_the_same_rows_and_seeds():
     assert list(plan_of().rows()) == list(plan_of().rows())
     assert plan_of().digest() == plan_of().digest()
@@ -54,7 +66,7 @@ def test_a_seed_belongs_to_its_row_not_to_the_rows_around_it():
     assert row_seed(0, "person0~p0~0") == few["person0~p0~0"]
 
 
-@pytest.mark.parametrize("change", [{"subjects": 4}, {"prompts": 3}, {"images": 3}, {"seed": 1}, {"together": 2}])
+@pytest.mark.parametrize("change", [{"subjects": 4}, {"prompts": 3}, {"images": 3}, {"seed": 1}, {"together": 2}, {"sets": 2}])
 def test_whatever_changes_the_rows_changes_the_digest(change):
     assert plan_of(**change).digest() != plan_of().digest()
 

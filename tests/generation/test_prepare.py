@@ -85,6 +85,26 @@ def test_settings_that_mean_nothing_are_refused(wrong):
         GenerateSettings(models="m", subjects="s", prompts="p", output="o", **wrong)
 
 
+def test_a_benchmark_stands_for_its_prompts_and_its_number_of_subjects(world, tmp_path):
+    settings = world.settings(tmp_path / "out", prompts=None, benchmark="pairs-20")
+    assert settings.subjects_per_image == 2
+    plan = prepare(settings).plan
+    assert len(plan) == 20 * settings.images_per_prompt
+    assert {row[4] for row in plan.rows()} == {("ada", "bob")}
+    assert GenerateSettings.model_validate(settings.model_dump()) == settings
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"prompts": None}, "give --prompts or --benchmark"),
+    ({"benchmark": "single-30"}, "not both"),
+    ({"prompts": None, "benchmark": "single-31"}, "no such benchmark; give one of"),
+    ({"prompts": None, "benchmark": "pairs-20", "subjects_per_image": 3}, "shows 2 in an image"),
+])  # fmt: skip
+def test_prompts_and_benchmarks_that_do_not_go_together_are_refused(given, says):
+    with pytest.raises(ValidationError, match=says):
+        GenerateSettings(**({"models": "m", "subjects": "s", "prompts": "p", "output": "o"} | given))
+
+
 def test_the_fusion_window_scales_with_the_steps():
     from facediffuser.stages import default_fusion_window
 

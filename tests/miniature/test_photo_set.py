@@ -11,6 +11,7 @@ from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.miniature.render import render_set
+from facediffuser.preprocess.faces import FaceDetector
 
 COUNT = 60
 
@@ -73,7 +74,8 @@ def test_subjects_and_prompts_are_ready_for_generate(folder: Path):
     rows = list(csv.DictReader((folder / "subjects" / "subjects.csv").open()))
     assert len(rows) == 15 and all(row["class_word"] in ("man", "woman") for row in rows)
     for row in rows:
-        assert len(list((folder / "subjects" / row["subject_id"]).glob("*.png"))) >= 2
+        pictures = [Image.open(path) for path in (folder / "subjects" / row["subject_id"]).glob("*.png")]
+        assert len(pictures) >= 2 and all(len(faces) == 1 for faces in FaceDetector().detect(pictures))
     single = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert len(single) == len({row["prompt_id"] for row in single}) == 30
     assert {row["category"] for row in single} == {"accessory", "style", "context", "action"}
