@@ -1,6 +1,7 @@
 """What a source itself says of a picture: FastComposer's JSON and the caption files of plain folders."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ def read_caption(data: bytes) -> Annotation:
         raise Rejection(DAMAGED, f"the caption file is not UTF-8 ({error.reason})") from error
 
 
+def _require_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, which no file of text can hold.
+        raise Rejection(DAMAGED, f"`{name}` is no text (character {error.start} is half of one)") from error
+
+
 def read_annotation(data: bytes) -> Annotation:
     """Return what a FastComposer JSON says; Rejection when it is not JSON of that layout."""
     try:
@@ -48,10 +57,20 @@ def read_annotation(data: bytes) -> Annotation:
             value = segment.get(key)
             if not (_is_integer(value) or (value is None and key != "id")):
                 raise Rejection(DAMAGED, f"segment {segment.get('id')!r}: `{key}` is {value!r}, not an integer")
+        if not _is_box(segment.get("bbox")):
+            raise Rejection(DAMAGED, f"segment {segment['id']}: `bbox` is {segment['bbox']!r}, not four numbers")
+        _require_text("identity", str(segment.get("identity")))
+    _require_text("caption", content["caption"])
     identity = content.get("identity")
     if isinstance(identity, list):
         identity = "+".join(map(str, identity))
+    _require_text("identity", str(identity))
     return Annotation(content["caption"], tuple(segments), None if identity is None else str(identity))
+
+
+def _is_box(value: Any) -> bool:
+    numbers = isinstance(value, list) and len(value) == 4
+    return value is None or (numbers and all(isinstance(item, int | float) for item in value))
 
 
 def _is_integer(value: Any) -> bool:
@@ -59,20 +78,28 @@ def _is_integer(value: Any) -> bool:
 
 
 def annotated_segments(annotation: Annotation, ids: np.ndarray) -> list[Segment]:
-    """Return the annotation's segments, with boxes taken from the map; Rejection when the map has not got one.
+    """Return the annotation's segments, with boxes taken from the map; Rejection when they are not that map's.
 
-    The JSON's own `bbox` is not used: it only repeats what the map says.
+    The JSON's own `bbox` only repeats what the map says, so it serves as a check: elsewhere than its segment, the JSON
+    is another picture's. It is read both as h1, w1, h2, w2 and as x1, y1, x2, y2, since the released code does either.
     """
     segments = []
     for item in annotation.segments:
         box = segment_box(ids, item["id"])
         if box is None:
             raise Rejection(MISMATCH, f"segment {item['id']} is not in the segmentation map")
+        said = item.get("bbox")
+        if said is not None and not any(_touch(box, other) for other in (said, (said[1], said[0], said[3], said[2]))):
+            raise Rejection(MISMATCH, f"segment {item['id']} is in {list(box)} of the map, its bbox {said} is elsewhere")
         segments.append(Segment(item["id"], str(item.get("coco_label", PERSON_LABELS[0])), box))
     repeated = len({segment.id for segment in segments}) != len(segments)
     if repeated:
         raise Rejection(MISMATCH, "a segment id stands twice")
     return segments
+
+
+def _touch(box: Sequence[float], other: Sequence[float]) -> bool:
+    return all(box[i] < other[i + 2] and other[i] < box[i + 2] for i in (0, 1))
 
 
 def annotated_subjects(annotation: Annotation, segments: list[Segment]) -> list[Subject]:

@@ -59,6 +59,8 @@ def read_picture(
         raise Rejection("empty file", "0 bytes")
     opened = _open(data, max_megapixels)
     kind, mode = opened.format, opened.mode
+    # Pillow shows colour of 16 bits as 8-bit RGB: only how the file packs its pixels tells them apart.
+    deep = any(";16" in str(tile[3]) for tile in opened.tile)
     _decode(opened)
     if pixel_md5 is not None and _pixel_md5(opened) != pixel_md5:
         raise Rejection("does not match its metadata", "the pixels' MD5 is not the one in ffhq-dataset-v2.json")
@@ -71,7 +73,7 @@ def read_picture(
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     wanted = encode if encode != "same" else "jpeg" if kind in LOSSY else "png"
-    plain = mode in ("RGB", "L") and "transparency" not in opened.info
+    plain = mode in ("RGB", "L") and not deep and "transparency" not in opened.info
     if plain and not turned and not reduced and (encode == "same" or wanted == str(kind).lower()):
         return Picture(image, data, path, sha256)
     stem = path.rsplit(".", 1)[0] if "." in path.rsplit("/", 1)[-1] else path

@@ -33,7 +33,7 @@ from facediffuser.preprocess.settings import NONE, PreprocessSettings
 from facediffuser.preprocess.sources import FASTCOMPOSER, Record
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
 from facediffuser.preprocess.subjects import PhraseMatcher, Subject, match_subjects, tie_faces
-from facediffuser.storage import open_store
+from facediffuser.storage import open_store, safe_key
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,16 @@ class PartPreparer:
     def _read_files(self, record: Record) -> Files:
         files = {}
         for key in record.files:
+            # A key without its file is told by `_check` as this picture's rejection. Anything else is the storage's
+            # failure: credentials that ran out on the way must stop the run, not reject all that is left.
+            try:
+                safe_key(key)
+            except InputError as error:
+                logger.warning("%s: %s", self.source.url, error)
+                continue
             try:
                 files[key] = self.source.get(key)
-            except (FileNotFoundError, PermissionError, IsADirectoryError, InputError) as error:
-                # A missing key is told by `_check` as this picture's rejection; anything else is the storage's failure.
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 logger.warning("%s: %s", self.source.url_of(key), error)
         return files
 

@@ -14,6 +14,8 @@ from facediffuser.preprocess.images import Rejection
 
 PERSON_LABELS = ("person",)
 LARGEST_ID = 65_535
+# Mask2Former's maps are drawn at most so large and then stretched: each of its masks takes 4 bytes a pixel at once.
+MOST_MAP_PIXELS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def read_map(data: bytes, height: int, width: int) -> np.ndarray:
     largest = int(values.max(initial=0))
     if largest > LARGEST_ID:
         raise Rejection("damaged segmentation map", f"segment id {largest} is above {LARGEST_ID}")
-    return np.maximum(values.astype(np.int64), 0).astype(np.int32)
+    return np.maximum(values, 0).astype(np.int32)
 
 
 def encode_map(ids: np.ndarray) -> bytes:
@@ -79,10 +81,11 @@ def resize_map(ids: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def segment_box(ids: np.ndarray, segment_id: int) -> tuple[int, int, int, int] | None:
     """Return the box around a segment's pixels, far edges exclusive; None when the map has none of them."""
-    rows, columns = np.nonzero(ids == segment_id)
+    inside = ids == segment_id
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     if not len(rows):
         return None
-    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 class Segmenter:
@@ -110,12 +113,14 @@ class Segmenter:
     def _segment(self, images: list[Image.Image]) -> list[tuple[np.ndarray, list[Segment]]]:
         inputs = self.processor(images=images, return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
-        sizes = [(image.height, image.width) for image in images]
-        results = self.processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
-        return [self._read(result) for result in results]
+        width, height = images[0].size
+        scale = min(1.0, (MOST_MAP_PIXELS / (width * height)) ** 0.5)
+        drawn = (max(1, round(height * scale)), max(1, round(width * scale)))
+        results = self.processor.post_process_panoptic_segmentation(outputs, target_sizes=[drawn] * len(images))
+        return [self._read(result, width, height) for result in results]
 
-    def _read(self, result: dict) -> tuple[np.ndarray, list[Segment]]:
-        raw = result["segmentation"].cpu().numpy().astype(np.int32)
+    def _read(self, result: dict, width: int, height: int) -> tuple[np.ndarray, list[Segment]]:
+        raw = resize_map(result["segmentation"].cpu().numpy().astype(np.int32), width, height)
         infos = sorted(result["segments_info"], key=lambda info: info["id"])
         # Numbered anew from 1, since versions of the library differ in the first id and in the mark for no segment.
         ids = np.zeros_like(raw)

@@ -21,6 +21,8 @@ FFHQ_FOLDERS = {
 FFHQ_ENTRIES = {"aligned": "image", "in-the-wild": "in_the_wild", "thumbnails": "thumbnail"}
 FFHQ_SPLITS = {"training": TRAIN, "validation": TEST}
 FFHQ_TRAINING_IDS = 60_000
+# A picture's file is read whole: one of more bytes is no picture, but a way to fill the memory.
+MOST_FILE_BYTES = 1 << 30
 ID_LISTS = {"all": "image_ids.txt", TRAIN: "image_ids_train.txt", TEST: "image_ids_test.txt"}
 
 
@@ -207,8 +209,8 @@ def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]
                     key,
                     "",
                     split=FFHQ_SPLITS[value["category"]],
-                    licence=details.get("license"),
-                    author=details.get("author"),
+                    licence=_plain_text(details.get("license")),
+                    author=_plain_text(details.get("author")),
                     pixel_md5=(value.get(entry) or {}).get("pixel_md5"),
                 ),
             )
@@ -216,6 +218,11 @@ def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]
             position = _after(text, position, ",") if text[position] == "," else position
     except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged ({error!r}); download it again") from error
+
+
+def _plain_text(value: object) -> str | None:
+    # JSON can spell half of a surrogate pair, which Parquet cannot hold.
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def _skip(text: str, position: int) -> int:
@@ -254,6 +261,10 @@ def _check_names(record: Record, table: FileTable) -> Record:
     links = [key for key in record.files if key in table.links]
     if links:
         return replace(record, problem=f"a link: {links[0]} is a link inside of the archive; archive files themselves")
+    large = [key for key in record.files if table.sizes[key] > MOST_FILE_BYTES]
+    if large:
+        size = f"{table.sizes[large[0]]:,} bytes, at most {MOST_FILE_BYTES:,} are read"
+        return replace(record, problem=f"file too large: {large[0]} has {size}")
     return record
 
 

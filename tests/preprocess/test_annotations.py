@@ -30,8 +30,8 @@ def npy(array: np.ndarray) -> bytes:
 
 def test_subjects_come_with_the_maps_boxes_and_the_parsed_start():
     said = annotation(
-        {"id": 2, "coco_label": "person", "bbox": [9, 9, 9, 9], "end": 22, "identity": 8},
-        {"id": 1, "coco_label": "person", "start": 3, "end": 10, "identity": 7},
+        {"id": 2, "coco_label": "person", "bbox": [0, 3, 2, 6], "end": 22, "identity": 8},
+        {"id": 1, "coco_label": "person", "bbox": [1, 0, 4, 2], "start": 3, "end": 10, "identity": 7},
     )
     segments = annotated_segments(said, IDS)
     assert annotated_subjects(said, segments) == [
@@ -56,6 +56,7 @@ def test_segments_without_a_phrase_or_of_things_are_no_subjects():
         ({"id": 1, "end": 9}, "subject end 9 is not the end of a word"),
         ({"id": 1, "start": 12, "end": 10}, "subject start 12 is not before"),
         ({"id": 1, "start": -4, "end": 10}, "subject start -4"),
+        ({"id": 1, "bbox": [0, 4, 2, 6], "end": 10}, "segment 1 is in [1, 0, 3, 2] of the map, its bbox [0, 4, 2, 6]"),
     ],
 )
 def test_an_annotation_that_does_not_fit_is_rejected(segment, reason):
@@ -79,6 +80,10 @@ def test_an_annotation_that_does_not_fit_is_rejected(segment, reason):
         b'{"caption": "a", "segments": [{}]}',
         b'{"caption": "a", "segments": [{"id": "1"}]}',
         b'{"caption": "a", "segments": [{"id": 1, "end": 1.5}]}',
+        b'{"caption": "a", "segments": [{"id": 1, "bbox": [1, 2, 3]}]}',
+        b'{"caption": "a", "segments": [{"id": 1, "bbox": [1, 2, 3, "4"]}]}',
+        b'{"caption": "a", "segments": [{"id": 1, "identity": "\\udc00"}]}',
+        b'{"caption": "\\ud800"}',
         b"[" * 100_000,
     ],
 )

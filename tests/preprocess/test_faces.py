@@ -1,10 +1,14 @@
 """Faces are found where they are, whatever the picture's size and company, and crops are square and filled."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 
+from facediffuser.preprocess import faces as module
 from facediffuser.preprocess.faces import FaceDetector, align_face, crop_square, face_crop_box, ffhq_crop_box
 
 
@@ -40,6 +44,41 @@ def test_a_pictures_faces_do_not_depend_on_its_neighbours(detector, astronaut):
     alone = detector.detect([astronaut])[0]
     assert detector.detect([others[0], astronaut, *others[1:]])[1] == alone
     assert alone
+
+
+def test_a_face_has_the_same_box_whatever_the_number_of_threads(detector, astronaut, monkeypatch):
+    pictures = [astronaut, astronaut.resize((90, 70)), Image.new("RGB", (256, 256), "grey"), astronaut.resize((80, 80))]
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(detector.detect(pictures))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] and found[0][0]
+    monkeypatch.setattr(module, "_quicken", lambda network: None)
+    assert FaceDetector().detect(pictures) == found[0]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2)])
+def test_the_quick_maximum_is_pytorchs(size, stride):
+    for height, width in itertools.product(range(2, 9), repeat=2):
+        x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+        expected = torch.nn.functional.max_pool2d(x, size, stride, ceil_mode=True)
+        assert torch.equal(module._MaxPool(size, stride)(x), expected)
+
+
+def test_a_huge_picture_is_searched_reduced(detector, astronaut, monkeypatch):
+    (expected,) = detector.detect([astronaut])[0]
+    monkeypatch.setattr(module, "MOST_SEARCH_PIXELS", 30_000)
+    monkeypatch.setattr(detector, "_run", lambda pictures, run=detector._run: run(_at_most(30_100, pictures)))
+    (found,) = detector.detect([astronaut])[0]
+    assert overlap(found.box, expected.box) > 0.8
+
+
+def _at_most(pixels: int, pictures: list) -> list:
+    assert all(picture.shape[0] * picture.shape[1] <= pixels for picture in pictures)
+    return pictures
 
 
 def test_boxes_of_an_enlarged_picture_are_in_its_own_pixels(detector, astronaut):

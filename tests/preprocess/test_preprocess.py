@@ -213,7 +213,10 @@ def test_another_run_in_the_output_is_refused_with_the_difference(rendered, prep
     assert contents(prepared) == before
 
 
-@pytest.mark.parametrize("wrong", ["holds something else", "inside of the source", "no such model"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["holds something else", "inside of the source", "no such model", "no files there", "leads out of the archive"],
+)
 def test_wrong_input_is_refused_and_nothing_written(rendered, tmp_path, here, wrong):
     output, settings = tmp_path / "out", {}
     source = rendered
@@ -222,6 +225,13 @@ def test_wrong_input_is_refused_and_nothing_written(rendered, tmp_path, here, wr
         (output / "thesis.txt").write_text("precious")
     elif wrong == "inside of the source":
         output = rendered / "prepared"
+    elif wrong == "no files there":
+        source = tmp_path / "empty"
+        source.mkdir()
+    elif wrong == "leads out of the archive":
+        source = tmp_path / "set.tgz"
+        with tarfile.open(source, "w:gz") as tar:
+            tar.add(rendered / "image_ids.txt", "../image_ids.txt")
     else:
         source = tmp_path / "plain"
         source.mkdir()
