@@ -1,6 +1,7 @@
 """The training stage: Ray Train runs the loop on one or many workers; the driver shows how far it is."""
 
 import logging
+import os
 import tempfile
 import threading
 from typing import Any
@@ -22,6 +23,7 @@ from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+MOST_LOADERS = 8
 
 
 @ray.remote(num_cpus=0)
@@ -111,11 +113,12 @@ def _work(config: dict[str, Any]) -> None:
     settings, board = TrainSettings.model_validate(config["settings"]), config["board"]
     context = ray.train.get_context()
     torch.set_num_threads(config["threads"])
-    rank = context.get_world_rank()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
     worker = Worker(
         rank=rank,
         count=context.get_world_size(),
-        device=str(ray.train.torch.get_device()),
+        device=str(device),
+        loaders=_loaders(settings, config["threads"], device, context.get_local_world_size()),
         wrap=_data_parallel if context.get_world_size() > 1 else (lambda module: module),
     )
 
@@ -131,6 +134,16 @@ def _work(config: dict[str, Any]) -> None:
         return
     if rank == 0:
         ray.get(board.write.remote({**result, "step": float(result["step"])}))
+
+
+def _loaders(settings: TrainSettings, threads: int, device: torch.device, neighbours: int) -> int:
+    """Return how many processes make batches for a worker that shares its machine with some others like it."""
+    if settings.loaders is not None:
+        return settings.loaders
+    if device.type == "cpu":
+        # The work is shared out between two processes on the same cores; on a single one that gains nothing.
+        return min(1, threads - 1)
+    return max(1, min(MOST_LOADERS, len(os.sched_getaffinity(0)) // neighbours - 1))
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:

@@ -1,8 +1,10 @@
 """Cross-attention that can be looked at: a processor that keeps the maps of the subjects' tokens while asked to."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 
 
 class AttentionMaps:
@@ -29,11 +31,13 @@ class AttentionMaps:
 
 
 class RecordingProcessor:
-    """Cross-attention as diffusers computes it, with its probabilities given to an AttentionMaps while it records."""
+    """Cross-attention as diffusers computes it, with its probabilities given to an AttentionMaps while it records.
 
-    def __init__(self, store: AttentionMaps):
-        self.store = store
-        self.plain = AttnProcessor2_0()
+    While nothing is recorded it is `plain`, the processor it stands in for.
+    """
+
+    def __init__(self, store: AttentionMaps, plain: Callable[..., torch.Tensor]):
+        self.store, self.plain = store, plain
 
     def __call__(
         self,
@@ -73,6 +77,6 @@ def record_cross_attention(unet: UNet2DConditionModel, store: AttentionMaps) -> 
     full = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     processors = dict(unet.attn_processors)
     chosen = [name for name in processors if ".attn2." in name and not name.startswith(full)]
-    processors.update({name: RecordingProcessor(store) for name in chosen})
+    processors.update({name: RecordingProcessor(store, processors[name]) for name in chosen})
     unet.set_attn_processor(processors)
     return [name.removesuffix(".processor") for name in chosen]

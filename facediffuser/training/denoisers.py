@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -13,7 +14,11 @@ from facediffuser.modelfolder import load_image_encoder, model_digests, resolve_
 from facediffuser.subject import SubjectFuser
 from facediffuser.training.attention import AttentionMaps, record_cross_attention
 from facediffuser.training.batches import Batch
+from facediffuser.training.frozen import encode_moments
+from facediffuser.training.recipe import Recipe
 from facediffuser.training.settings import TrainSettings
+
+EAGER_SIDE = 32
 
 
 class TextDenoiser(nn.Module):
@@ -41,9 +46,13 @@ class SubjectDenoiser(nn.Module):
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, text: torch.Tensor, batch: Batch):
         """Return predicted noise (b, c, h, w) and the attention maps, one (b, heads, cells, tokens) a layer."""
-        rows, slots = batch.references.shape[:2]
-        embeds = self.image_encoder(batch.references.flatten(0, 1)).image_embeds.unflatten(0, (rows, slots))
-        fused = self.subject_fuser(text, embeds, batch.tokens.subject_mask, batch.tokens.subject_counts)
+        counts, slots = batch.tokens.subject_counts, batch.areas.shape[1]
+        embeds = text.new_zeros(len(text), slots, text.shape[-1])
+        if len(batch.references):
+            present = torch.arange(slots, device=text.device) < counts[:, None]
+            pictured = self.image_encoder(batch.references).image_embeds
+            embeds = embeds.masked_scatter(present[..., None], pictured.to(text.dtype))
+        fused = self.subject_fuser(text, embeds, batch.tokens.subject_mask, counts)
         if not self._localizes:
             return self.unet(noisy, times, fused).sample, []
         with self._attention:
@@ -67,19 +76,40 @@ class Parts:
         """The parts that a finished run saves, by name."""
         return dict(self.denoiser.named_children())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
 
-def load_parts(settings: TrainSettings) -> Parts:
-    """Load the base model in fp32; raises InputError when a part is missing or does not fit."""
-    base = resolve_base(settings.base)
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """Return the batch's latents, scaled, (b, c, h, w) fp32."""
+        moments = encode_moments(self.vae, batch.pixels) if batch.moments is None else batch.moments.float()
+        mean, logvar = moments.chunk(2, dim=1)
+        return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * batch.draw) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def text(self, batch: Batch) -> torch.Tensor:
+        """Return the embeddings of the batch's captions, (b, n, d) fp32."""
+        if batch.text is None:
+            return self.text_encoder(batch.tokens.input_ids).last_hidden_state.float()
+        return batch.text.float()
+
+
+def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
+    """Load the base model in fp32, its denoiser on the device; raises InputError when a part is missing or does not fit."""
+    base, recipe = resolve_base(settings.base), settings.recipe()
     unet = UNet2DConditionModel.from_pretrained(base / "unet").float()
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
-    recipe = settings.recipe()
+    eager = attention_of(recipe, torch.device(device), vae) == "eager"
+    unet.set_attn_processor(AttnProcessor() if eager else AttnProcessor2_0())
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     denoiser: nn.Module = TextDenoiser(unet)
     if settings.role == "sdm":
         encoder = load_image_encoder(_encoder_folder(settings, base)).float()
+        encoder.set_attn_implementation("eager" if eager else "sdpa")
         width = text_encoder.config.hidden_size
         if encoder.config.projection_dim != width:
             raise InputError(
@@ -88,6 +118,9 @@ def load_parts(settings: TrainSettings) -> Parts:
             )
         torch.manual_seed(settings.seed)
         denoiser = SubjectDenoiser(unet, encoder, SubjectFuser(width, recipe.max_subjects), recipe.localization > 0)
+    denoiser.to(device).train()
+    if recipe.channels_last:
+        unet.to(memory_format=torch.channels_last)
     return Parts(
         denoiser=denoiser,
         text_encoder=text_encoder,
@@ -96,6 +129,36 @@ def load_parts(settings: TrainSettings) -> Parts:
         schedule=DDPMScheduler.from_pretrained(base / "scheduler"),
         digests=model_digests(base),
     )
+
+
+def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """Return (c, h, w) of the latents of square pictures."""
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, side, side
+
+
+def attention_of(recipe: Recipe, device: torch.device, vae: AutoencoderKL) -> str:
+    """Return how attention is computed, "eager" or "sdpa".
+
+    On a CPU the backward pass of torch's fused attention in bf16 takes several times as long as plain matrix products do;
+    these need memory for cells squared, so they are for small latents.
+    """
+    if recipe.attention != "auto":
+        return recipe.attention
+    small = latent_shape(vae, recipe.resolution)[1] <= EAGER_SIDE
+    return "eager" if device.type == "cpu" and small else "sdpa"
+
+
+def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the type that matrix products are computed in; trained weights are float32 whatever it is."""
+    if recipe.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _encoder_folder(settings: TrainSettings, base: Path) -> Path:

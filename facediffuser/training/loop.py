@@ -1,12 +1,12 @@
 """The training loop of one worker, as a function of its settings; it reports through a callback."""
 
-import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ import torch.distributed
 from torch import nn
 
 from facediffuser.storage import open_store
-from facediffuser.training import runs
-from facediffuser.training.batches import Batch, Batches
-from facediffuser.training.denoisers import Parts, load_parts
+from facediffuser.training import frozen, runs
+from facediffuser.training.ahead import ahead
+from facediffuser.training.batches import Batch, Batches, image_seed
+from facediffuser.training.denoisers import Parts, compute_type, latent_shape, load_parts
 from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss
 from facediffuser.training.parameters import select_trained
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.records import Records, load_moments
+from facediffuser.training.records import Records
 from facediffuser.training.settings import TrainSettings
 from facediffuser.training.watching import Watcher
 
@@ -43,6 +44,8 @@ class Worker:
     rank: int = 0
     count: int = 1
     device: str = "cpu"
+    loaders: int = 0
+    """Processes that make batches ahead."""
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     """Makes a module sum its gradients over the workers."""
 
@@ -63,14 +66,11 @@ class _Run:
         self.settings, self.recipe, self.worker, self.report = settings, settings.recipe(), worker, report
         self.device = torch.device(worker.device)
         self.store = open_store(settings.output)
-        self.parts = load_parts(settings)
+        self.parts = load_parts(settings, worker.device)
         named = select_trained(settings.role, self.parts.trained, self.recipe.train_image_encoder_layers)
         self.trained = list(named.values())
-        self.parts.denoiser.to(self.device).train()
-        if self.recipe.channels_last:
-            self.parts.denoiser.unet.to(memory_format=torch.channels_last)
-        self.parts.text_encoder.to(self.device)
-        self.batches = make_batches(settings, self.parts, self.worker)
+        self.half = compute_type(self.recipe, self.device) == torch.bfloat16
+        self.batches = split_batches(settings, self.parts, "train", self.worker)
         self.watcher = Watcher(settings, self.store, report) if self.worker.rank == 0 else None
         self.model = worker.wrap(self.parts.denoiser)
         if self.recipe.compile:
@@ -90,9 +90,10 @@ class _Run:
     def go(self) -> dict[str, Any]:
         started, last = time.monotonic(), {"loss": math.nan}
         self._load_last()
+        upcoming = ahead(self.batches, self._places(), self.worker.loaders, pin=self.device.type == "cuda")
         while self.step < self.recipe.steps:
             begun = time.monotonic()
-            last = self._one_step()
+            last = self._one_step(upcoming)
             images = self.recipe.batch_size * self.recipe.accumulate * self.worker.count
             last["images_per_second"] = images / (time.monotonic() - begun)
             if self.step % self.settings.log_every == 0 or self.step == self.recipe.steps:
@@ -119,19 +120,23 @@ class _Run:
             self.watcher.close()
         return result
 
-    def _one_step(self) -> dict[str, float]:
+    def _places(self) -> range:
+        """Where this worker's batches to come begin in the sequence of all images."""
         recipe, worker = self.recipe, self.worker
+        first, last = (step * recipe.accumulate for step in (self.step, recipe.steps))
+        all_workers = recipe.batch_size * worker.count
+        return range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
+
+    def _one_step(self, upcoming: Iterator[Batch]) -> dict[str, float]:
+        recipe = self.recipe
         share = learning_rate_share(recipe, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_rate"] * share
         totals = {"loss": 0.0, "localization": 0.0}
-        per_step = recipe.batch_size * recipe.accumulate * worker.count
-        for part in range(recipe.accumulate):
-            place = part * worker.count + worker.rank
-            first = self.step * per_step + place * recipe.batch_size
-            seeds = [image_seed(self.settings.seed, first + number) for number in range(recipe.batch_size)]
-            batch = self.batches.make(self.batches.rows(first, recipe.batch_size), seeds)
-            loss, localization = self._losses(batch.to(self.device))
+        # Whatever draws numbers on the way (a model's dropout) draws the same ones after a restart.
+        torch.manual_seed(image_seed(self.settings.seed, self.step))
+        for _ in range(recipe.accumulate):
+            loss, localization = self._losses(next(upcoming).to(self.device))
             (loss / recipe.accumulate).backward()
             totals["loss"] += float(loss.detach()) / recipe.accumulate
             totals["localization"] += float(localization.detach()) / recipe.accumulate
@@ -145,11 +150,9 @@ class _Run:
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         recipe, noise, times = self.recipe, batch.noise, batch.times
-        noisy = self.parts.schedule.add_noise(batch.latents, noise, times)
-        half = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
-        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            with torch.no_grad():
-                text = self.parts.text_encoder(batch.tokens.input_ids).last_hidden_state
+        noisy = self.parts.schedule.add_noise(self.parts.latents(batch), noise, times)
+        text = self.parts.text(batch)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
             predicted, maps = self.model(noisy, times, text, batch)
         # An image that is not to be masked, and one without subjects, count whole.
         inside = batch.areas.amax(1, keepdim=True)
@@ -162,7 +165,7 @@ class _Run:
     def _localization(self, maps: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         if not maps:
             return torch.zeros((), device=self.device)
-        slots, (height, width) = batch.areas.shape[1], batch.latents.shape[-2:]
+        slots, (height, width) = batch.areas.shape[1], batch.noise.shape[-2:]
         present = torch.arange(slots, device=self.device) < batch.tokens.subject_counts[:, None]
         order = torch.where(batch.tokens.subject_mask, batch.tokens.subject_mask.cumsum(1) - 1, slots)
         tokens = (order[:, None, :] == torch.arange(slots, device=self.device)[None, :, None]).int().argmax(-1)
@@ -223,12 +226,6 @@ class _Run:
         logger.info("%s: going on from step %d", self.settings.output, self.step)
 
 
-def image_seed(seed: int, place: int) -> int:
-    """Return the seed of all chance about the image at a place in the endless sequence of images."""
-    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def learning_rate_share(recipe: Recipe, step: int) -> float:
     """Return the share of the full learning rate at a step: rising in the warm-up, then constant or going down to 2%."""
     rising = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
@@ -250,24 +247,44 @@ def _groups(named: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def make_batches(settings: TrainSettings, parts: Parts, worker: Worker) -> Batches:
-    """Return the batches of the training split, its latents from the cache; the first worker fills that for all."""
-    if worker.rank:
-        torch.distributed.barrier()
-    batches = split_batches(settings, parts, torch.device(worker.device), "train")
-    if worker.count > 1 and not worker.rank:
-        torch.distributed.barrier()
-    return batches
+def split_batches(settings: TrainSettings, parts: Parts, split: str, worker: Worker | None = None) -> Batches:
+    """Return the batches of one split.
 
-
-def split_batches(settings: TrainSettings, parts: Parts, device: torch.device, split: str) -> Batches:
-    """Return the batches of one split."""
-    recipe = settings.recipe()
+    What the cache lacks is computed and kept; of several workers, each of which has to call this, each does its share.
+    """
+    worker, recipe = worker or Worker(device=str(parts.device)), settings.recipe()
     records = Records(settings.data, split)
-    key = f"{records.digest()[:16]}-{parts.digests['vae'][:16]}-{recipe.resolution}"
-    cache = settings.cache or f"{settings.data.rstrip('/')}-latents"
-    moments = load_moments(records, parts.vae.to(device), recipe.resolution, cache, key)
-    parts.vae.cpu()
+    made: dict[str, Any] = {}
+    if settings.precompute:
+        made = _precomputed(settings, parts, records, worker)
+    else:
+        parts.vae.to(worker.device)
+        parts.text_encoder.to(worker.device)
     size = parts.denoiser.image_encoder.config.image_size if settings.role == "sdm" else 0
-    scale = parts.vae.config.scaling_factor
-    return Batches(recipe, settings.seed, records, moments, scale, parts.tokenizer, size)
+    shape = latent_shape(parts.vae, recipe.resolution)
+    return Batches(recipe, settings.seed, records, shape, parts.tokenizer, size, **made)
+
+
+def _precomputed(settings: TrainSettings, parts: Parts, records: Records, worker: Worker) -> dict[str, Any]:
+    cache, resolution, captions = frozen.open_cache(settings), settings.recipe().resolution, records.captions()
+    digests, share = parts.digests, (worker.rank, worker.count)
+    moments = frozen.moments_name(records, digests["vae"], resolution)
+    texts = frozen.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"])
+    with _visiting(parts.vae, worker.device) as vae:
+        frozen.fill(
+            cache, moments, len(records), lambda some: frozen.encode_pictures(records, some, vae, resolution), share
+        )
+    with _visiting(parts.text_encoder, worker.device) as encoder:
+        encode = partial(frozen.encode_captions, captions, tokenizer=parts.tokenizer, text_encoder=encoder)
+        frozen.fill(cache, texts, len(captions), encode, share)
+    if worker.count > 1:
+        torch.distributed.barrier()
+    embeddings = frozen.CaptionEmbeddings(captions, frozen.read(cache, texts, len(captions)))
+    return {"moments": frozen.read(cache, moments, len(records)), "texts": embeddings}
+
+
+@contextmanager
+def _visiting(module: nn.Module, device: str) -> Iterator[nn.Module]:
+    """A frozen part on the device for as long as the block lasts: the memory is wanted for what trains."""
+    yield module.to(device)
+    module.cpu()

@@ -73,7 +73,12 @@ class Recipe(BaseModel):
     augmentation: Augmentation = Field(Augmentation(), description="what is done to reference pictures")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which become the result; 0: none")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="compute type; auto is bf16 on a GPU; trained weights are always fp32"
+        "auto", description="compute type; auto is bf16 on a GPU and on a CPU with instructions for it, else fp32; "
+        "trained weights are always fp32"
+    )  # fmt: skip
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="torch's fused attention or plain matrix products; auto is plain on a CPU with small latents",
     )
     channels_last: bool = Field(False, description="lay image tensors out with channels last")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")

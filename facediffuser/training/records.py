@@ -1,23 +1,18 @@
-"""Prepared Parquet in memory, and the frozen autoencoder's view of it, computed once."""
+"""Prepared Parquet in memory, by row."""
 
 import hashlib
 import io
-import logging
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
-import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import open_store
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = [
     "image_id",
@@ -31,7 +26,6 @@ COLUMNS = [
     "segmentation",
     "identity",
 ]
-LATENT_BATCH = 32
 
 
 class Records:
@@ -47,13 +41,14 @@ class Records:
         self.table = dataset.to_table(COLUMNS)
         if not len(self.table):
             raise InputError(f"{url}: {split}/ has no rows; prepare pictures with a person in them")
+        self._described = self.table.drop_columns(["image"])
 
     def __len__(self) -> int:
         return len(self.table)
 
     def row(self, index: int) -> dict:
-        """One row as Python values."""
-        return self.table.slice(index, 1).to_pylist()[0]
+        """One row as Python values, without its picture."""
+        return self._described.slice(index, 1).to_pylist()[0]
 
     def image(self, index: int) -> Image.Image:
         """The decoded picture of a row, RGB."""
@@ -68,6 +63,10 @@ class Records:
             if who and "+" not in who and len(subjects) == 1:
                 rows.setdefault(who, []).append(row)
         return {row: [other for other in same if other != row] for same in rows.values() for row in same}
+
+    def captions(self) -> list[str]:
+        """All captions and the empty one, each once, in order."""
+        return sorted({"", *self.table["caption"].to_pylist()})
 
     def digest(self) -> str:
         """A digest of the pictures and their order."""
@@ -99,41 +98,3 @@ def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Ten
     """Return (c, h, w) with its shorter side resized to `size` and its middle square cut out."""
     mode = TF.InterpolationMode.NEAREST if nearest else TF.InterpolationMode.BILINEAR
     return TF.center_crop(TF.resize(picture, [size], interpolation=mode, antialias=not nearest), [size, size])
-
-
-def load_moments(records: Records, vae: AutoencoderKL, resolution: int, cache_url: str, key: str) -> np.ndarray:
-    """Return the latents' mean and log variance of every row and its mirror image: (n, 2, 2c, h, w) float16.
-
-    They are read from `cache_url` when a file for `key` (data, autoencoder, resolution) is there, else computed and kept.
-    """
-    store, name = open_store(cache_url), f"moments-{key}.parquet"
-    if store.exists(name):
-        table = pq.read_table(pa.BufferReader(store.get(name)))
-        shape = tuple(int(side) for side in table.schema.metadata[b"shape"].split(b","))
-        return np.frombuffer(b"".join(table["moments"].to_pylist()), np.float16).reshape(len(table), *shape)
-    moments = _encode(records, vae, resolution)
-    schema = pa.schema([("image_id", pa.string()), ("moments", pa.binary())])
-    table = pa.table([records.table["image_id"], [one.tobytes() for one in moments]], schema=schema)
-    shape = ",".join(str(side) for side in moments.shape[1:]).encode()
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({b"shape": shape}), sink, compression="none", row_group_size=1000)
-    store.put(name, sink.getvalue().to_pybytes())
-    logger.info("%s: latents of %d pictures kept", store.url_of(name), len(moments))
-    return moments
-
-
-@torch.no_grad()
-def _encode(records: Records, vae: AutoencoderKL, resolution: int) -> np.ndarray:
-    parts = []
-    for start in range(0, len(records), LATENT_BATCH):
-        pictures = [
-            square(TF.to_image(records.image(index)), resolution)
-            for index in range(start, min(start + LATENT_BATCH, len(records)))
-        ]
-        pixels = (torch.stack(pictures).float() / 127.5 - 1).to(vae.device)
-        both = []
-        for seen in (pixels, pixels.flip(-1)):
-            distribution = vae.encode(seen).latent_dist
-            both.append(torch.cat([distribution.mean, distribution.logvar], 1))
-        parts.append(torch.stack(both, 1).half().cpu().numpy())
-    return np.concatenate(parts)

@@ -41,6 +41,13 @@ class TrainSettings(_overrides(Recipe)):
     workers: int | None = Field(None, ge=1, description="Ray workers, each with a GPU if there is any (default: the "
                                                         "GPUs, or 1)")  # fmt: skip
     cpus_per_worker: int | None = Field(None, ge=1, description="CPU cores of each worker (default: its even share)")
+    loaders: int | None = Field(
+        None, ge=0, description="processes of each worker that make batches ahead; 0: none (default: by its CPU cores)"
+    )
+    precompute: bool = Field(
+        True, description="compute latents and text embeddings once and keep them; off: anew in every step, for data "
+        "whose latents do not fit in memory"
+    )  # fmt: skip
     cache: str | None = Field(
         None, description="where latents and text embeddings are kept (default: beside the data, or in the output)"
     )

@@ -78,9 +78,8 @@ class Watcher:
 
         if not self.store_has_test():
             return
-        device = next(parts.denoiser.parameters()).device
         if self._batches is None:
-            self._batches = split_batches(self.settings, parts, device, "test")
+            self._batches = split_batches(self.settings, parts, "test")
         count = min(self.settings.validation_images, len(self._batches.records))
         loss = validation_loss(self._batches, parts, count, self.settings.recipe().batch_size)
         self.write(step, {"validation_loss": loss})
@@ -111,16 +110,14 @@ def validation_loss(batches: Batches, parts: Parts, count: int, batch_size: int)
 
     Every caption is told, every subject carries its reference as it is, and the loss is over the whole image.
     """
-    device = next(parts.denoiser.parameters()).device
     total = 0.0
     for time in VALIDATION_TIMES:
         for start in range(0, count, batch_size):
             rows = list(range(start, min(start + batch_size, count)))
-            batch = batches.make(rows, [row * 1000 + time for row in rows], plain=True).to(device)
+            batch = batches.make(rows, [row * 1000 + time for row in rows], plain=True).to(parts.device)
             times = torch.full_like(batch.times, time)
-            noisy = parts.schedule.add_noise(batch.latents, batch.noise, times)
-            text = parts.text_encoder(batch.tokens.input_ids).last_hidden_state
-            predicted, _ = parts.denoiser(noisy, times, text, batch)
+            noisy = parts.schedule.add_noise(parts.latents(batch), batch.noise, times)
+            predicted, _ = parts.denoiser(noisy, times, parts.text(batch), batch)
             total += float(noise_loss(predicted, batch.noise).sum())
     return total / (count * len(VALIDATION_TIMES))
 
@@ -162,8 +159,8 @@ def _pipeline(parts: Parts, role: str) -> DiffusionPipeline:
     if role == "tdm":
         trained = {"unet_text": trained["unet"]}
     pipeline = FaceDiffuserPipeline(
-        vae=parts.vae.to(next(parts.denoiser.parameters()).device),
-        text_encoder=parts.text_encoder,
+        vae=parts.vae.to(parts.device),
+        text_encoder=parts.text_encoder.to(parts.device),
         tokenizer=parts.tokenizer,
         scheduler=PNDMScheduler.from_config(parts.schedule.config, skip_prk_steps=True),
         **trained,

@@ -32,6 +32,7 @@ def settings(prepared, base, tmp_path):
         chosen = dict(
             data=str(prepared), base=str(base), output=str(tmp_path / "run"), preset="miniature", steps=3,
             batch_size=2, checkpoint_every=100, log_every=1, cache=str(prepared.parent / "cache"), ema=0.0,
+            precision="fp32",
         )  # fmt: skip
         return TrainSettings(role=role, **chosen | given)
 

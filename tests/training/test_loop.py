@@ -125,21 +125,6 @@ def test_an_output_that_holds_something_else_is_refused(settings, tmp_path):
         runs.require_startable(open_store(tmp_path / "run"), settings())
 
 
-def test_latents_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):
-    from diffusers import AutoencoderKL
-
-    cache = tmp_path / "cache"
-    train_model(settings("tdm", steps=1, cache=str(cache)), lambda numbers: None)
-    assert list(cache.rglob("*.parquet"))
-
-    def encode(*args, **kwargs):
-        raise AssertionError("the VAE ran again")
-
-    monkeypatch.setattr(AutoencoderKL, "encode", encode)
-    other = str(tmp_path / "other")
-    train_model(settings("sdm", steps=1, cache=str(cache), output=other), lambda numbers: None)
-
-
 def test_prepared_data_of_another_schema_version_is_refused(settings, prepared, tmp_path):
     import pyarrow.parquet as pq
 
@@ -173,15 +158,16 @@ def test_no_prepared_data_is_one_clear_line(settings, tmp_path):
 
 def test_two_workers_learn_from_what_one_with_the_doubled_batch_learns_from(settings):
     """The images of a step, and all chance about them, do not depend on how many workers share them."""
+    from facediffuser.training.batches import image_seed
     from facediffuser.training.denoisers import load_parts
-    from facediffuser.training.loop import Worker, image_seed, split_batches
+    from facediffuser.training.loop import split_batches
 
     chosen = settings("sdm", batch_size=2)
-    batches = split_batches(chosen, load_parts(chosen), torch.device(Worker().device), "train")
+    batches = split_batches(chosen, load_parts(chosen), "train")
     seeds = [image_seed(0, place) for place in range(4)]
     whole = batches.make(batches.rows(0, 4), seeds)
     halves = [batches.make(batches.rows(first, 2), seeds[first : first + 2]) for first in (0, 2)]
-    for name in ("latents", "noise", "times", "masked"):
+    for name in ("moments", "text", "draw", "noise", "times", "masked", "references"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
     assert torch.equal(whole.tokens.input_ids, torch.cat([half.tokens.input_ids for half in halves]))
 

@@ -1,0 +1,93 @@
+"""What frozen parts make is computed once, shared out among workers, and changes nothing of what is learnt."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from training.test_loop import weights
+
+from facediffuser.storage import open_store
+from facediffuser.training import frozen
+from facediffuser.training.denoisers import load_parts
+from facediffuser.training.loop import split_batches, train_model
+
+
+def test_latents_and_text_embeddings_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    cache = tmp_path / "cache"
+    train_model(settings("tdm", steps=1, cache=str(cache)), lambda numbers: None)
+    assert {path.parent.name.split("-")[0] for path in cache.rglob("*.parquet")} == {"moments", "captions"}
+
+    def run(*args, **kwargs):
+        raise AssertionError("a frozen part ran again")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", run)
+    monkeypatch.setattr(CLIPTextModel, "forward", run)
+    other = str(tmp_path / "other")
+    train_model(settings("sdm", steps=1, cache=str(cache), output=other), lambda numbers: None)
+
+
+def test_without_the_cache_the_same_is_learnt(settings, tmp_path):
+    """The cache rounds to float16; a first step of AdamW moves a weight by its gradient's sign, so most agree."""
+    given = dict(steps=1, warmup_steps=0)
+    train_model(settings("sdm", output=str(tmp_path / "a"), **given), lambda numbers: None)
+    train_model(settings("sdm", output=str(tmp_path / "b"), precompute=False, **given), lambda numbers: None)
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
+    close = torch.cat([torch.isclose(ours[name], theirs[name], atol=1e-5).flatten().float() for name in ours])
+    assert close.mean() > 0.98
+
+
+def test_a_batch_from_the_cache_has_the_latents_and_embeddings_of_one_without(settings):
+    made = []
+    for precompute in (True, False):
+        chosen = settings("sdm", precompute=precompute)
+        parts = load_parts(chosen)
+        batch = split_batches(chosen, parts, "train")[4]
+        made.append((parts.latents(batch), parts.text(batch)))
+    for kept, anew in zip(*made, strict=True):
+        torch.testing.assert_close(kept, anew, atol=5e-3, rtol=5e-3)
+
+
+def _make(some: range) -> np.ndarray:
+    return np.array([[row, row + 0.5] for row in some], np.float16)
+
+
+def test_parts_that_are_there_are_kept_and_missing_ones_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "PART_ROWS", 4)
+    store, asked = open_store(tmp_path), []
+
+    def make(some: range) -> np.ndarray:
+        asked.append(some)
+        return _make(some)
+
+    frozen.fill(store, "rows", 10, make)
+    store.delete("rows/part-00001.parquet")
+    frozen.fill(store, "rows", 10, make)
+    assert asked == [range(0, 4), range(4, 8), range(8, 10), range(4, 8)]
+    assert np.array_equal(frozen.read(store, "rows", 10), _make(range(10)))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_make_each_part_once_between_them(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(frozen, "PART_ROWS", 4)
+    store, asked = open_store(tmp_path), []
+    for worker in range(workers):
+        frozen.fill(store, "rows", 10, lambda some: asked.append(some.start) or _make(some), (worker, workers))
+    assert sorted(asked) == [0, 4, 8]
+    assert np.array_equal(frozen.read(store, "rows", 10), _make(range(10)))
+
+
+def test_a_part_opens_in_any_parquet_reader(tmp_path):
+    frozen.fill(open_store(tmp_path), "rows", 3, _make)
+    table = pq.read_table(tmp_path / "rows" / "part-00000.parquet")
+    assert np.frombuffer(table["array"][2].as_py(), np.float16).tolist() == [2.0, 2.5]
+
+
+def test_the_cache_lies_beside_the_data_or_in_the_output_where_that_cannot_be_written(settings, prepared, tmp_path):
+    beside = settings("tdm", cache=None)
+    assert frozen.open_cache(beside).url == f"{prepared}-latents"
+    (tmp_path / "data-latents").write_text("a file where the folder would be")
+    elsewhere = settings("tdm", cache=None, data=str(tmp_path / "data"))
+    assert frozen.open_cache(elsewhere).url == f"{elsewhere.output}/cache"
