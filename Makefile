@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 OUTPUT ?= out/demo
+MODELS ?= miniature
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint clean
+.PHONY: help env demo claim test test-slow lint clean
 .DELETE_ON_ERROR:
 
 help:  ## tell the targets
@@ -16,6 +17,10 @@ env: .venv/ready  ## install the project and what it needs into .venv
 
 demo: .venv/ready  ## the whole factory at a small scale: photographs to scored dataset in OUTPUT (out/demo, or s3://...)
 	$(BIN)/facediffuser demo --output $(OUTPUT)
+
+claim: OUTPUT = out/claim
+claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT (out/claim); 1 when the paper's ordering fails
+	$(BIN)/facediffuser miniature claim --models $(MODELS) --output $(OUTPUT)
 
 test: .venv/ready .swift/ready lint  ## lint and the quick tests
 	$(BIN)/python -m pytest

@@ -57,9 +57,21 @@ COMMANDS = {
         "flows.commands:generate",
     ),
     "evaluate": Command(
-        "IP and PC tables of a dataset or of a folder of images",
+        "IP and PC tables of datasets, of methods on a benchmark, of folders of images",
         "facediffuser.scoring.settings:EvaluateSettings",
         "flows.commands:evaluate_images",
+    ),
+    "score": Command(
+        "add the columns of other scorers to a dataset",
+        "facediffuser.scoring.adding:ScoreSettings",
+        "flows.commands:score_dataset",
+        ("url",),
+    ),
+    "copies": Command(
+        "flag copied training faces, pasted references and near-duplicates in a dataset",
+        "facediffuser.scoring.copies:CopySettings",
+        "flows.commands:flag_copies",
+        ("url",),
     ),
     "verify": Command(
         "check every shard of a dataset against its manifest",
@@ -77,6 +89,11 @@ COMMANDS = {
         "render a photo set of the miniature world, with subjects and prompts",
         "flows.commands:RenderSettings",
         "flows.commands:render",
+    ),
+    "miniature claim": Command(
+        "all methods on the miniature's benchmark; exit 1 when the paper's ordering fails on it",
+        "flows.claim:ClaimSettings",
+        "flows.commands:claim",
     ),
 }
 

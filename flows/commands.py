@@ -104,6 +104,21 @@ def evaluate_images(settings) -> None:
     print(evaluate(settings))
 
 
+def score_dataset(settings) -> None:
+    """Run the flow `score` and print what it wrote."""
+    from flows.score import score
+
+    for key in score(settings):
+        print(f"{settings.url}/{key}")
+
+
+def flag_copies(settings) -> None:
+    """Run the flow `copies` and print how many images each flag is raised on."""
+    from flows.score import copies
+
+    _print_fields(copies(settings))
+
+
 def assemble_models(settings: AssembleSettings) -> None:
     """Make the model folder."""
     from facediffuser.checkpoints import assemble, resolve_base
@@ -154,3 +169,12 @@ def render(settings: RenderSettings) -> None:
 
     render_set(settings.count, settings.seed, settings.output, settings.size)
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
+
+
+def claim(settings) -> int:
+    """Run the flow `claim`, print its tables and judgement; return 1 when the paper's ordering does not hold."""
+    from flows.claim import claim as flow
+
+    text, holds = flow(settings)
+    print(text)
+    return 0 if holds else 1

@@ -1,15 +1,24 @@
-"""The flow `evaluate`: images of datasets and of other systems in one table of IP and PC."""
+"""The flow `evaluate`: images of datasets, of methods and of other systems in one table of IP and PC."""
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.scoring.runs import benchmark_runs
 from facediffuser.scoring.settings import EvaluateSettings
-from tasks.evaluate import score_and_tabulate
+from flows.generate_dataset import generate_dataset
+from tasks.evaluate import check_input, score_and_tabulate
 
 
 @flow(name="evaluate")
 def evaluate(settings: EvaluateSettings) -> str:
-    """Score images, write the tables to `settings.output` when given, and return the table as Markdown."""
-    evaluation = score_and_tabulate(settings)
+    """Score images, write the tables to `settings.output` when given, and return the table as Markdown.
+
+    With `settings.benchmark` the images of each method are made first; run again, what is there is kept.
+    """
+    runs = benchmark_runs(settings)
+    if runs:
+        check_input(settings)
+    made = [generate_dataset(run)["output"] for run in runs]
+    evaluation = score_and_tabulate(settings, made)
     create_markdown_artifact(evaluation.markdown, key="evaluation", description="IP and PC by method and category")
     return evaluation.markdown

@@ -18,12 +18,25 @@ from facediffuser.dataset.sheet import SheetRow, Tile, contact_sheet
 from facediffuser.dataset.survey import Located, Survey, fetch_images, survey_dataset
 from facediffuser.scoring.external import without_markers
 from facediffuser.scoring.plots import image_plane, score_histograms
-from facediffuser.scoring.tables import NO_CATEGORY, ScoreRow, markdown, score_table
+from facediffuser.scoring.tables import (
+    NO_CATEGORY,
+    OVERALL,
+    ScoreRow,
+    markdown,
+    score_table,
+    title,
+    value_with_interval,
+)
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 7
+FLAG_TITLES = {
+    "training_copy": "faces like one of the training set",
+    "pasted_reference": "faces with a reference's pixels",
+    "duplicate": "images like another of the dataset",
+}
 OTHERS = "others"
 SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 RIGHTS = (
@@ -41,6 +54,7 @@ class Card:
     name: str
     survey: Survey
     table: list[ScoreRow]
+    added: list[ScoreRow]
     run: dict[str, Any]
     images: dict[str, bytes]
     references: dict[str, Image.Image]
@@ -67,10 +81,12 @@ def write_card(store: Store) -> None:
     """
     survey = survey_dataset(store)
     shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
+    shown += [located for flagged in survey.flags.values() for located in flagged.shown]
     card = Card(
         name=store.url.rstrip("/").rsplit("/", 1)[-1],
         survey=survey,
         table=score_table(survey.scores),
+        added=[row for row in score_table(survey.scores, survey.added) if row.metric in survey.added],
         run=_run_facts(store),
         images=fetch_images(store, shown),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
@@ -133,6 +149,14 @@ def summary(card: Card) -> list[tuple[str, str]]:
     return facts
 
 
+def flag_lines(survey: Survey) -> list[tuple[str, str]]:
+    """Return what was found of copies as (check, result) lines."""
+    return [
+        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.looked_at:,} images flagged")
+        for name, flagged in survey.flags.items()
+    ]
+
+
 def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return what the plan's metadata says of the run as (dotted name, value) lines."""
     lines = []
@@ -173,6 +197,15 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         'good = rows.filter(lambda row: row["status"] == "ok" and row["ip"] > 0.5)\n```\n\n'
         "```sql\nselect category, avg(ip), avg(pc) from 'data/*.parquet' where status = 'ok' group by category;\n```\n",
     ]
+    if card.added:
+        lines = [(f"{title(row.metric)} ({row.method}, {_people(row.subjects)})", value_with_interval(row))
+                 for row in card.added if row.category == OVERALL]  # fmt: skip
+        parts.append("## Other scores\n\nColumns of `scores/*.parquet`, keyed by `sample_id`.\n\n" + _two_columns(lines))
+    if card.survey.flags:
+        parts.append(
+            "## Copies\n\nLooked for after generation; every row's values are in `scores/copies.parquet`.\n\n"
+            + _two_columns(flag_lines(card.survey))
+        )
     if card.failed:
         lines = "\n".join(f"- {count:,} × {error}" for error, count in card.survey.failures.most_common(10))
         parts.append(f"## Failed rows\n\nThey are kept as rows with `status` = `failed` and no image.\n\n{lines}\n")
@@ -242,6 +275,10 @@ def _run_facts(store: Store) -> dict[str, Any]:
     metadata = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
     run = json.loads(metadata.get(RUN_KEY, b"{}"))
     return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
+
+
+def _people(count: int) -> str:
+    return "one subject" if count == 1 else f"{count} subjects"
 
 
 def _word(value: Any) -> str:

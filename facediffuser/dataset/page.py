@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from facediffuser.dataset.survey import Located
+from facediffuser.dataset.survey import FLAGS, Located
 from facediffuser.scoring.external import without_markers
-from facediffuser.scoring.tables import METRICS, OVERALL, ScoreRow
+from facediffuser.scoring.tables import OVERALL, ScoreRow, metrics_of, title
 
 if TYPE_CHECKING:
     from facediffuser.dataset.card import Card
@@ -32,6 +32,7 @@ th { color: var(--pale); font-weight: 500 } tr.all td { font-weight: 600 } td.n 
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem .8rem }
 .tiles img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f5f6f7; border-radius: 4px }
 figure { margin: 0; font-size: .82rem; line-height: 1.35 } b.ip { color: var(--ip) } b.pc { color: var(--pc) }
+h3 { font-size: 1rem; margin: 1.4rem 0 .6rem } .flag { color: #a1260d; overflow-wrap: anywhere }
 details { margin-top: 1.5rem } details td { word-break: break-all }
 """
 
@@ -62,6 +63,7 @@ def card_page(
         f"<h2>Highest IP</h2>{_tiles(card.survey.best, card.images)}",
         f"<h2>Lowest IP</h2>{_tiles(card.survey.worst, card.images)}",
     ]
+    sections += _copies(card)
     if failures:
         sections.append(f"<h2>Failed rows</h2><table>{failures}</table>")
     if settings:
@@ -75,6 +77,25 @@ def card_page(
     )
 
 
+def _copies(card: "Card") -> list[str]:
+    from facediffuser.dataset.card import FLAG_TITLES, flag_lines
+
+    if not card.survey.flags:
+        return []
+    sections = [f"<h2>Copies</h2>{_lines(flag_lines(card.survey))}"]
+    for name, flagged in card.survey.flags.items():
+        if flagged.shown:
+            likeness, like = FLAGS[name]
+            remarks = [_likeness(located.values, likeness, like) for located in flagged.shown]
+            sections.append(f"<h3>Flagged: {FLAG_TITLES[name]}</h3>{_tiles(flagged.shown, card.images, remarks)}")
+    return sections
+
+
+def _likeness(values: Mapping, likeness: str, like: str | None) -> str:
+    whom = f" like {html.escape(str(values[like]))}" if like else ""
+    return f"<span class=flag>{values[likeness]:.2f}{whom}</span><br>"
+
+
 def _lines(lines: Sequence[tuple[str, str]]) -> str:
     cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in lines)
     return f"<table>{cells}</table>"
@@ -84,10 +105,12 @@ def _score_table(rows: Sequence[ScoreRow]) -> str:
     lines: dict[tuple[str, int, str], dict[str, ScoreRow]] = {}
     for row in rows:
         lines.setdefault((row.method, row.subjects, row.category), {})[row.metric] = row
-    head = "<tr><th>method<th>subjects<th>category<th>images<th>IP<th>PC</tr>"
+    metrics_shown = metrics_of(rows)
+    titles = "".join(f"<th>{html.escape(title(metric))}" for metric in metrics_shown)
+    head = f"<tr><th>method<th>subjects<th>category<th>images{titles}</tr>"
     body = []
     for (method, subjects, category), metrics in lines.items():
-        scores = "".join(f"<td>{_score(metrics.get(metric), metric)}</td>" for metric in METRICS)
+        scores = "".join(f"<td>{_score(metrics.get(metric), metric)}</td>" for metric in metrics_shown)
         emphasis = " class=all" if category == OVERALL else ""
         count = max(row.n for row in metrics.values())
         body.append(
@@ -105,15 +128,15 @@ def _score(row: ScoreRow | None, metric: str) -> str:
     return f"{bar}{row.mean:.3f}{interval}"
 
 
-def _tiles(rows: Sequence[Located], images: Mapping[str, bytes]) -> str:
+def _tiles(rows: Sequence[Located], images: Mapping[str, bytes], remarks: Sequence[str] = ()) -> str:
     figures = []
-    for located in rows:
+    for located, remark in zip(rows, remarks or [""] * len(rows), strict=True):
         values = located.values
         prompt = html.escape(without_markers(values["prompt"]))
         who = html.escape(", ".join(located.subject_ids))
         figures.append(
             f'<figure><img alt="{prompt}" src="{_thumbnail(images[values["sample_id"]])}">'
-            f"<b class=ip>IP {values['ip']:.2f}</b> <b class=pc>PC {values['pc']:.2f}</b> {who}"
+            f"{remark}<b class=ip>IP {values['ip']:.2f}</b> <b class=pc>PC {values['pc']:.2f}</b> {who}"
             f"<figcaption>{prompt}</figcaption></figure>"
         )
     return f"<div class=tiles>{''.join(figures)}</div>"

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.added import read_added
 from facediffuser.errors import InputError
 from facediffuser.scoring.tables import NO_CATEGORY, SCORE_COLUMNS
 from facediffuser.storage import Store
@@ -32,6 +33,12 @@ SETTING_COLUMNS = (
     "width",
 )
 MAX_VALUES = 8
+# Columns that `copies` adds: the flag, how alike, and to what (None: the row's own references).
+FLAGS = {
+    "training_copy": ("training_similarity", "training_nearest"),
+    "pasted_reference": ("paste_similarity", None),
+    "duplicate": ("duplicate_similarity", "duplicate_of"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,23 @@ class Located:
         return self.values["category"] or NO_CATEGORY
 
 
+@dataclass(frozen=True)
+class Flagged:
+    """Images on which a flag is raised: of how many that were looked at, and those most alike to something."""
+
+    count: int
+    looked_at: int
+    shown: list[Located]
+
+
 @dataclass
 class Survey:
     """What one pass over a dataset found.
 
-    `scores`: the narrow columns of every row; `settings`: the different values of each setting column (at most eight);
-    `sheet`: rows for the contact sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC.
+    `scores`: the narrow columns of every row, with those that were added; `settings`: the different values of each
+    setting column (at most eight); `sheet`: rows for the contact sheet, subject set by subject set; `best`, `worst`:
+    rows by IP, ties by PC; `flags`: what the checks for copies raised, empty where they were not made; `added`: the
+    names of other columns of numbers.
     """
 
     scores: pa.Table
@@ -67,6 +85,8 @@ class Survey:
     sheet: list[list[Located]] = field(default_factory=list)
     best: list[Located] = field(default_factory=list)
     worst: list[Located] = field(default_factory=list)
+    flags: dict[str, Flagged] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
     bytes: int = 0
     files: int = 0
 
@@ -81,20 +101,29 @@ def survey_dataset(store: Store) -> Survey:
         raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
     tables, failures, prompts = [], Counter(), set()
     settings: dict[str, set] = {}
+    added = read_added(store)
+    flags = {name: _Flag(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
     choice, extremes = _SheetChoice(), _Extremes()
     for file, group, table in row_groups(store, [info.key for info in infos]):
-        tables.append(table.select(SCORE_COLUMNS))
+        beside = added.of(table["sample_id"])
+        narrow = table.select([name for name in (*SCORE_COLUMNS, "face_count") if name in table.column_names])
+        for name in beside.column_names:
+            narrow = narrow.append_column(name, beside[name])
+        tables.append(narrow)
         for name in set(SETTING_COLUMNS) & set(table.column_names):
             settings.setdefault(name, set()).update(table[name].unique().to_pylist())
         table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
-        for row, values in enumerate(table.to_pylist()):
+        more = beside.to_pylist() if flags else [{}] * table.num_rows
+        for row, (values, others) in enumerate(zip(table.to_pylist(), more, strict=True)):
             prompts.add(values["prompt_id"])
             if values["status"] != "ok":
                 failures[(values["error"] or "unknown error").strip().splitlines()[0][:200]] += 1
                 continue
-            located = Located(file, group, row, values)
+            located = Located(file, group, row, values | others)
             choice.offer(located)
             extremes.offer(located)
+            for name, flag in flags.items():
+                flag.offer(located, others[name])
     best, worst = extremes.taken()
     return Survey(
         scores=pa.concat_tables(tables, promote_options="permissive"),
@@ -104,6 +133,8 @@ def survey_dataset(store: Store) -> Survey:
         sheet=choice.taken(),
         best=best,
         worst=worst,
+        flags={name: flag.taken() for name, flag in flags.items()},
+        added=[name for name in added.schema.names if is_score(added.schema.field(name))],
         bytes=sum(info.size for info in infos),
         files=len(infos),
     )
@@ -114,13 +145,23 @@ def row_groups(store: Store, keys: list[str], columns: tuple[str, ...] | None = 
     filesystem, base = store.arrow()
     for key in keys:
         with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
-            names = columns or (*SCORE_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS)
+            names = columns or (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS)
             present = [name for name in names if name in file.schema_arrow.names]
             absent = [name for name in SCORE_COLUMNS if name in names and name not in present]
             if absent:
                 raise InputError(f"{store.url_of(key)}: no column {absent[0]!r}; give a dataset that `generate` wrote")
             for group in range(file.num_row_groups):
                 yield key, group, file.read_row_group(group, columns=present)
+
+
+def count_rows(store: Store) -> int:
+    """Return how many rows a dataset has, from its shards' footers; InputError when there is none."""
+    store.require_readable()
+    filesystem, base = store.arrow()
+    keys = [info.key for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
+    if not keys:
+        raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
+    return sum(pq.read_metadata(f"{base}/{key}", filesystem=filesystem).num_rows for key in keys)
 
 
 def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
@@ -137,6 +178,13 @@ def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
                 for located in rows:
                     images[located.values["sample_id"]] = column[located.row].as_py()["bytes"]
     return images
+
+
+def is_score(column: pa.Field) -> bool:
+    """Return whether an added column is one a mean can be taken of, and no part of the checks for copies."""
+    checked = {name for flag, columns in FLAGS.items() for name in (flag, *columns)}
+    kind = column.type
+    return (pa.types.is_floating(kind) or pa.types.is_integer(kind)) and column.name not in checked
 
 
 def _few(values: set) -> list:
@@ -215,3 +263,27 @@ class _Extremes:
             [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
         )
         return high, low
+
+
+class _Flag:
+    """Counts the rows on which a flag is raised and keeps those most alike; the id decides between equals."""
+
+    def __init__(self, likeness: str, like: str | None):
+        self.likeness = likeness
+        self.count = self.looked_at = 0
+        self.highest: list[tuple] = []
+
+    def offer(self, located: Located, raised: bool | None) -> None:
+        self.looked_at += raised is not None
+        if not raised:
+            return
+        self.count += 1
+        item = ((located.values[self.likeness], located.values["sample_id"]), located)
+        if len(self.highest) < EXTREMES:
+            heapq.heappush(self.highest, item)
+        elif item[0] > self.highest[0][0]:
+            heapq.heapreplace(self.highest, item)
+
+    def taken(self) -> Flagged:
+        shown = [item[1] for item in sorted(self.highest, key=lambda item: item[0], reverse=True)]
+        return Flagged(self.count, self.looked_at, shown)

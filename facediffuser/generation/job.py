@@ -35,7 +35,7 @@ from facediffuser.subject import tokenize_with_markers
 
 logger = logging.getLogger(__name__)
 
-OURS = ("plan/", "data/", "stats/", "card/", "subjects.parquet", "manifest.json", "README.md")
+OURS = ("plan/", "data/", "stats/", "card/", "scores/", "subjects.parquet", "manifest.json", "README.md")
 LIBRARIES = ("torch", "diffusers", "transformers", "facenet-pytorch", "pillow", "numpy", "pyarrow")
 # Pixels denoised together: on a GPU 8 images of 512 px; on a CPU small images gain from company, large ones do not.
 GPU_BATCH_PIXELS, GPU_MAX_BATCH = 8 * 512 * 512, 64

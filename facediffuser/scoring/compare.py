@@ -2,13 +2,14 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from facediffuser.scoring.statistics import Interval, paired_difference
-from facediffuser.scoring.tables import METRICS
+from facediffuser.scoring.tables import METRICS, escaped, title
 
 DIFFERENCE_SCHEMA = pa.schema(
     [
@@ -35,13 +36,15 @@ class Difference:
     interval: Interval
 
 
-def differences(rows: pa.Table, seed: int = 0) -> list[Difference]:
+def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> list[Difference]:
     """Return the paired differences of every two methods of a table of scored rows.
 
     Rows are paired by subjects, prompt and instance: the n-th image of a method for a prompt and subjects, by
-    sample_id. Failed rows pair with nothing. `rows` needs sample_id, method, subject_ids, prompt_id, ip, pc, status.
+    sample_id. Failed rows pair with nothing. `rows` needs sample_id, method, subject_ids, prompt_id, ip, pc, status and
+    the columns of numbers that `others` names.
     """
-    columns = ("sample_id", "method", "subject_ids", "prompt_id", "status", *METRICS)
+    metrics = (*METRICS, *others)
+    columns = ("sample_id", "method", "subject_ids", "prompt_id", "status", *metrics)
     values: dict[tuple[str, int, str], dict[tuple, float]] = {}
     instances: Counter[tuple] = Counter()
     for row in sorted(rows.select(columns).to_pylist(), key=lambda row: (row["method"], row["sample_id"])):
@@ -49,13 +52,15 @@ def differences(rows: pa.Table, seed: int = 0) -> list[Difference]:
         # A failed row uses up its instance too: the images after it keep their partners.
         instances[name] += 1
         if row["status"] == "ok":
-            for metric in METRICS:
+            for metric in metrics:
+                if row[metric] is None:
+                    continue
                 group = (row["method"], len(row["subject_ids"]), metric)
                 values.setdefault(group, {})[(*name[1:], instances[name])] = row[metric]
     found = []
     methods = sorted({method for method, _, _ in values})
     for (first, second), count, metric in itertools.product(
-        itertools.combinations(methods, 2), sorted({count for _, count, _ in values}), METRICS
+        itertools.combinations(methods, 2), sorted({count for _, count, _ in values}), metrics
     ):
         ours, theirs = values.get((first, count, metric), {}), values.get((second, count, metric), {})
         interval = paired_difference(ours, theirs, seed)
@@ -87,12 +92,13 @@ def markdown(found: list[Difference]) -> str:
     lines: dict[tuple[str, str, int], dict[str, Interval]] = {}
     for item in found:
         lines.setdefault((item.method, item.other, item.subjects), {})[item.metric] = item.interval
-    text = ["| method − other | subjects | pairs | IP | PC |", "|---|---:|---:|---|---|"]
-    for (method, other, subjects), metrics in lines.items():
-        cells = [_value(metrics[metric]) if metric in metrics else "–" for metric in METRICS]
-        pairs = max(interval.n for interval in metrics.values())
-        names = f"{method} − {other}".replace("|", "\\|")
-        text.append(f"| {names} | {subjects} | {pairs} | {cells[0]} | {cells[1]} |")
+    metrics = list(dict.fromkeys([*METRICS, *(item.metric for item in found)]))
+    titles = " | ".join(map(title, metrics))
+    text = [f"| method − other | subjects | pairs | {titles} |", "|---|---:|---:|" + "---|" * len(metrics)]
+    for (method, other, subjects), intervals in lines.items():
+        cells = " | ".join(_value(intervals[metric]) if metric in intervals else "–" for metric in metrics)
+        pairs = max(interval.n for interval in intervals.values())
+        text.append(f"| {escaped(f'{method} − {other}')} | {subjects} | {pairs} | {cells} |")
     return "\n".join(text) + "\n"
 
 

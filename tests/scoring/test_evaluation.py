@@ -79,10 +79,10 @@ def test_the_output_is_as_promised_and_twice_the_same(tmp_path, colours, people,
         evaluate(images=f"sdxl={images}", subjects=subjects, prompts=prompts, output=tmp_path / name)
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert written[0] == written[1]
-    assert set(written[0]) == {"table.parquet", "table.md", "plot.png", "scores.parquet"}
+    assert set(written[0]) == {"table.parquet", "per_subject.parquet", "table.md", "plot.png", "scores.parquet"}
     table = pq.read_table(io.BytesIO(written[0]["table.parquet"]))
     assert table.column_names == ["method", "subjects", "category", "metric", "mean", "low", "high", "n"]
-    assert table["method"].to_pylist() == ["sdxl"] * 4
+    assert table["method"].to_pylist() == ["sdxl"] * 6
     assert table.schema.metadata[b"facediffuser_scorer_identity"] == b"colours"
     assert "| **sdxl** | 1 | **all** | 1 |" in written[0]["table.md"].decode()
     assert Image.open(io.BytesIO(written[0]["plot.png"])).size > (400, 300)

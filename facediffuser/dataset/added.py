@@ -1,0 +1,64 @@
+"""Columns added to a finished dataset: Parquet files of their own beside the shards, keyed by sample_id."""
+
+import io
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from facediffuser.dataset.schema import DATASET_SCHEMA
+from facediffuser.errors import InputError
+from facediffuser.storage import Store
+
+ADDED_PREFIX = "scores/"
+KEY = "sample_id"
+
+
+class Added:
+    """The added columns of a dataset; `schema` without the key, in the order of the files' names."""
+
+    def __init__(self, tables: Mapping[str, pa.Table]):
+        self.tables = dict(tables)
+        fields: dict[str, pa.Field] = {}
+        for key, table in self.tables.items():
+            for field in table.schema:
+                if field.name != KEY and (field.name in fields or field.name in DATASET_SCHEMA.names):
+                    raise InputError(f"{key}: column {field.name!r} is there already; remove one of the two files")
+                fields[field.name] = field
+        fields.pop(KEY, None)
+        self.schema = pa.schema(list(fields.values()))
+
+    def of(self, sample_ids: pa.Array | pa.ChunkedArray) -> pa.Table:
+        """Return the added columns of rows by their ids, in that order; null for a row that has none."""
+        columns = {}
+        for table in self.tables.values():
+            places = pc.index_in(sample_ids, value_set=table[KEY].combine_chunks())
+            columns |= {name: table[name].take(places) for name in table.column_names if name != KEY}
+        return pa.table(columns)
+
+    def digests(self) -> dict[str, str]:
+        """Return what the files say of the scorers that made them."""
+        found = {}
+        for table in self.tables.values():
+            for name, value in (table.schema.metadata or {}).items():
+                if name.startswith(b"facediffuser_scorer_"):
+                    found[name.decode().removeprefix("facediffuser_scorer_")] = value.decode()
+        return found
+
+
+def read_added(store: Store) -> Added:
+    """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
+    filesystem, base = store.arrow()
+    keys = [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]
+    return Added({store.url_of(key): pq.read_table(f"{base}/{key}", filesystem=filesystem) for key in keys})
+
+
+def write_added(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:
+    """Put a table with a sample_id column as `scores/<name>.parquet`, with its scorers' digests; return the key."""
+    marks = {f"facediffuser_scorer_{part}": digest for part, digest in digests.items()}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(marks), sink, compression="zstd", write_page_index=True)
+    key = f"{ADDED_PREFIX}{name}.parquet"
+    store.put(key, sink.getvalue())
+    return key

@@ -1,0 +1,23 @@
+"""The flows `score` and `copies`: columns added to a finished dataset, and its card written again with them."""
+
+from prefect import flow
+
+from facediffuser.scoring.adding import ScoreSettings
+from facediffuser.scoring.copies import CopySettings
+from tasks.score import add_scores, flag_copies, write_card_again
+
+
+@flow(name="score")
+def score(settings: ScoreSettings) -> list[str]:
+    """Add the columns of other scorers; return the keys of the files written."""
+    keys = add_scores(settings)
+    write_card_again(settings.url)
+    return keys
+
+
+@flow(name="copies")
+def copies(settings: CopySettings) -> dict[str, int]:
+    """Look for copies; return how many images each flag is raised on."""
+    found = flag_copies(settings)
+    write_card_again(settings.url)
+    return found

@@ -1,0 +1,112 @@
+"""Other scorers: found by name, checked at the start, their columns beside ours, their digests recorded."""
+
+import importlib.metadata
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+from scoring.made import row, write_dataset
+
+from facediffuser.dataset.added import read_added
+from facediffuser.dataset.card import write_card
+from facediffuser.errors import InputError
+from facediffuser.scoring.adding import add_columns
+from facediffuser.scoring.columns import Sharpness, column_scores, load_columns
+from facediffuser.scoring.evaluation import Evaluator
+from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.storage import open_store
+
+BRIGHTNESS = "scoring.plugins:Brightness"
+GREY, DARK = Image.new("RGB", (16, 16), (100, 100, 100)), Image.new("RGB", (16, 16), (40, 40, 40))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three rows: a grey picture, a dark one, a failed one; ada's reference is dark."""
+    rows = [row(0, GREY), row(1, DARK, method="sdm"), row(2, None)]
+    return open_store(write_dataset(tmp_path / "d", rows, {"ada": DARK}))
+
+
+def test_sharpness_falls_with_blur_and_is_zero_for_an_even_picture(photograph):
+    pictures = [photograph, *(photograph.filter(ImageFilter.GaussianBlur(width)) for width in (1, 3)), GREY]
+    sharp, soft, softer, even = Sharpness("cpu").score(pictures, [], [])["sharpness"].to_pylist()
+    assert sharp > 3 * soft > 9 * softer > 0 and even == 0
+
+
+def test_columns_go_beside_the_shards_with_their_digests_and_twice_the_same(dataset):
+    before = {info.key: dataset.get(info.key) for info in dataset.list("data/")}
+    scorers = load_columns([BRIGHTNESS, "sharpness"])
+    keys = add_columns(dataset, scorers, batch_size=2)
+    first = [dataset.get(key) for key in keys]
+    assert keys == ["scores/Brightness.parquet", "scores/sharpness.parquet"]
+    assert {info.key: dataset.get(info.key) for info in dataset.list("data/")} == before
+    found = pq.read_table(f"{dataset.url}/{keys[0]}")
+    assert found.to_pydict() == {
+        "sample_id": ["sample-00000", "sample-00001", "sample-00002"],
+        "brightness": [100, 40, None],
+        "reference_brightness": [40, 40, None],
+        "words": [5, 5, None],
+    }
+    assert read_added(dataset).digests() == {"Brightness": "b" * 64, "sharpness": scorers["sharpness"].digest}
+    assert [dataset.get(key) for key in add_columns(dataset, scorers, batch_size=16)] == first
+
+
+def test_added_columns_are_in_the_table_and_on_the_card(dataset, tmp_path):
+    add_columns(dataset, load_columns([BRIGHTNESS]))
+    found = Evaluator(EvaluateSettings(dataset=dataset.url, output=str(tmp_path / "out"))).run()
+    means = {(line.method, line.metric): line.mean for line in found.table if line.category == "all"}
+    assert means["face-diffuser", "brightness"] == 100 and means["sdm", "brightness"] == 40
+    assert found.digests["Brightness"] == "b" * 64
+    assert pq.read_table(tmp_path / "out" / "scores.parquet")["brightness"].to_pylist() == [100, 40, None]
+    write_card(dataset)
+    assert "| brightness (sdm, one subject) | 40.000 |" in dataset.get("README.md").decode()
+
+
+def test_a_folder_or_dataset_can_be_scored_with_others_for_one_table_only(dataset):
+    found = Evaluator(EvaluateSettings(dataset=dataset.url, add=f"sharpness,{BRIGHTNESS}")).run()
+    assert found.images["reference_brightness"].to_pylist() == [40, 40, None]
+    assert found.images["sharpness"].to_pylist()[2] is None
+    assert "| brightness |" in found.markdown and not dataset.list("scores/")
+
+
+def test_two_files_with_one_column_are_refused(dataset):
+    add_columns(dataset, load_columns([BRIGHTNESS]))
+    dataset.put("scores/copy.parquet", dataset.get("scores/Brightness.parquet"))
+    with pytest.raises(InputError, match=r"copy\.parquet: column 'brightness' is there already"):
+        read_added(dataset)
+
+
+def test_missing_weights_are_told_before_the_first_image_and_nothing_is_written(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TASTE_WEIGHTS", str(tmp_path / "taste.bin"))
+    given = EvaluateSettings(
+        dataset=dataset.url, add="scoring.plugins:NeedsWeights", output=str(tmp_path / "out"), device="cpu"
+    )
+    with pytest.raises(InputError, match=r"taste\.bin: the taste's weights are missing"):
+        Evaluator(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["sharpnes"], "'sharpnes': no such scorer; give one of sharpness, or module:Class"),
+        (["no.such.module:Scorer"], "cannot be imported"),
+        (["scoring.plugins:Nothing"], "cannot be imported"),
+        ([BRIGHTNESS, "scoring.plugins:Rival"], "both add 'brightness'"),
+    ],
+)
+def test_a_scorer_that_cannot_be_used_is_told_by_name(names, says):
+    with pytest.raises(InputError, match=says):
+        load_columns(names)
+
+
+def test_an_entry_point_names_a_scorer(monkeypatch):
+    point = importlib.metadata.EntryPoint("glow", BRIGHTNESS, "facediffuser.scorers")
+    points = importlib.metadata.EntryPoints([point])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: points.select(**wanted))
+    assert load_columns(["glow"])["glow"].columns.names == ["brightness", "reference_brightness", "words"]
+
+
+def test_a_scorer_that_returns_too_few_rows_is_named():
+    with pytest.raises(ValueError, match="scorer scoring.plugins:Short: returned 1 rows"):
+        column_scores(load_columns(["scoring.plugins:Short"]), [GREY, DARK], [[], []], ["a", "b"])
