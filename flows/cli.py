@@ -206,6 +206,9 @@ def _configure_logging() -> None:
     from prefect.logging.configuration import setup_logging
 
     setup_logging()
+    # Prefect leaves other packages at the root logger's level, WARNING; counts and rates are told at INFO.
+    for name in ("facediffuser", "tasks", "flows"):
+        logging.getLogger(name).setLevel(logging.INFO)
     loggers = [
         logging.getLogger(name)
         for name in (

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditi
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from facediffuser.miniature.fitting import Average, fit
+from facediffuser.miniature.fitting import Average, fit, with_plain_attention
 from facediffuser.miniature.photos import PhotoSet
 from facediffuser.miniature.tokenizer import MAX_LENGTH, token_ids
 from facediffuser.miniature.vae import LATENT_CHANNELS, encode
@@ -27,7 +27,7 @@ SCHEDULE = {
 FACE_WEIGHT = 2.0
 CAPTION_DROP = 0.1
 MIN_SNR_GAMMA = 5.0
-PICTURES = 12_000
+PICTURES = 20_000
 SAVE_STEPS = 250
 
 
@@ -108,13 +108,18 @@ def train_base(
     """Train UNet and text encoder together on predicting noise; return their averages.
 
     The loss is weighted by min-SNR (arXiv 2303.09556, gamma 5) and towards faces. Every 250 steps the present averages are
-    saved to `keep`.
+    saved to `keep`; what is there already is where training goes on.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     data = Latents(vae, photos, tokenizer)
     logger.info("base: %d latents", len(data.ids))
-    unet, text = new_unet().train(), new_text_encoder(tokenizer).train()
+    if (keep / "unet").exists() and (keep / "text_encoder").exists():
+        unet = UNet2DConditionModel.from_pretrained(keep / "unet").float()
+        text = CLIPTextModel.from_pretrained(keep / "text_encoder").float()
+    else:
+        unet, text = new_unet(), new_text_encoder(tokenizer)
+    unet, text = with_plain_attention(unet).train(), with_plain_attention(text).train()
     averages = Average(unet, 0.9985), Average(text, 0.9985)
     noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
     alphas = noise_schedule.alphas_cumprod

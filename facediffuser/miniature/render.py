@@ -20,6 +20,7 @@ from facediffuser.miniature.styles import finish
 
 PER_PERSON = 6
 PAIR_SHARE = 0.15
+LOOKS_SHARE = 0.2
 SUBJECTS, REFERENCES, TAKES = 15, 3, 20
 FACE_BOX_TOP, FACE_BOX_WIDTH = 0.77, 0.92
 SET_PEOPLE, SUBJECT_PEOPLE = 2_000_000, 3_000_000
@@ -85,7 +86,8 @@ def _face_box(who: Identity, pose: Pose, size: int) -> tuple[float, float, float
 def render_set(count: int, seed: int, output: Path, size: int = 64) -> None:
     """Write `count` pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
-    Besides that layout's files each JSON names who is in the picture (`identity`). `subjects/` has 15 people who are in no
+    Besides that layout's files each JSON names who is in the picture (`identity`). Few captions tell a person's looks, so that
+    a reference picture has something to add. `subjects/` has 15 people who are in no
     picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed gives the same files.
     Raises InputError when the folder exists and is not empty.
     """
@@ -102,7 +104,7 @@ def render_set(count: int, seed: int, output: Path, size: int = 64) -> None:
             numbers.append(first + (index + 1 + int(rng.integers(people - 1))) % people)
         drawn = render([person(number) for number in numbers], int(rng.integers(2**31)), size)
         image_id = f"{index:08d}"
-        _write_picture(output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < 0.5))
+        _write_picture(output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < LOOKS_SHARE))
         (test if index % people >= 0.9 * people else train).append(image_id)
     for name, ids in (("", sorted(train + test)), ("_train", train), ("_test", test)):
         (output / f"image_ids{name}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig,
 
 from facediffuser.miniature.base import WIDTH, new_text_encoder
 from facediffuser.miniature.embedder import IdentityEmbedder
-from facediffuser.miniature.fitting import Average, fit
+from facediffuser.miniature.fitting import Average, fit, with_plain_attention
 from facediffuser.miniature.photos import PhotoSet
 from facediffuser.miniature.tokenizer import MAX_LENGTH, token_ids
 
@@ -76,7 +76,8 @@ def train_image_encoder(
         patch_size=8,
         projection_dim=WIDTH,
     )
-    model, text = CLIPVisionModelWithProjection(config).train(), new_text_encoder(tokenizer).train()
+    model = with_plain_attention(CLIPVisionModelWithProjection(config)).train()
+    text = with_plain_attention(new_text_encoder(tokenizer)).train()
     head, scale = MarginSoftmax(WIDTH, photos.people), nn.Parameter(torch.tensor(2.5))
     average = Average(model, 0.998)
     words = token_ids(tokenizer, photos.identity_texts)
@@ -131,7 +132,8 @@ def train_prompt_scorer(
             ),
             projection_dim=128,
         )
-    ).train()
+    )
+    model = with_plain_attention(model).train()
     average = Average(model, 0.998)
     ids = torch.stack([token_ids(tokenizer, texts) for texts in (photos.captions, photos.full_captions)], 1)
 
