@@ -59,9 +59,9 @@ def test_segments_agree_with_map_and_caption(folder: Path):
     assert 0 < pairs < COUNT / 2
 
 
-def test_about_half_the_captions_tell_looks(folder: Path):
+def test_about_a_fifth_of_the_captions_tell_looks(folder: Path):
     captions = [json.loads(path.read_text())["caption"] for path in folder.glob("00000/*.json")]
-    assert 0.3 < np.mean([" skin" in caption for caption in captions]) < 0.7
+    assert 0.1 < np.mean([" skin" in caption for caption in captions]) < 0.3
 
 
 def test_people_come_back_in_several_pictures(folder: Path):
