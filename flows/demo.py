@@ -106,6 +106,11 @@ def demo(settings: DemoSettings) -> dict:
             role="both",
             data=prepared,
             base="miniature",
+            # A minute of training from the base alone would hardly know a face: the shipped models are trained on.
+            start_from="miniature",
+            learning_rate=1e-4,
+            subject_learning_rate=1e-4,
+            encoder_learning_rate=5e-5,
             output=trained,
             resume=True,
             steps=settings.train_steps,

@@ -10,7 +10,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from facediffuser.errors import InputError
-from facediffuser.modelfolder import load_image_encoder, model_digests, resolve_base, resolve_image_encoder
+from facediffuser.modelfolder import (
+    load_image_encoder,
+    model_digests,
+    resolve_base,
+    resolve_image_encoder,
+    resolve_model,
+)
 from facediffuser.subject import SubjectFuser
 from facediffuser.training.attention import AttentionMaps, record_cross_attention
 from facediffuser.training.batches import Batch
@@ -99,7 +105,9 @@ class Parts:
 def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     """Load the base model in fp32, its denoiser on the device; raises InputError when a part is missing or does not fit."""
     base, recipe = resolve_base(settings.base), settings.recipe()
-    unet = UNet2DConditionModel.from_pretrained(base / "unet").float()
+    digests = model_digests(base)
+    start = _start_folder(settings, base, digests)
+    unet = UNet2DConditionModel.from_pretrained(start / _UNET[settings.role] if start else base / "unet").float()
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
     eager = attention_of(recipe, torch.device(device), vae) == "eager"
@@ -108,7 +116,7 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
         unet.enable_gradient_checkpointing()
     denoiser: nn.Module = TextDenoiser(unet)
     if settings.role == "sdm":
-        encoder = load_image_encoder(_encoder_folder(settings, base)).float()
+        encoder = load_image_encoder(_encoder_folder(settings, start or base)).float()
         encoder.set_attn_implementation("eager" if eager else "sdpa")
         width = text_encoder.config.hidden_size
         if encoder.config.projection_dim != width:
@@ -117,7 +125,10 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
                 "give the image encoder that belongs to the base model"
             )
         torch.manual_seed(settings.seed)
-        denoiser = SubjectDenoiser(unet, encoder, SubjectFuser(width, recipe.max_subjects), recipe.localization > 0)
+        fuser = SubjectFuser(width, recipe.max_subjects)
+        if start:
+            fuser = SubjectFuser.from_pretrained(start / "subject_fuser").float()
+        denoiser = SubjectDenoiser(unet, encoder, fuser, recipe.localization > 0)
     denoiser.to(device).train()
     if recipe.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -127,8 +138,30 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
         tokenizer=CLIPTokenizer.from_pretrained(base / "tokenizer"),
         vae=vae,
         schedule=DDPMScheduler.from_pretrained(base / "scheduler"),
-        digests=model_digests(base),
+        digests=digests,
     )
+
+
+_UNET = {"tdm": "unet_text", "sdm": "unet"}
+"""What a model folder calls the UNet of a role."""
+
+
+def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) -> Path | None:
+    """Return the model folder to train on; InputError when its frozen parts are not the base's, or it lacks the role."""
+    if settings.start_from is None:
+        return None
+    folder = resolve_model(settings.start_from)
+    theirs = model_digests(folder)
+    for name in (_UNET[settings.role], *(("image_encoder", "subject_fuser") if settings.role == "sdm" else ())):
+        if name not in theirs:
+            raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
+    for name in ("vae", "text_encoder"):
+        if theirs.get(name) != digests.get(name):
+            raise InputError(
+                f"--start-from {settings.start_from}: was trained from another base than {settings.base} ({name} differs); "
+                "give that base"
+            )
+    return folder
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:

@@ -29,6 +29,9 @@ class TrainSettings(_overrides(Recipe)):
     data: str = Field(min_length=1, description="prepared data: a folder or s3://bucket/prefix")
     base: str = Field(min_length=1, description="base model: a diffusers folder, an s3:// URL, a hub id, or miniature")
     output: str = Field(min_length=1, description="where the run goes: a folder or s3://bucket/prefix")
+    start_from: str | None = Field(
+        None, description="model folder, s3:// URL, hub id or miniature: its TDM or SDM is trained on (default: the base's parts)"
+    )
     image_encoder: str = Field(
         "openai/clip-vit-large-patch14",
         description="image encoder of the SDM when the base has none: a transformers folder, s3:// URL or hub id",
@@ -99,6 +102,8 @@ class TrainSettings(_overrides(Recipe)):
         """
         recipe = self.recipe()
         content = {"role": self.role, "seed": self.seed, "workers": self.workers, **recipe.model_dump(mode="json")}
+        if self.start_from:
+            content["start_from"] = self.start_from
         if recipe.schedule == "constant":
             content.pop("steps")
         return content

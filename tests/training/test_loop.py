@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -55,6 +56,27 @@ def test_two_trained_runs_and_their_base_make_a_pipeline(settings, base, tmp_pat
     models = assemble(base, str(tmp_path / "tdm"), str(tmp_path / "sdm"), tmp_path / "models")
     pipeline = FaceDiffuserPipeline.from_pretrained(models)
     assert pipeline.unet is not None and pipeline.unet_text is not None
+
+
+def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
+    from facediffuser.checkpoints import assemble
+
+    for role in ("tdm", "sdm"):
+        train_model(settings(role, learning_rate=1e-2, output=str(tmp_path / role)), lambda numbers: None)
+    models = assemble(base, str(tmp_path / "tdm"), str(tmp_path / "sdm"), tmp_path / "models")
+    for role in ("tdm", "sdm"):
+        output = tmp_path / f"{role}-on"
+        still = dict(learning_rate=1e-12, subject_learning_rate=1e-12, encoder_learning_rate=1e-12)
+        train_model(
+            settings(role, steps=1, start_from=str(models), output=str(output), **still), lambda numbers: None
+        )
+        before, after = weights(tmp_path / role), weights(output)
+        assert before.keys() == after.keys()
+        assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    (other / "vae" / "note.txt").write_text("another autoencoder")
+    with pytest.raises(InputError, match="trained from another base .* \\(vae differs\\)"):
+        train_model(settings(base=str(other), start_from=str(models)), lambda numbers: None)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(settings, tmp_path):
@@ -136,8 +158,6 @@ def test_prepared_data_of_another_schema_version_is_refused(settings, prepared, 
 
 
 def test_an_image_encoder_of_another_width_is_refused(settings, base, tmp_path):
-    import shutil
-
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     other = Path(shutil.copytree(base, tmp_path / "base"))
