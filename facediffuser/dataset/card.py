@@ -86,7 +86,7 @@ def write_card(store: Store) -> None:
         name=store.url.rstrip("/").rsplit("/", 1)[-1],
         survey=survey,
         table=score_table(survey.scores),
-        added=[row for row in score_table(survey.scores, survey.added) if row.metric in survey.added],
+        added=_added(survey),
         run=_run_facts(store),
         images=fetch_images(store, shown),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
@@ -149,6 +149,15 @@ def summary(card: Card) -> list[tuple[str, str]]:
     return facts
 
 
+def added_lines(card: Card) -> list[tuple[str, str]]:
+    """Return the means of what other scorers added as (name, value) lines."""
+    return [
+        (f"{title(row.metric)} ({row.method}, {_people(row.subjects)})", value_with_interval(row))
+        for row in card.added
+        if row.category == OVERALL
+    ]
+
+
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:
     """Return what was found of copies as (check, result) lines."""
     return [
@@ -198,9 +207,10 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "```sql\nselect category, avg(ip), avg(pc) from 'data/*.parquet' where status = 'ok' group by category;\n```\n",
     ]
     if card.added:
-        lines = [(f"{title(row.metric)} ({row.method}, {_people(row.subjects)})", value_with_interval(row))
-                 for row in card.added if row.category == OVERALL]  # fmt: skip
-        parts.append("## Other scores\n\nColumns of `scores/*.parquet`, keyed by `sample_id`.\n\n" + _two_columns(lines))
+        parts.append(
+            "## Other scores\n\nColumns of `scores/*.parquet`, keyed by `sample_id`.\n\n"
+            + _two_columns(added_lines(card))
+        )
     if card.survey.flags:
         parts.append(
             "## Copies\n\nLooked for after generation; every row's values are in `scores/copies.parquet`.\n\n"
@@ -275,6 +285,12 @@ def _run_facts(store: Store) -> dict[str, Any]:
     metadata = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
     run = json.loads(metadata.get(RUN_KEY, b"{}"))
     return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
+
+
+def _added(survey: Survey) -> list[ScoreRow]:
+    if not survey.added:
+        return []
+    return [row for row in score_table(survey.scores, survey.added) if row.metric in survey.added]
 
 
 def _people(count: int) -> str:

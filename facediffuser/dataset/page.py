@@ -10,12 +10,12 @@ from PIL import Image
 
 from facediffuser.dataset.survey import FLAGS, Located
 from facediffuser.scoring.external import without_markers
-from facediffuser.scoring.tables import OVERALL, ScoreRow, metrics_of, title
+from facediffuser.scoring.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
 
 if TYPE_CHECKING:
     from facediffuser.dataset.card import Card
 
-THUMBNAIL = 240
+THUMBNAIL, REFERENCE = 240, 104
 STYLE = """
 :root { color-scheme: light; --ink: #1c1e22; --pale: #6c727a; --rule: #dee1e5; --ip: #2166ac; --pc: #b45f06; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); max-width: 1180px; margin: 2rem auto;
@@ -28,9 +28,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
 th { color: var(--pale); font-weight: 500 } tr.all td { font-weight: 600 } td.n { text-align: right }
 .bar { display: inline-block; height: .6em; border-radius: 2px; margin-right: .5em; background: var(--ip) }
-.bar.pc { background: var(--pc) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem .8rem }
+.bar.pc { background: var(--pc) } .bar.other { background: #8a929c }
+.facts { columns: 2; column-gap: 3rem } .facts table { width: 100% } .facts tr { break-inside: avoid }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1.2rem .9rem }
 .tiles img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f5f6f7; border-radius: 4px }
+.shown { position: relative; display: block } .who { position: absolute; right: 5px; bottom: 10px; display: flex; gap: 4px }
+.who i { width: 52px; height: 52px; border: 2px solid #fff; border-radius: 4px; background: #f5f6f7 center / cover }
 figure { margin: 0; font-size: .82rem; line-height: 1.35 } b.ip { color: var(--ip) } b.pc { color: var(--pc) }
 h3 { font-size: 1rem; margin: 1.4rem 0 .6rem } .flag { color: #a1260d; overflow-wrap: anywhere }
 details { margin-top: 1.5rem } details td { word-break: break-all }
@@ -45,6 +48,8 @@ def card_page(
     rights: str,
 ) -> str:
     """Return the HTML of a dataset's card with every picture inside it."""
+    from facediffuser.dataset.card import added_lines
+
     name = html.escape(card.name)
     failures = "".join(
         f"<tr><td class=n>{count:,}</td><td>{html.escape(error)}</td></tr>"
@@ -52,18 +57,21 @@ def card_page(
     )
     names = ("contact_sheet", "score_histograms", "ip_pc_plane")
     sheet, histograms, plane = (_data_url(pictures[f"card/{key}.png"], "png") for key in names)
+    faces = {name: f"ref{number}" for number, name in enumerate(sorted(card.references))}
     sections = [
         f"<h1>{name}</h1><p class=lead>Person-centric synthetic images with scores of identity preservation (IP) and "
         "prompt consistency (PC).</p>",
         f'<img class=wide alt="Subjects and images made of them" src="{sheet}">',
-        f"<h2>Contents</h2>{_lines(facts)}",
+        f"<h2>Contents</h2><div class=facts>{_lines(facts)}</div>",
         f"<h2>Scores</h2><p class=note>Mean and 95% bootstrap interval.</p>{_score_table(card.table)}",
         '<h2>Distributions</h2><div class=pair><img alt="Histograms of IP and PC" '
         f'src="{histograms}"><img alt="IP against PC" src="{plane}"></div>',
-        f"<h2>Highest IP</h2>{_tiles(card.survey.best, card.images)}",
-        f"<h2>Lowest IP</h2>{_tiles(card.survey.worst, card.images)}",
+        f"<h2>Highest IP</h2><p class=note>In the corner the reference.</p>{_tiles(card.survey.best, card, faces)}",
+        f"<h2>Lowest IP</h2>{_tiles(card.survey.worst, card, faces)}",
     ]
-    sections += _copies(card)
+    if card.added:
+        sections.append(f"<h2>Other scores</h2>{_lines(added_lines(card))}")
+    sections += _copies(card, faces)
     if failures:
         sections.append(f"<h2>Failed rows</h2><table>{failures}</table>")
     if settings:
@@ -72,12 +80,12 @@ def card_page(
     body = "\n".join(sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_faces(card, faces)}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
 
 
-def _copies(card: "Card") -> list[str]:
+def _copies(card: "Card", faces: Mapping[str, str]) -> list[str]:
     from facediffuser.dataset.card import FLAG_TITLES, flag_lines
 
     if not card.survey.flags:
@@ -87,7 +95,7 @@ def _copies(card: "Card") -> list[str]:
         if flagged.shown:
             likeness, like = FLAGS[name]
             remarks = [_likeness(located.values, likeness, like) for located in flagged.shown]
-            sections.append(f"<h3>Flagged: {FLAG_TITLES[name]}</h3>{_tiles(flagged.shown, card.images, remarks)}")
+            sections.append(f"<h3>Flagged: {FLAG_TITLES[name]}</h3>{_tiles(flagged.shown, card, faces, remarks)}")
     return sections
 
 
@@ -123,31 +131,46 @@ def _score_table(rows: Sequence[ScoreRow]) -> str:
 def _score(row: ScoreRow | None, metric: str) -> str:
     if row is None or row.n == 0:
         return "–"
-    bar = f'<span class="bar {metric}" style="width:{100 * max(0.0, min(1.0, row.mean)):.0f}px"></span>'
+    kind = metric if metric in METRICS else "other"
+    bar = f'<span class="bar {kind}" style="width:{100 * max(0.0, min(1.0, row.mean)):.0f}px"></span>'
     interval = f" <span class=note>({row.low:.3f} to {row.high:.3f})</span>" if row.n > 1 else ""
     return f"{bar}{row.mean:.3f}{interval}"
 
 
-def _tiles(rows: Sequence[Located], images: Mapping[str, bytes], remarks: Sequence[str] = ()) -> str:
+def _tiles(rows: Sequence[Located], card: "Card", faces: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
     figures = []
     for located, remark in zip(rows, remarks or [""] * len(rows), strict=True):
         values = located.values
         prompt = html.escape(without_markers(values["prompt"]))
         who = html.escape(", ".join(located.subject_ids))
+        corner = "".join(f"<i class={faces[name]}></i>" for name in located.subject_ids if name in faces)
         figures.append(
-            f'<figure><img alt="{prompt}" src="{_thumbnail(images[values["sample_id"]])}">'
+            f'<figure><span class=shown><img alt="{prompt}" src="{_thumbnail(card.images[values["sample_id"]])}">'
+            f"<span class=who>{corner}</span></span>"
             f"{remark}<b class=ip>IP {values['ip']:.2f}</b> <b class=pc>PC {values['pc']:.2f}</b> {who}"
             f"<figcaption>{prompt}</figcaption></figure>"
         )
     return f"<div class=tiles>{''.join(figures)}</div>"
 
 
+def _faces(card: "Card", faces: Mapping[str, str]) -> str:
+    """A style for each subject's reference, so that a picture shown many times is in the page once."""
+    return "".join(
+        f".who .{style} {{ background-image: url({_small(card.references[name], REFERENCE)}) }}\n"
+        for name, style in faces.items()
+    )
+
+
 def _thumbnail(data: bytes) -> str:
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    scale = THUMBNAIL / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return _small(Image.open(io.BytesIO(data)), THUMBNAIL)
+
+
+def _small(picture: Image.Image, side: int) -> str:
+    picture = picture.convert("RGB")
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(length * scale)) for length in picture.size)
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=88)
+    picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=88)
     return _data_url(buffer.getvalue(), "jpeg")
 
 

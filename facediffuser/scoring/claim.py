@@ -24,8 +24,9 @@ class Check:
 def judge(table: Sequence[ScoreRow]) -> list[Check]:
     """Return the checks of the claim for each number of subjects in the table; ValueError when a method is missing.
 
-    The ordering, on means over all categories: face-diffuser keeps 95% of the SDM's IP and 95% of the TDM's PC, and has
-    more of both than FastComposer. The goal: MTCNN finds the right number of faces in 90% of its images.
+    The ordering, on means over all categories: face-diffuser keeps 95% of the SDM's IP and 95% of the TDM's PC (of
+    nothing, 0, nothing is kept), and has more of both than FastComposer. The goal: MTCNN finds the right number of
+    faces in 90% of its images.
     """
     values, checks = overall(table), []
     for count in sorted({row.subjects for row in table}):
@@ -40,7 +41,7 @@ def judge(table: Sequence[ScoreRow]) -> list[Check]:
         for metric, other in (("ip", PERSON), ("pc", SCENE)):
             ours, needed = mean(OURS, metric), KEPT * mean(other, metric)
             says = f"{shown}: {title(metric)} of {OURS} is at least {KEPT:.0%} of {other}'s"
-            checks.append(Check(says, ours, needed, ours >= needed))
+            checks.append(Check(says, ours, needed, ours >= needed and ours > 0))
         for metric in ("ip", "pc"):
             ours, needed = mean(OURS, metric), mean(RIVAL, metric)
             checks.append(Check(f"{shown}: {title(metric)} of {OURS} is above {RIVAL}'s", ours, needed, ours > needed))

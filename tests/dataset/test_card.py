@@ -69,6 +69,7 @@ def test_the_page_holds_every_picture_and_asks_for_nothing_from_elsewhere(datase
     page = dataset.get("card/index.html").decode()
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert len(sources) == 3 + 2 * EXTREMES and all(source.startswith("data:image/") for source in sources)
+    assert page.count("<i class=ref") == 2 * EXTREMES and page.count("url(data:image/jpeg") == 2
     assert not re.search(r"""(?:href|src|url)\s*[=(]\s*["']?(?:https?:)?//""", page)
 
 

@@ -50,6 +50,11 @@ def test_several_subjects_are_judged_too():
     assert {check.says.split(":")[0] for check in judge(rows) if not check.holds} == {"2 subjects"}
 
 
+def test_where_no_model_shows_anybody_nothing_is_kept():
+    nobody = {name.replace("-", "_"): (0.0, 0.3, 0.0) for name in MEANS}
+    assert [check.holds for check in judge(table(counts=(2,), **nobody)) if "IP" in check.says] == [False, False]
+
+
 def test_too_few_faces_miss_the_goal_and_leave_the_ordering_be():
     checks = judge(table(face_diffuser=(0.58, 0.29, 0.7)))
     assert ordering_holds(checks) and "goal missed" in markdown(checks)
