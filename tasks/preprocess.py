@@ -26,10 +26,11 @@ from facediffuser.preprocess.parts import (
     part_name,
     split_into_parts,
 )
-from facediffuser.preprocess.prepare import Job, PartPreparer
+from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.settings import PreprocessSettings
 from facediffuser.preprocess.sources import Listing, Record, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
+from facediffuser.preprocess.stages import Job
 from facediffuser.storage import Store, open_store
 from tasks.progress import Progress
 from tasks.ray_session import cluster_gpus, connect_ray
@@ -71,15 +72,15 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     store = open_store(settings.output)
     _require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
-    require_models(settings, listing)
+    models = require_models(settings, listing)
     store.require_writable()
-    run = describe_run(settings, listing)
+    run = describe_run(settings, listing, models)
     there = begin_run(store, run)
     if MANIFEST in there:
         logger.info("%s: finished earlier; nothing to do", store.url)
         return _result(store, json.loads(store.get(MANIFEST)), started, {}, 0)
     connect_ray()
-    job = Job(settings, listing.format, run["fingerprint"])
+    job = Job(settings, listing.format, run["fingerprint"], models=models)
     parts = dict(enumerate(split_into_parts(listing.records, settings.part_size)))
     summaries = finished_parts(store, there, job.fingerprint, len(parts))
     if not listing.has_splits and len(summaries) < len(parts):
@@ -102,9 +103,11 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
 
 
 def _require_apart(settings: PreprocessSettings) -> None:
-    source, output = open_store(settings.source).url.rstrip("/"), open_store(settings.output).url.rstrip("/")
-    if output == source or output.startswith(f"{source}/"):
-        raise InputError(f"--output {settings.output}: lies inside of the source; give one outside of it")
+    source = open_store(settings.source).url.rstrip("/")
+    for option in ("output", "stages"):
+        url = getattr(settings, option)
+        if url and f"{open_store(url).url.rstrip('/')}/".startswith(f"{source}/"):
+            raise InputError(f"--{option} {url}: lies inside of the source; give one outside of it")
 
 
 def _with_splits(store: Store, there: dict[str, int], job: Job, listing: Listing, parts: Parts) -> Parts:

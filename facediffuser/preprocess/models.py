@@ -1,5 +1,6 @@
 """The models that a source may need: where they are, and whether they can be had, asked before any work begins."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,22 +17,24 @@ def model_folder(name: str) -> str | Path:
     return name
 
 
-def require_models(settings: PreprocessSettings, listing: Listing) -> None:
-    """Raise InputError, one line with the option, when a model that this source needs cannot be had."""
+def require_models(settings: PreprocessSettings, listing: Listing) -> dict[str, str]:
+    """Return the digest of each model that this source needs, by option.
+
+    InputError, one line with the option, when one cannot be had.
+    """
     described = listing.format == FASTCOMPOSER
     captioned = described or all(record.annotation for record in listing.records)
     needed = {"captioner": not captioned, "segmenter": not described, "matcher": not described}
-    for option, is_needed in needed.items():
-        name = getattr(settings, option)
-        if is_needed and name != NONE:
-            _require(option, name)
+    names = {option: getattr(settings, option) for option, is_needed in needed.items() if is_needed}
+    return {option: _require(option, name) for option, name in names.items() if name != NONE}
 
 
-def _require(option: str, name: str) -> None:
+def _require(option: str, name: str) -> str:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(model_folder(name))
+        folder = model_folder(name)
+        config = AutoConfig.from_pretrained(folder)
     except InputError as error:
         raise InputError(f"--{option} {name}: {error}") from error
     except (OSError, ValueError) as error:
@@ -39,3 +42,14 @@ def _require(option: str, name: str) -> None:
         raise InputError(
             f"--{option} {name}: no such model ({first}); give a transformers folder, an s3:// URL, a hub id, or none"
         ) from error
+    # A hub's model is known by its commit, a folder by what is in it: the name may come to hold something else.
+    return _folder_digest(folder) if os.path.isdir(folder) else str(getattr(config, "_commit_hash", None))
+
+
+def _folder_digest(folder: str | Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

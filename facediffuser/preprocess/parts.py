@@ -1,7 +1,8 @@
 """The parts that prepared data is made of: which pictures are in which, their bytes, and whether one is finished.
 
 <output>/run.json                     what is being made: the fingerprint and all that goes into it; written first
-<output>/checks/part-00000.json       ids, checksums and perceptual hashes (only for sources without splits)
+<output>/checks/part-00000.json       perceptual hashes (only for sources without splits)
+<output>/stages/                      what each stage found (stages.py); may be elsewhere and serve several outputs
 <output>/{train,test,rejected}/part-00000.parquet
 <output>/parts/part-00000.json        written last of a part: its counts and its files with their checksums
 <output>/manifest.json, README.md, card/    written last of all
@@ -27,12 +28,13 @@ REJECTED = "rejected"
 ROW_GROUP = 100
 
 
-def describe_run(settings: PreprocessSettings, listing: Listing) -> dict[str, Any]:
-    """Return all that decides which bytes are made, and its `fingerprint`."""
+def describe_run(settings: PreprocessSettings, listing: Listing, models: dict[str, str]) -> dict[str, Any]:
+    """Return all that decides which bytes are made, and its `fingerprint`; `models`: digests by option."""
     content = {
         "schema": SCHEMA_VERSION,
         "source": {"format": listing.format, "pictures": len(listing.records), "digest": listing.digest},
         "settings": settings.content(),
+        "models": models,
     }
     text = json.dumps(content, sort_keys=True)
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **content}

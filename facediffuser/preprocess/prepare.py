@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,56 +14,26 @@ import torch
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.annotations import (
-    Annotation,
     annotated_segments,
     annotated_subjects,
     identity_of,
     read_annotation,
     read_caption,
 )
-from facediffuser.preprocess.captions import Captioner
-from facediffuser.preprocess.faces import Face, FaceDetector, face_crop_box, ffhq_crop_box
-from facediffuser.preprocess.images import Picture, Rejection, read_picture
-from facediffuser.preprocess.models import model_folder
+from facediffuser.preprocess.faces import Face, face_crop_box, ffhq_crop_box
+from facediffuser.preprocess.images import Rejection, read_picture
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
-from facediffuser.preprocess.phrases import find_person_phrases
-from facediffuser.preprocess.segments import Segment, Segmenter, encode_map, read_map, resize_map
-from facediffuser.preprocess.settings import NONE, PreprocessSettings
+from facediffuser.preprocess.segments import encode_map, read_map, resize_map
 from facediffuser.preprocess.sources import FASTCOMPOSER, Record
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
-from facediffuser.preprocess.subjects import PhraseMatcher, Subject, match_subjects, tie_faces
+from facediffuser.preprocess.stages import STAGES, Findings, Item, Job
+from facediffuser.preprocess.subjects import tie_faces
 from facediffuser.storage import open_store, safe_key
 
 logger = logging.getLogger(__name__)
 
 READERS = 8
-STAGES = ("read", "check", "faces", "captions", "segments", "subjects", "write")
 Files = dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every part of a run has in common; small enough to be sent to each worker."""
-
-    settings: PreprocessSettings
-    format: str
-    fingerprint: str
-    device: str = "auto"
-
-
-@dataclass
-class _Item:
-    """A picture on its way through the stages."""
-
-    record: Record
-    picture: Picture
-    annotation: Annotation | None = None
-    ids: np.ndarray | None = None
-    segments: list[Segment] = field(default_factory=list)
-    subjects: list[Subject] = field(default_factory=list)
-    faces: list[Face] = field(default_factory=list)
-    caption: str = ""
-    identity: str | None = None
 
 
 class PartPreparer:
@@ -78,30 +47,9 @@ class PartPreparer:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.store = open_store(self.settings.output)
         self.source = open_store(self.settings.source)
+        self.kept = open_store(self.settings.stages) if self.settings.stages else self.store.child("stages")
+        self.stages = [stage(job, self.device) for stage in STAGES]
         self.seconds: dict[str, float] = defaultdict(float)
-
-    @cached_property
-    def detector(self) -> FaceDetector:
-        """The face detector."""
-        return FaceDetector(self.device, min_side=self.settings.face_search_side)
-
-    @cached_property
-    def captioner(self) -> Captioner | None:
-        """The captioning model, None when the settings say none."""
-        name = self.settings.captioner
-        return None if name == NONE else Captioner(model_folder(name), self.device, self.settings.caption_tokens)
-
-    @cached_property
-    def segmenter(self) -> Segmenter | None:
-        """The segmentation model, None when the settings say none."""
-        name = self.settings.segmenter
-        return None if name == NONE else Segmenter(model_folder(name), self.device)
-
-    @cached_property
-    def matcher(self) -> PhraseMatcher | None:
-        """The model that compares phrases and crops, None when the settings say none."""
-        name = self.settings.matcher
-        return None if name == NONE else PhraseMatcher(model_folder(name), self.device)
 
     def prepare(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
         """Prepare and write one part; return its summary, and the seconds of each stage under `seconds`.
@@ -112,11 +60,9 @@ class PartPreparer:
         rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], TEST: [], REJECTED: []}
         rejected: Counter[str] = Counter()
         facts = _Facts()
-        size = self.settings.batch_size
-        for start in range(0, len(records), size):
-            chunk = records[start : start + size]
-            content = files[start : start + size] if files is not None else self._read(chunk)
-            for record, result in zip(chunk, self._prepare_chunk(chunk, content), strict=True):
+        findings = [Findings(self.kept, stage, records) for stage in self.stages]
+        for chunk, content in self._chunks(records, files, self.settings.batch_size):
+            for record, result in zip(chunk, self._prepare_chunk(chunk, content, findings), strict=True):
                 if isinstance(result, Rejection):
                     rows[REJECTED].append({"image_id": record.image_id, "path": record.image, "reason": result.reason})
                     rejected[result.kind] += 1
@@ -127,15 +73,15 @@ class PartPreparer:
         counts = {TRAIN: len(rows[TRAIN]), TEST: len(rows[TEST]), REJECTED: len(rows[REJECTED])}
         known = {"pictures": len(records), "counts": counts, "rejected": dict(rejected), "facts": facts.to_dict()}
         with self._timed("write"):
+            for found in findings:
+                found.keep()
             summary = put_part(self.store, part, self.job.fingerprint, rows, known)
         return {**summary, "seconds": dict(self.seconds)}
 
     def check(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
         """Write and return, under `hashes`, the perceptual hash (hex) of each picture; null for one to be rejected."""
         hashes: list[str | None] = []
-        for start in range(0, len(records), READERS):
-            chunk = records[start : start + READERS]
-            content = files[start : start + READERS] if files is not None else self._read(chunk)
+        for chunk, content in self._chunks(records, files, READERS):
             for record, data in zip(chunk, content, strict=True):
                 picture = self._check(record, data)
                 hashes.append(None if isinstance(picture, Rejection) else perceptual_hash(picture.picture.image).hex())
@@ -151,9 +97,28 @@ class PartPreparer:
         finally:
             self.seconds[stage] += time.monotonic() - started
 
-    def _read(self, records: Sequence[Record]) -> list[Files]:
-        with self._timed("read"), ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self._read_files, records))
+    def _chunks(
+        self, records: Sequence[Record], files: Sequence[Files] | None, size: int
+    ) -> Iterator[tuple[Sequence[Record], Sequence[Files]]]:
+        """The records, so many at a time, with their files; the next ones are read while these are worked on.
+
+        The seconds of `read` are those that had to be waited.
+        """
+        chunks = [records[start : start + size] for start in range(0, len(records), size)]
+        if files is not None:
+            yield from ((chunk, files[index * size : (index + 1) * size]) for index, chunk in enumerate(chunks))
+            return
+        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as pool:
+
+            def read(chunk: Sequence[Record]) -> list[Files]:
+                return list(pool.map(self._read_files, chunk))
+
+            following = ahead.submit(read, chunks[0]) if chunks else None
+            for index, chunk in enumerate(chunks):
+                with self._timed("read"):
+                    content = following.result()
+                following = ahead.submit(read, chunks[index + 1]) if index + 1 < len(chunks) else None
+                yield chunk, content
 
     def _read_files(self, record: Record) -> Files:
         files = {}
@@ -171,25 +136,22 @@ class PartPreparer:
                 logger.warning("%s: %s", self.source.url_of(key), error)
         return files
 
-    def _prepare_chunk(self, records: Sequence[Record], content: Sequence[Files]) -> list[_Item | Rejection]:
+    def _prepare_chunk(
+        self, records: Sequence[Record], content: Sequence[Files], findings: Sequence[Findings]
+    ) -> list[Item | Rejection]:
         with self._timed("check"):
             results = [self._check(record, files) for record, files in zip(records, content, strict=True)]
-        items = [result for result in results if isinstance(result, _Item)]
-        if items:
-            with self._timed("faces"):
-                found = self.detector.detect([item.picture.image for item in items])
-                for item, faces in zip(items, found, strict=True):
-                    item.faces = faces
-            with self._timed("captions"):
-                self._caption([item for item in items if not item.caption])
-            with self._timed("segments"):
-                self._segment([item for item in items if item.ids is None])
-            with self._timed("subjects"):
-                for item in items:
-                    self._find_subjects(item)
+        items = [result for result in results if isinstance(result, Item)]
+        for found in findings:
+            with self._timed(found.stage.name):
+                found.complete(items)
+        with self._timed("subjects"):
+            for item in items:
+                if item.ids is not None:
+                    item.subjects = tie_faces(item.subjects, item.faces, item.ids)
         return results
 
-    def _check(self, record: Record, files: Files) -> "_Item | Rejection":
+    def _check(self, record: Record, files: Files) -> Item | Rejection:
         """The picture and what its source says of it, each checked against the other."""
         try:
             if record.problem:
@@ -208,7 +170,7 @@ class PartPreparer:
                 encode=settings.encode,
                 pixel_md5=record.pixel_md5,
             )
-            item = _Item(record, picture)
+            item = Item(record, picture)
             if described:
                 self._read_fastcomposer(item, files)
                 if settings.size and min(picture.image.size) > settings.size:
@@ -220,7 +182,7 @@ class PartPreparer:
         except Rejection as rejection:
             return rejection
 
-    def _read_fastcomposer(self, item: _Item, files: Files) -> None:
+    def _read_fastcomposer(self, item: Item, files: Files) -> None:
         image, record = item.picture.image, item.record
         item.annotation = read_annotation(files[record.annotation])
         item.caption = item.annotation.caption
@@ -229,7 +191,7 @@ class PartPreparer:
         item.subjects = annotated_subjects(item.annotation, item.segments)
         item.identity = identity_of(item.annotation, item.segments)
 
-    def _reduce(self, item: _Item, data: bytes) -> None:
+    def _reduce(self, item: Item, data: bytes) -> None:
         settings = self.settings
         item.picture = read_picture(
             data, item.record.image, max_megapixels=settings.max_megapixels, size=settings.size, encode=settings.encode
@@ -243,30 +205,7 @@ class PartPreparer:
         item.segments = annotated_segments(item.annotation, item.ids)
         item.subjects = annotated_subjects(item.annotation, item.segments)
 
-    def _caption(self, items: list[_Item]) -> None:
-        if items and self.captioner is not None:
-            captions = self.captioner.caption([item.picture.image for item in items])
-            for item, caption in zip(items, captions, strict=True):
-                item.caption = caption
-
-    def _segment(self, items: list[_Item]) -> None:
-        if items and self.segmenter is not None:
-            results = self.segmenter.segment([item.picture.image for item in items])
-            for item, (ids, segments) in zip(items, results, strict=True):
-                item.ids, item.segments = ids, segments
-
-    def _find_subjects(self, item: _Item) -> None:
-        # FastComposer's segments without `end` are no subjects: that is what the source says.
-        if self.job.format != FASTCOMPOSER and item.segments:
-            phrases = find_person_phrases(item.caption)
-            people = sum(segment.label == "person" for segment in item.segments)
-            # CLIP is loaded only when there is a choice.
-            matcher = self.matcher if phrases and people and len(phrases) * people > 1 else None
-            item.subjects = match_subjects(item.picture.image, phrases, item.segments, matcher)
-        if item.ids is not None:
-            item.subjects = tie_faces(item.subjects, item.faces, item.ids)
-
-    def _row(self, item: _Item) -> dict[str, Any]:
+    def _row(self, item: Item) -> dict[str, Any]:
         record, picture = item.record, item.picture
         return {
             "image_id": record.image_id,

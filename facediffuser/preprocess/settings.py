@@ -16,6 +16,11 @@ class PreprocessSettings(BaseModel):
         min_length=1, description="photographs: a folder, s3://bucket/prefix, or a .tgz or .tar file in either"
     )
     output: str = Field(min_length=1, description="where the prepared data goes: a folder or s3://bucket/prefix")
+    stages: str | None = Field(
+        None,
+        description="where what each stage finds is kept, so that another run needs only the stages whose settings "
+        "changed: a folder or s3://bucket/prefix (default: stages in the output)",
+    )
     format: Literal["auto", "ffhq", "ffhq-fastcomposer", "folder"] = Field(
         "auto", description="layout of the source; auto looks at its file names"
     )
@@ -66,5 +71,8 @@ class PreprocessSettings(BaseModel):
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores of each worker")
 
     def content(self) -> dict[str, Any]:
-        """Return the settings that change the prepared rows, for the fingerprint: not places, not workers."""
-        return self.model_dump(exclude={"source", "output", "format", "workers", "cpus_per_worker"})
+        """Return the settings that change the prepared rows, for the fingerprint: not places, not workers.
+
+        The threads of a worker are among them: on a CPU the last digits of a model's output depend on their number.
+        """
+        return self.model_dump(exclude={"source", "output", "stages", "format", "workers"})

@@ -9,8 +9,9 @@ import torch
 
 from facediffuser.miniature.render import render_set
 from facediffuser.preprocess import PreprocessSettings
-from facediffuser.preprocess.prepare import Job, PartPreparer
+from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.sources import Listing
+from facediffuser.preprocess.stages import Job
 from tasks import preprocess as stage
 
 COUNT = 20

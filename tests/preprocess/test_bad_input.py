@@ -18,9 +18,10 @@ from skimage import data
 from facediffuser.errors import InputError
 from facediffuser.preprocess import sources
 from facediffuser.preprocess.images import read_picture
-from facediffuser.preprocess.prepare import Job, PartPreparer
+from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.settings import PreprocessSettings
 from facediffuser.preprocess.sources import Record, list_source
+from facediffuser.preprocess.stages import Job
 
 
 def rows(output: Path, *folders: str) -> list[dict]:
