@@ -22,6 +22,7 @@ from facediffuser.preprocess.parts import (
     MANIFEST,
     begin_run,
     describe_run,
+    earlier_splits,
     finished_parts,
     part_name,
     split_into_parts,
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 CHECK, PREPARE = "check", "prepare"
 MOST_BLOCKS = 1000
+BETWEEN_SPLITS = "between the splits: near-identical to pictures of train and of test"
 # No share of the CPUs: on a machine whose cores all belong to actors the one reader would wait for ever.
 READER_CPUS = 0
 
@@ -73,8 +75,9 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     _require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
     models = require_models(settings, listing)
+    earlier = _earlier(settings, listing)
     store.require_writable()
-    run = describe_run(settings, listing, models)
+    run = describe_run(settings, listing, models, earlier)
     there = begin_run(store, run)
     if MANIFEST in there:
         logger.info("%s: finished earlier; nothing to do", store.url)
@@ -84,7 +87,7 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     parts = dict(enumerate(split_into_parts(listing.records, settings.part_size)))
     summaries = finished_parts(store, there, job.fingerprint, len(parts))
     if not listing.has_splits and len(summaries) < len(parts):
-        parts = _with_splits(store, there, job, listing, parts)
+        parts = _with_splits(store, there, job, listing, parts, earlier)
     missing = {part: records for part, records in parts.items() if part not in summaries}
     kept = len(summaries)
     logger.info("%s: %d pictures (%s), %d of %d parts to make", listing.url, len(listing.records), listing.format,
@@ -110,8 +113,18 @@ def _require_apart(settings: PreprocessSettings) -> None:
             raise InputError(f"--{option} {url}: lies inside of the source; give one outside of it")
 
 
-def _with_splits(store: Store, there: dict[str, int], job: Job, listing: Listing, parts: Parts) -> Parts:
-    """The parts with a split for each record: the hash of its id, near-identical pictures together."""
+def _earlier(settings: PreprocessSettings, listing: Listing) -> dict[str, str]:
+    if not settings.earlier:
+        return {}
+    if listing.has_splits:
+        raise InputError(f"--earlier {settings.earlier}: {listing.url} has splits of its own; leave the option out")
+    return earlier_splits(settings.earlier)
+
+
+def _with_splits(
+    store: Store, there: dict[str, int], job: Job, listing: Listing, parts: Parts, earlier: dict[str, str]
+) -> Parts:
+    """The parts with a split for each record: as earlier, or the hash of its id, near-identical pictures together."""
     hashes = _finished_checks(store, there, job, parts)
     missing = {part: records for part, records in parts.items() if part not in hashes}
     with Progress(len(listing.records), "pictures", "Check") as progress:
@@ -123,9 +136,9 @@ def _with_splits(store: Store, there: dict[str, int], job: Job, listing: Listing
     usable = [index for index, value in enumerate(every) if value is not None]
     groups = near_duplicates([bytes.fromhex(every[index]) for index in usable], job.settings.near_duplicate_bits)
     records = [record for part in sorted(parts) for record in parts[part]]
-    sides = assign_splits([records[index].image_id for index in usable], groups, job.settings.test_share)
+    sides = assign_splits([records[index].image_id for index in usable], groups, job.settings.test_share, earlier)
     for index, side in zip(usable, sides, strict=True):
-        records[index] = replace(records[index], split=side)
+        records[index] = replace(records[index], split=side, problem=None if side else BETWEEN_SPLITS)
     logger.info("%d of %d pictures are near another", len(groups) - len(set(groups.tolist())), len(groups))
     return dict(enumerate(split_into_parts(records, job.settings.part_size)))
 

@@ -1,17 +1,21 @@
 """The card of prepared data: README.md, a contact sheet with boxes and masks drawn, histograms."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from facediffuser.preprocess.prepare import CROP_STEP
 from facediffuser.preprocess.segments import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import Store
@@ -21,8 +25,12 @@ TEXT_LINES = 3
 LINE = 12
 CELLS = 24
 COLUMNS = 6
+BARS = 24
+PAPER, INK, PALE = (238, 238, 238), (60, 60, 60), (150, 150, 150)
 FACE, CROP = (255, 64, 64), (255, 210, 60)
 SUBJECTS = ((64, 160, 255), (80, 220, 120), (230, 110, 230), (255, 150, 60))
+# Matplotlib's own font, which is always there and knows Latin, Greek and Cyrillic letters.
+FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 10)
 TITLES = {
     "faces": "faces a picture",
     "subjects": "subjects a picture",
@@ -77,35 +85,37 @@ def _cell(row: dict[str, Any]) -> Image.Image:
             opacity = np.where(binary_erosion(inside, border_value=1), 0.12, 0.9) * inside
             pixels += opacity[..., None] * (np.float32(SUBJECTS[index % len(SUBJECTS)]) - pixels)
         image = Image.fromarray(pixels.astype(np.uint8))
-    scale = CELL / max(image.size)
+    scale = (CELL - 2) / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    cell = Image.new("RGB", (CELL, CELL), "white")
-    cell.paste(image)
-    pen = ImageDraw.Draw(cell)
+    pen = ImageDraw.Draw(image)
     for face in row["faces"]:
         pen.rectangle([value * scale for value in face["crop_box"]], outline=CROP)
         pen.rectangle([value * scale for value in face["box"]], outline=FACE)
         for x, y in face["landmarks"]:
             pen.ellipse((x * scale - 1, y * scale - 1, x * scale + 1, y * scale + 1), fill=FACE)
+    cell = Image.new("RGB", (CELL - 2, CELL - 2), PAPER)
+    cell.paste(image, ((cell.width - image.width) // 2, (cell.height - image.height) // 2))
     return cell
 
 
 def _caption(pen: ImageDraw.ImageDraw, row: dict[str, Any], left: int, top: int) -> None:
     """Write the caption word by word, the subjects' phrases in their colours."""
     x, y, position = left, top, 0
+    if not row["caption"]:
+        pen.text((x, y), "no caption", fill=PALE, font=FONT)
     for word in row["caption"].split():
         start = row["caption"].index(word, position)
         position = start + len(word)
         inside = [number for number, item in enumerate(row["subjects"]) if item["start"] <= start < item["end"]]
-        colour = SUBJECTS[inside[0] % len(SUBJECTS)] if inside else (60, 60, 60)
-        # Pillow's built-in font knows Latin letters only.
-        shown = word.encode("latin-1", "replace").decode("latin-1")
-        width = pen.textlength(f"{shown} ")
+        colour = SUBJECTS[inside[0] % len(SUBJECTS)] if inside else INK
+        width = pen.textlength(f"{word} ", font=FONT)
+        last = y + LINE >= top + TEXT_LINES * LINE
+        if last and x + width > left + CELL - 16 and row["caption"][position:].strip():
+            pen.text((x, y), "…", fill=INK, font=FONT)
+            return
         if x > left and x + width > left + CELL - 4:
             x, y = left, y + LINE
-        if y >= top + TEXT_LINES * LINE:
-            return
-        pen.text((x, y), shown, fill=colour)
+        pen.text((x, y), word, fill=colour, font=FONT)
         x += width
 
 
@@ -113,13 +123,29 @@ def _histograms(facts: dict[str, dict[str, int]]) -> bytes:
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (name, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
-        table = {int(value): count for value, count in facts.get(name, {}).items()}
-        axis.bar(list(table), list(table.values()), width=7 if name == "crop_px" else 0.9)
+        places, counts, width = _bars({int(value): count for value, count in facts.get(name, {}).items()},
+                                      CROP_STEP if name == "crop_px" else 1)  # fmt: skip
+        axis.bar(places, counts, width=0.9 * width, align="edge" if width > 1 else "center")
         axis.set_xlabel(title)
         axis.set_ylabel("faces" if name == "crop_px" else "pictures")
+        axis.set_xlim(min(places, default=0) - width, max(max(places, default=0), 2) + width)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
+
+
+def _bars(table: dict[int, int], step: int) -> tuple[list[int], list[int], int]:
+    """Left edges, heights and the width of at most some BARS bars, the width a multiple of the table's own step."""
+    if not table:
+        return [], [], step
+    width = step * max(1, -(-(max(table) - min(table) + step) // (BARS * step)))
+    bars: Counter[int] = Counter()
+    for value, count in table.items():
+        bars[value // width * width] += count
+    return list(bars), list(bars.values()), width
 
 
 def _png(image: Image.Image) -> bytes:

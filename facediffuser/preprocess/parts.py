@@ -21,20 +21,26 @@ from facediffuser.errors import InputError
 from facediffuser.preprocess.schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
 from facediffuser.preprocess.settings import PreprocessSettings
 from facediffuser.preprocess.sources import Listing, Record
-from facediffuser.storage import Store
+from facediffuser.storage import Store, open_store
 
 RUN, MANIFEST = "run.json", "manifest.json"
 REJECTED = "rejected"
 ROW_GROUP = 100
 
 
-def describe_run(settings: PreprocessSettings, listing: Listing, models: dict[str, str]) -> dict[str, Any]:
-    """Return all that decides which bytes are made, and its `fingerprint`; `models`: digests by option."""
+def describe_run(
+    settings: PreprocessSettings, listing: Listing, models: dict[str, str], earlier: dict[str, str]
+) -> dict[str, Any]:
+    """Return all that decides which bytes are made, and its `fingerprint`.
+
+    `models`: digests by option; `earlier`: the sides that are kept, by id.
+    """
     content = {
         "schema": SCHEMA_VERSION,
         "source": {"format": listing.format, "pictures": len(listing.records), "digest": listing.digest},
         "settings": settings.content(),
         "models": models,
+        "earlier": hashlib.sha256(repr(sorted(earlier.items())).encode()).hexdigest() if earlier else None,
     }
     text = json.dumps(content, sort_keys=True)
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **content}
@@ -120,6 +126,21 @@ def begin_run(store: Store, run: dict[str, Any]) -> dict[str, int]:
         difference = "; ".join(differences(earlier, run)) or "the fingerprint"
         raise InputError(f"{store.url}: holds another run: {difference}; give a new --output or the same settings")
     return there
+
+
+def earlier_splits(url: str) -> dict[str, str]:
+    """Return the side of each picture in prepared data, by id; InputError when there is none at the URL."""
+    store = open_store(url)
+    try:
+        keys = [key for key in json.loads(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there") from error
+    files, base = store.arrow()
+    sides = {}
+    for key in keys:
+        table = pq.read_table(f"{base}/{key}", columns=["image_id", "split"], filesystem=files)
+        sides.update(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    return sides
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

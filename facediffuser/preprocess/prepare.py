@@ -33,6 +33,7 @@ from facediffuser.storage import open_store, safe_key
 logger = logging.getLogger(__name__)
 
 READERS = 8
+CROP_STEP = 8
 Files = dict[str, bytes]
 
 
@@ -246,7 +247,7 @@ class _Facts:
         self.tables["side_px"][min(row["width"], row["height"])] += 1
         for face in row["faces"]:
             x1, _, x2, _ = face["crop_box"]
-            self.tables["crop_px"][(x2 - x1) // 8 * 8] += 1
+            self.tables["crop_px"][(x2 - x1) // CROP_STEP * CROP_STEP] += 1
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """The tables as they stand in JSON."""

@@ -67,6 +67,11 @@ class PreprocessSettings(BaseModel):
         le=31,
         description="pictures whose 256-bit perceptual hashes differ in at most so many bits stay in one split",
     )
+    earlier: str | None = Field(
+        None,
+        description="prepared data of this set before it grew, whose pictures keep their side: a folder or "
+        "s3://bucket/prefix",
+    )
     workers: int | None = Field(None, ge=1, description="Ray workers (default: the GPUs, or 1)")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores of each worker")
 
@@ -75,4 +80,4 @@ class PreprocessSettings(BaseModel):
 
         The threads of a worker are among them: on a CPU the last digits of a model's output depend on their number.
         """
-        return self.model_dump(exclude={"source", "output", "stages", "format", "workers"})
+        return self.model_dump(exclude={"source", "output", "stages", "earlier", "format", "workers"})

@@ -1,7 +1,8 @@
 """Which side a picture is on: train or test, the same one however the set grows, and near-identical ones together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -69,11 +70,27 @@ def _root(parent: np.ndarray, index: int) -> int:
     return int(index)
 
 
-def assign_splits(ids: Sequence[str], groups: np.ndarray, test_share: float) -> list[str]:
+def assign_splits(
+    ids: Sequence[str], groups: np.ndarray, test_share: float, earlier: Mapping[str, str] | None = None
+) -> list[str | None]:
     """Return each picture's side: its id's, but a whole group of near-identical pictures is in train if any of it is.
 
-    So a picture that has once been in train is never in test of a larger set.
+    So a picture that has once been in train is never in test of a larger set. More cannot be had from a set alone: a
+    picture of train and one of test may become one group when the set grows, and then one of them has to move.
+
+    `earlier`: the sides that pictures had in a smaller set, by id. They keep them, and a group takes the side of those in
+    it; None for a new picture whose group has earlier ones on both sides.
     """
-    sides = [split_of(image_id, test_share) for image_id in ids]
-    in_train = {int(group) for group, side in zip(groups, sides, strict=True) if side == TRAIN}
-    return [TRAIN if int(group) in in_train else TEST for group in groups]
+    earlier = earlier or {}
+    decided = [earlier.get(image_id) for image_id in ids]
+    known: dict[int, set[str]] = defaultdict(set)
+    hashed: dict[int, set[str]] = defaultdict(set)
+    for image_id, group, side in zip(ids, groups.tolist(), decided, strict=True):
+        if side is not None:
+            known[group].add(side)
+        hashed[group].add(split_of(image_id, test_share))
+    sides: list[str | None] = []
+    for group, side in zip(groups.tolist(), decided, strict=True):
+        votes = known[group] or {TRAIN if TRAIN in hashed[group] else TEST}
+        sides.append(side or (None if len(votes) > 1 else next(iter(votes))))
+    return sides

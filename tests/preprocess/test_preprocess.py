@@ -213,6 +213,11 @@ def test_another_run_in_the_output_is_refused_with_the_difference(rendered, prep
     assert contents(prepared) == before
 
 
+def test_earlier_data_is_refused_for_a_source_with_splits(rendered, prepared, tmp_path, here):
+    with pytest.raises(InputError, match="has splits of its own"):
+        prepare(rendered, tmp_path / "out", earlier=str(prepared))
+
+
 @pytest.mark.parametrize(
     "wrong",
     ["holds something else", "inside of the source", "no such model", "no files there", "leads out of the archive"],
@@ -322,6 +327,24 @@ def test_a_plain_folder_is_captioned_segmented_and_matched(plain, tmp_path, here
     shutil.rmtree(tmp_path / "out")
     prepare(plain, tmp_path / "out", test_share=0.5, caption_tokens=4, **models)
     assert contents(tmp_path / "out") == before
+
+
+def test_a_grown_set_keeps_the_sides_it_had(plain, tmp_path, here):
+    first, second = tmp_path / "first", tmp_path / "second"
+    prepare(plain, first, test_share=0.7)
+    before = {row["image_id"]: row["split"] for row in rows(first)}
+    assert set(before.values()) == {"train", "test"}
+    for name in list(before):
+        twin = plain / f"twin of {name.replace('/', ' ')}"
+        Image.open(plain / name).save(twin.with_suffix(".png"))
+    with pytest.raises(InputError, match="no finished output"):
+        prepare(plain, second, test_share=0.7, earlier=str(plain))
+    prepare(plain, second, test_share=0.7, earlier=str(first))
+    after = {row["image_id"]: row["split"] for row in rows(second)}
+    assert {name: after[name] for name in before} == before and len(after) == 2 * len(before)
+    for name in before:
+        twin = f"twin of {name.replace('/', ' ')}".rsplit(".", 1)[0] + ".png"
+        assert after[twin] == before[name]
 
 
 def test_a_plain_folder_without_models_still_has_its_faces(plain, tmp_path, here):

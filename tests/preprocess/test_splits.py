@@ -59,3 +59,21 @@ def test_what_was_once_in_train_is_never_in_test_of_a_larger_set():
     groups = np.random.default_rng(1).integers(0, 40, 90)
     small, large = assign_splits(ids[:50], groups[:50], 0.5), assign_splits(ids, groups, 0.5)
     assert all(after == TRAIN for before, after in zip(small, large, strict=False) if before == TRAIN)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30))
+def test_no_earlier_picture_moves_and_none_has_a_twin_across(seed, grown):
+    rng = np.random.default_rng(seed)
+    ids = [str(number) for number in range(20 + grown)]
+    before = assign_splits(ids[:20], np.arange(20), 0.5)
+    earlier = dict(zip(ids, before, strict=False))
+    groups = np.concatenate([rng.integers(0, 40, 20), rng.integers(0, 40, grown)])
+    after = assign_splits(ids, groups, 0.5, earlier)
+    assert after[:20] == before
+    for group in set(groups.tolist()):
+        members = np.flatnonzero(groups == group)
+        old = {before[index] for index in members if index < 20}
+        new = {after[index] for index in members if index >= 20}
+        assert new <= ({None} if len(old) == 2 else old or new) and len(new) <= 1
+    assert assign_splits(ids, groups, 0.5, {}) == assign_splits(ids, groups, 0.5)
