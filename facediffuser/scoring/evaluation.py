@@ -54,14 +54,17 @@ class Evaluation:
 class _Job:
     """Images of one source: how many, their rows in batches, whether they are to be scored.
 
-    `pictures`: subject id -> reference pictures, for other scorers; `added`: columns that the rows have besides ours.
+    `pictures`: subject id -> reference pictures, for other scorers; `added`: columns that the rows have besides ours;
+    `recorded`: digests of the scorers that made the scores which are used as they are.
     """
 
     count: int
     batches: Callable[[], Iterator[list[dict]]]
     references: Callable[[Scorers], Mapping[str, np.ndarray]] | None
     pictures: Callable[[], Mapping[str, list[Image.Image]]]
+    url: str
     added: Added = field(default_factory=lambda: Added({}))
+    recorded: dict[str, str] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -85,6 +88,7 @@ class Evaluator:
         needed, device = any(job.references for job in self.jobs), pick_device(settings.device)
         self.others = load_columns(several(settings.add), device)
         self.scorers = load_scorers(settings.scorers, device) if needed else None
+        self.recorded = self._recorded()
 
     def run(self, advance: Advance = lambda count: None) -> Evaluation:
         """Score what is to be scored and return the evaluation; `advance` hears of images done. Writes the output."""
@@ -123,8 +127,23 @@ class Evaluator:
         numbers = [name for name, column in fields.items() if _is_number(column.type)]
         return pa.schema([*SCORED_SCHEMA, *fields.values()]), numbers
 
+    def _recorded(self) -> dict[str, str]:
+        """The digests of all scores in the table; InputError when they are not those of the same scorers."""
+        known = [(job.url, job.recorded) for job in self.jobs if job.recorded]
+        if self.scorers:
+            known.append((f"--scorers {self.settings.scorers}", dict(self.scorers.digests)))
+        for url, digests in known[1:]:
+            unlike = [part for part in digests if digests[part] != known[0][1].get(part)]
+            if unlike:
+                raise InputError(
+                    f"{known[0][0]} and {url}: scored with different scorers ({unlike[0]} "
+                    f"{known[0][1].get(unlike[0], 'unknown')[:12]} and {digests[unlike[0]][:12]}); give the --scorers that "
+                    "all of them had, or --rescore"
+                )
+        return known[0][1] if known else {}
+
     def _digests(self) -> dict[str, str]:
-        found = dict(self.scorers.digests) if self.scorers else {}
+        found = dict(self.recorded)
         for job in self.jobs:
             found |= job.added.digests()
         return found | {short_name(name): scorer.digest for name, scorer in self.others.items()}
@@ -161,7 +180,8 @@ def _dataset_job(name: str | None, store: Store, settings: EvaluateSettings) -> 
     if not keys:
         raise InputError(f"{store.url}: no data/*.parquet there; give the URL that `generate` wrote to")
     filesystem, base = store.arrow()
-    count = sum(pq.read_metadata(f"{base}/{key}", filesystem=filesystem).num_rows for key in keys)
+    footers = [pq.read_metadata(f"{base}/{key}", filesystem=filesystem) for key in keys]
+    recorded = json.loads((footers[0].metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
     if settings.rescore or settings.add:
         if not store.exists("subjects.parquet"):
@@ -182,7 +202,15 @@ def _dataset_job(name: str | None, store: Store, settings: EvaluateSettings) -> 
         def references(scorers: Scorers) -> Mapping[str, np.ndarray]:
             return dataset_references(store, scorers)
 
-    return _Job(count, batches, references, lambda: dataset_pictures(store), added)
+    return _Job(
+        sum(footer.num_rows for footer in footers),
+        batches,
+        references,
+        lambda: dataset_pictures(store),
+        store.url,
+        added,
+        {} if settings.rescore else recorded,
+    )
 
 
 def _folder_job(method: str, url: str, settings: EvaluateSettings) -> _Job:
@@ -209,7 +237,7 @@ def _folder_job(method: str, url: str, settings: EvaluateSettings) -> _Job:
         place = open_store(settings.subjects)
         return {s.subject_id: [open_picture(place, key)[0] for key in s.references] for s in subjects}
 
-    return _Job(len(listed), batches, references, pictures)
+    return _Job(len(listed), batches, references, pictures, store.url)
 
 
 def _external_row(store: Store, method: str, image: ExternalImage) -> dict:

@@ -8,6 +8,7 @@ from PIL import Image
 from pydantic import ValidationError
 from scoring.made import beside, row, write_dataset
 
+from facediffuser.dataset.schema import RUN_KEY, canonical_json
 from facediffuser.errors import InputError
 from facediffuser.scoring import evaluation
 from facediffuser.scoring.evaluation import Evaluator
@@ -178,6 +179,33 @@ def test_scoring_a_dataset_again_replaces_its_scores_and_keeps_failed_rows(tmp_p
     found = evaluate(dataset=url, rescore=True).images.to_pylist()
     assert found[0]["ip"] > 0.99 and found[1]["ip"] < 0.7
     assert (found[2]["status"], found[2]["ip"]) == ("failed", None)
+
+
+def test_scoring_a_dataset_again_twice_gives_identical_bytes(tmp_path, colours, people):
+    rows = [row(0, beside(people["ada"], people["bob"])), row(1, beside(people["bob"])), row(2, None)]
+    url = write_dataset(tmp_path / "ds", rows, {"ada": beside(people["ada"])})
+    for name in ("one", "two"):
+        evaluate(dataset=url, rescore=True, add="sharpness", output=tmp_path / name)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and pq.read_table(io.BytesIO(one["scores.parquet"]))["sharpness"].null_count == 1
+
+
+def test_scores_of_different_scorers_do_not_meet_in_one_table(tmp_path, colours, people, subjects, prompts):
+    urls = []
+    for name in ("colours", "others"):
+        urls.append(write_dataset(tmp_path / name, [row(0, beside(people["ada"]), ip=0.5)], {}, shards=1))
+        path = next((tmp_path / name / "data").iterdir())
+        run = {"scorers": colours.digests | {"identity": name}}
+        table = pq.read_table(path)
+        pq.write_table(table.replace_schema_metadata({RUN_KEY: canonical_json(run).encode()}), path)
+    with pytest.raises(InputError, match="scored with different scorers .identity colours and others.; give the"):
+        evaluate(dataset=",".join(map(str, urls)))
+    images = folder_of(tmp_path / "any", subject_0000_prompt_0000_instance_0000=beside(people["ada"]))
+    folder = {"images": images, "subjects": subjects, "prompts": prompts}
+    with pytest.raises(InputError, match=f"{urls[1]} and --scorers paper: scored with different scorers"):
+        evaluate(dataset=urls[1], **folder)
+    found = evaluate(dataset=f"ours={urls[0]}", **folder)
+    assert {row.method for row in found.table} == {"any", "ours"} and found.digests == colours.digests
 
 
 def test_two_datasets_are_compared_on_the_rows_they_share(tmp_path):
