@@ -1,12 +1,13 @@
 """How fast pictures are prepared, stage by stage, and how much memory it takes as the set grows.
 
-    python -m benchmarks.preprocess [--count 2000] [--compare N] [--cheap] [-- OPTIONS OF facediffuser preprocess]
+    python -m benchmarks.preprocess [--count 2000] [--compare N] [--cheap] [--distinct N] [-- PREPROCESS OPTIONS]
 
 Renders `--count` pictures of the miniature and prepares them in a process of its own; tells the highest memory of that
 process, which drives, and of its largest worker. `--compare N` prepares the first N of them before, so that memory can
 be seen to be flat. `--cheap` looks for no faces: what is left (listing, reading, checking, maps, writing, Ray, the
-manifest) can be run on a large set in a short time. The rendered set brings captions and segments; to have them made
-name the models: `-- --format folder --captioner MODEL --segmenter MODEL --matcher MODEL`.
+manifest) can be run on a large set in a short time; `--distinct N` renders N pictures only and repeats them. The
+rendered set brings captions and segments; to have them made, name the models: `-- --format folder --captioner MODEL
+--segmenter MODEL --matcher MODEL`.
 """
 
 import argparse
@@ -27,13 +28,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--compare", type=int, help="prepare so many of them first, to see whether memory grows")
     parser.add_argument("--cheap", action="store_true", help="look for no faces")
+    parser.add_argument("--distinct", type=int, help="render so many and repeat them under other ids")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     own, options = parser.parse_args(_before_dashes()), _after_dashes()
     if own.in_this_process:
         print(json.dumps(_prepare(options, own.cheap)))
         return
     with tempfile.TemporaryDirectory(prefix="facediffuser-preprocess-") as folder:
-        source = _render(own.count, Path(folder))
+        source = _render(min(own.distinct or own.count, own.count), Path(folder))
+        _repeat(source, own.count)
         for count in sorted({own.compare or own.count, own.count}):
             _list_first(source, count)
             given = ["--source", str(source), "--output", f"{folder}/out-{count}", *options]
@@ -55,6 +58,15 @@ def _render(count: int, folder: Path) -> Path:
     render_set(count, 0, folder / "photos")
     print(f"rendered {count:,} pictures in {time.perf_counter() - started:.0f} s", flush=True)
     return folder / "photos"
+
+
+def _repeat(source: Path, count: int) -> None:
+    ids = sorted(path.stem for path in source.glob("*/*.npy"))
+    for number in range(len(ids), count):
+        original, copy = ids[number % len(ids)], f"{number:08d}"
+        (source / copy[:5]).mkdir(exist_ok=True)
+        for ending in (".jpg", ".json", ".npy"):
+            os.link(source / original[:5] / f"{original}{ending}", source / copy[:5] / f"{copy}{ending}")
 
 
 def _list_first(source: Path, count: int) -> None:

@@ -43,8 +43,8 @@ def scan_archive(url: str) -> FileTable:
         url,
         {name.removeprefix(top): size for name, size in sizes.items()},
         {name.removeprefix(top): data for name, data in lists.items()}.__getitem__,
-        frozenset(name.removeprefix(top) for name in links),
-        top,
+        links=frozenset(name.removeprefix(top) for name in links),
+        top=top,
     )
 
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.images import EXTENSIONS
 from facediffuser.preprocess.splits import TEST, TRAIN
-from facediffuser.storage import open_store
+from facediffuser.storage import TEMPORARY_SUFFIX, LocalStore, open_store
 
 FFHQ, FASTCOMPOSER, FOLDER = "ffhq", "ffhq-fastcomposer", "folder"
 FFHQ_METADATA = "ffhq-dataset-v2.json"
@@ -50,6 +52,8 @@ class Record:
 class FileTable:
     """The files of a source: `sizes` in bytes by name, how to `read` one of the root's, names that are `links`.
 
+    `others`: names in a folder that are no files: links that lead nowhere, pipes and the like.
+
     `top`: the folder around all of an archive's files, which the names here leave off.
     """
 
@@ -57,6 +61,7 @@ class FileTable:
     sizes: dict[str, int]
     read: Callable[[str], bytes]
     links: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
     top: str = ""
 
     def __contains__(self, key: str) -> bool:
@@ -122,7 +127,34 @@ def recognise(table: FileTable) -> str:
 def _scan_store(url: str) -> FileTable:
     store = open_store(url)
     store.require_readable()
+    if isinstance(store, LocalStore):
+        sizes, others = _scan_folder(store.root)
+        return FileTable(url, sizes, store.get, others=others)
     return FileTable(url, {info.key: info.size for info in store.list()}, store.get)
+
+
+def _scan_folder(root: Path) -> tuple[dict[str, int], frozenset[str]]:
+    """The sizes of a folder's files, and the names that are no files; linked folders are gone into, each once."""
+
+    def told(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+
+    sizes, others, seen = {}, set(), set()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=told):
+        place = os.path.realpath(folder)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        for name in names:
+            path = Path(folder, name)
+            key = path.relative_to(root).as_posix()
+            if path.is_file():
+                sizes[key] = path.stat().st_size
+            elif not name.endswith(TEMPORARY_SUFFIX):
+                sizes[key] = 0
+                others.add(key)
+    return dict(sorted(sizes.items())), frozenset(others)
 
 
 def _is_fastcomposer_path(key: str) -> bool:
@@ -261,6 +293,9 @@ def _check_names(record: Record, table: FileTable) -> Record:
     links = [key for key in record.files if key in table.links]
     if links:
         return replace(record, problem=f"a link: {links[0]} is a link inside of the archive; archive files themselves")
+    others = [key for key in record.files if key in table.others]
+    if others:
+        return replace(record, problem=f"not a file: {others[0]} is a link that leads nowhere, a pipe or the like")
     large = [key for key in record.files if table.sizes[key] > MOST_FILE_BYTES]
     if large:
         size = f"{table.sizes[large[0]]:,} bytes, at most {MOST_FILE_BYTES:,} are read"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -141,6 +142,22 @@ def test_a_plain_folder_with_any_names(tmp_path):
         ("b/ä ö.JPG", None),
         ("c/x.gif", None),
     ]
+
+
+def test_linked_folders_are_read_and_what_is_no_file_is_rejected(tmp_path):
+    root, elsewhere = tmp_path / "photos", write(tmp_path / "elsewhere", "far.png", "deep/er.png")
+    write(root, "a.png")
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    (root / "b.png").symlink_to(elsewhere / "far.png")
+    (root / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(root / "pipe.png")
+    records = {record.image: record.problem for record in list_source(str(root)).records}
+    assert {name for name, problem in records.items() if problem is None} == {
+        "a.png", "b.png", "linked/far.png", "linked/deep/er.png",
+    }  # fmt: skip
+    assert records["nowhere.png"] == "not a file: nowhere.png is a link that leads nowhere, a pipe or the like"
+    assert records["pipe.png"].startswith("not a file: ") and len(records) == 6
 
 
 def test_names_that_are_no_text_are_rejected(tmp_path):
