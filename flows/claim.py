@@ -33,7 +33,7 @@ class ClaimSettings(BaseModel):
     output: str = Field("out/claim", description="where people, images and tables go; run again, it goes on")
     people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
     images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
-    steps: int = Field(15, ge=1, le=1000, description="denoising steps of an image")
+    steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
     seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images made together")

@@ -32,8 +32,13 @@ SCORED_COLUMNS = (
     *("sample_id", "method", "subject_ids", "prompt_id", "prompt", "category", "ip", "ip_per_subject", "face_count"),
     *("face_boxes", "face_probs", "pc", "status", "error"),
 )
+# `subject_faces`: the place in `face_boxes` of each subject's face, -1 for none; null where recorded scores are used.
 SCORED_SCHEMA = pa.schema(
-    [pa.field("source", pa.string()), *(DATASET_SCHEMA.field(name).with_nullable(True) for name in SCORED_COLUMNS)]
+    [
+        pa.field("source", pa.string()),
+        *(DATASET_SCHEMA.field(name).with_nullable(True) for name in SCORED_COLUMNS),
+        pa.field("subject_faces", pa.list_(pa.int32())),
+    ]
 )
 Advance = Callable[[int], None]
 
@@ -341,6 +346,7 @@ def _columns(score: ImageScore) -> dict:
         "face_count": score.face_count,
         "face_boxes": score.face_boxes,
         "face_probs": score.face_probs,
+        "subject_faces": score.subject_faces,
         "pc": score.pc,
         "status": "ok",
         "error": None,

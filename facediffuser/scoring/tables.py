@@ -162,8 +162,8 @@ def title(metric: str) -> str:
 
 
 def paper_markdown(rows: Sequence[ScoreRow]) -> str:
-    """Return the paper's table in Markdown: a line per method, IP and PC with intervals for one, two, ... subjects."""
-    values, metrics = overall(rows), metrics_of(rows)
+    """Return the paper's table in Markdown: a line per method, IP, PC and right faces for one, two, ... subjects."""
+    values, metrics = overall(rows), [metric for metric in metrics_of(rows) if metric in TITLES]
     counts = sorted({row.subjects for row in rows})
     head = ["method"]
     for count in counts:

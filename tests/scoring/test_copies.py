@@ -18,6 +18,7 @@ from facediffuser.scoring.copies import CopySettings, find_copies, nearest, thum
 from facediffuser.scoring.evaluation import Evaluator
 from facediffuser.scoring.settings import EvaluateSettings
 from facediffuser.storage import open_store
+from flows.cli import main
 
 
 def again(picture: Image.Image) -> Image.Image:
@@ -114,6 +115,26 @@ def test_card_and_evaluate_read_what_was_found(found):
     assert images.images["duplicate_of"].to_pylist()[3] == "sample-00002"
     share = next(line for line in images.table if line.metric == "duplicate" and line.category == "all")
     assert (share.mean, share.n) == (pytest.approx(2 / 6), 6)
+
+
+def test_the_commands_add_their_files_and_tell_what_was_flagged(
+    people, scorers_folder, tmp_path, capsys, prefect_harness
+):
+    ada = beside(people["ada"])
+    folder = write_dataset(tmp_path / "dataset", [row(0, ada, face_boxes=[[81, 69, 173, 187]])], {"ada": ada})
+    (tmp_path / "photos").mkdir()
+    ada.save(tmp_path / "photos" / "1.png")
+    training = ["--training", str(tmp_path / "photos"), "--scorers", str(scorers_folder), "--device", "cpu"]
+    assert main(["copies", str(folder), *training]) == 0
+    told = capsys.readouterr().out
+    assert "training_copy: 1\npasted_reference: 1\nduplicate: 0" in told
+    assert main(["score", str(folder)]) == 0
+    assert f"{folder}/scores/sharpness.parquet" in capsys.readouterr().out
+    assert {info.key for info in open_store(folder).list("scores/")} == {
+        "scores/copies.parquet", "scores/sharpness.parquet"
+    }  # fmt: skip
+    assert "sharpness" in (folder / "README.md").read_text()
+    assert main(["score", str(tmp_path / "photos")]) == 2 and "no data/*.parquet" in capsys.readouterr().err
 
 
 def test_prepared_parquet_serves_as_the_training_set_with_its_own_boxes(scorers, people, tmp_path):

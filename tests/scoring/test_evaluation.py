@@ -97,6 +97,8 @@ def test_pairs_of_subjects_are_numbered_as_generate_makes_them(tmp_path, colours
     found = evaluate(images=images, subjects=subjects, prompts=prompts, subjects_per_image=2).images.to_pylist()[0]
     assert (found["subject_ids"], found["prompt"]) == (["bob", "ada"], "man behind woman")
     assert min(found["ip_per_subject"]) > 0.98
+    left_edges = [found["face_boxes"][face][0] for face in found["subject_faces"]]
+    assert left_edges[0] > left_edges[1]  # bob is the one on the right
 
 
 def test_a_csv_says_what_each_image_shows(tmp_path, colours, people, subjects, prompts):
