@@ -12,7 +12,8 @@ from tasks.train import train_on_ray
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Train what `settings.role` names from prepared Parquet; return per role step, loss, seconds and output.
 
-    Both models train side by side when `both` are asked for; on a cluster without room for two the second waits.
+    Both models train side by side when `both` are asked for, each on half of the GPUs, or of the cores where there are none; on a
+    cluster without room for two the second waits.
     """
-    running = {role: train_on_ray.submit(settings.of(role)) for role in settings.roles}
+    running = {role: train_on_ray.submit(settings.of(role), len(settings.roles)) for role in settings.roles}
     return {role: future.result() for role, future in running.items()}

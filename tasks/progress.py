@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, title: str):
         self.total, self.unit, self.title = total, unit, title
-        self.done = 0
+        self.done = self._before = 0
         self._started = self._logged = self._shown = time.monotonic()
         self._bar: tqdm | None = None
         self._artifact = None
@@ -52,6 +52,12 @@ class Progress:
             self._shown = now
             self._show(note)
 
+    def skip(self, n: int) -> None:
+        """Count `n` units as finished before this began: they say nothing about how fast it is."""
+        self._before += n
+        self._started = time.monotonic()
+        self.advance(n)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -67,7 +73,7 @@ class Progress:
 
     def _line(self, note: str) -> str:
         seconds = time.monotonic() - self._started
-        rate = self.done / seconds if seconds > 0 else 0.0
+        rate = (self.done - self._before) / seconds if seconds > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else float("nan")
         pace = (
             f"{rate:.2f} {self.unit}/s, {_duration(left)} left"

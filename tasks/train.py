@@ -16,7 +16,8 @@ from ray.train.torch import TorchTrainer
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 from facediffuser.training import TrainSettings, runs
-from facediffuser.training.loop import DivergedError, Worker, train_model
+from facediffuser.training.loop import DivergedError, train_model
+from facediffuser.training.worker import Worker
 from tasks.progress import Progress
 from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 
@@ -48,10 +49,11 @@ class _Board:
 
 
 @task(name="train-model")
-def train_on_ray(settings: TrainSettings) -> dict[str, Any]:
+def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, Any]:
     """Train one model on Ray and return role, step, loss, seconds and output.
 
-    A finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
+    `side_by_side`: how many trainings share the cluster; each takes its share of GPUs or cores unless told otherwise. A
+    finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
     `max_failures` times. Raises InputError before anything is written when the output holds another run, and DivergedError.
     """
     store = open_store(settings.output)
@@ -62,9 +64,9 @@ def train_on_ray(settings: TrainSettings) -> dict[str, Any]:
         logger.info("%s: %s is trained already (%d steps)", settings.output, settings.role, done)
         return {"role": settings.role, "step": done, "output": settings.output, "seconds": 0.0}
     connect_ray()
-    workers = settings.workers or max(1, cluster_gpus())
+    workers = settings.workers or max(1, cluster_gpus() // side_by_side)
     on_gpu = cluster_gpus() >= workers
-    cpus = settings.cpus_per_worker or 1 if on_gpu else settings.cpus_per_worker or max(1, cluster_cpus() // workers)
+    cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))
     board = _Board.remote()
     with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
         trainer = TorchTrainer(
@@ -99,13 +101,25 @@ def _fit(trainer: TorchTrainer, board: Any, settings: TrainSettings) -> None:
             thread.join(POLL_SECONDS)
             numbers = ray.get(board.read.remote())
             if numbers:
-                note = f"loss {numbers['loss']:.4f}, {numbers.get('images_per_second', 0):.1f} images/s"
-                progress.advance(int(numbers["step"]) - progress.done, note)
+                _show(progress, numbers, settings.log_every)
     failure = ray.get(board.failure.remote())
     if failure is not None:
         raise failure
     if errors:
         raise errors[0]
+
+
+def _show(progress: Progress, numbers: dict[str, float], log_every: int) -> None:
+    steps = int(numbers["step"]) - progress.done
+    if not progress.done and steps > log_every:
+        # A run that goes on from a checkpoint.
+        progress.skip(steps)
+        return
+    told = {
+        "loss": "loss {:.4f}", "localization": "localization {:.3f}", "validation_loss": "validation {:.4f}",
+        "learning_rate": "learning rate {:.1e}", "images_per_second": "{:.1f} images/s",
+    }  # fmt: skip
+    progress.advance(steps, ", ".join(text.format(numbers[name]) for name, text in told.items() if name in numbers))
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What trains: the UNet with its conditioning, as one module per role."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from facediffuser.errors import InputError
 from facediffuser.modelfolder import (
     load_image_encoder,
     model_digests,
+    read_json,
     resolve_base,
     resolve_image_encoder,
     resolve_model,
@@ -76,6 +78,7 @@ class Parts:
     vae: AutoencoderKL
     schedule: DDPMScheduler
     digests: dict[str, str]
+    compute_type: torch.dtype
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -86,6 +89,11 @@ class Parts:
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
+
+    def computing(self) -> AbstractContextManager:
+        """The context in which the denoiser computes in the recipe's type."""
+        half = self.compute_type == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
@@ -105,6 +113,7 @@ class Parts:
 def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     """Load the base model in fp32, its denoiser on the device; raises InputError when a part is missing or does not fit."""
     base, recipe = resolve_base(settings.base), settings.recipe()
+    require_stable_diffusion(settings.base, base)
     digests = model_digests(base)
     start = _start_folder(settings, base, digests)
     unet = UNet2DConditionModel.from_pretrained(start / _UNET[settings.role] if start else base / "unet").float()
@@ -139,7 +148,38 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
         vae=vae,
         schedule=DDPMScheduler.from_pretrained(base / "scheduler"),
         digests=digests,
+        compute_type=compute_type(recipe, torch.device(device)),
     )
+
+
+def require_stable_diffusion(name: str, base: Path) -> None:
+    """Raise InputError unless the folder has the parts of Stable Diffusion v1 or v2 and they fit each other."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (base / part).is_dir():
+            raise InputError(f"{name}: has no {part}/; give a Stable Diffusion v1 or v2 folder")
+    unet, vae, text = (read_json(base / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    if unet.get("_class_name") != "UNet2DConditionModel":
+        raise InputError(f"{name}: its unet is a {unet.get('_class_name')}; give a Stable Diffusion v1 or v2 folder")
+    if unet.get("addition_embed_type") or unet.get("class_embed_type"):
+        raise InputError(
+            f"{name}: its unet wants more than a text (SDXL does); give a Stable Diffusion v1 or v2 folder"
+        )
+    widths = unet.get("cross_attention_dim"), text.get("hidden_size")
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"{name}: its unet reads texts of width {widths[0]}, its text encoder makes {widths[1]}; mend it"
+        )
+    channels = unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")
+    if len(set(channels)) > 1:
+        raise InputError(
+            f"{name}: its unet takes {channels[0]} channels and gives {channels[1]}, latents have {channels[2]} (models for "
+            "inpainting differ so); give a Stable Diffusion v1 or v2 folder"
+        )
+    prediction = read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise InputError(
+            f"{name}: predicts {prediction}, training here is on noise; give a model that predicts epsilon"
+        )
 
 
 _UNET = {"tdm": "unet_text", "sdm": "unet"}

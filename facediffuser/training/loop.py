@@ -4,26 +4,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 
 from facediffuser.storage import open_store
-from facediffuser.training import frozen, runs
+from facediffuser.training import runs
 from facediffuser.training.ahead import ahead
-from facediffuser.training.batches import Batch, Batches, image_seed
-from facediffuser.training.denoisers import Parts, compute_type, latent_shape, load_parts
+from facediffuser.training.batches import Batch, image_seed
+from facediffuser.training.denoisers import load_parts
 from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss
 from facediffuser.training.parameters import select_trained
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.records import Records
 from facediffuser.training.settings import TrainSettings
+from facediffuser.training.speed import Speed
+from facediffuser.training.splits import split_batches
 from facediffuser.training.watching import Watcher
+from facediffuser.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +36,11 @@ class DivergedError(RuntimeError):
     """The loss is no finite number any more, or far beyond what it was; the last checkpoint is still good."""
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which of how many workers this is, and where it computes."""
-
-    rank: int = 0
-    count: int = 1
-    device: str = "cpu"
-    loaders: int = 0
-    """Processes that make batches ahead."""
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    """Makes a module sum its gradients over the workers."""
-
-
 def train_model(settings: TrainSettings, report: Report, worker: Worker | None = None) -> dict[str, Any]:
     """Train to the recipe's steps, from the last checkpoint when there is one; return role, step, loss and seconds.
 
-    `report` gets a dict of numbers every `log_every` steps: step, loss, localization, learning_rate, images_per_second.
+    `report` gets a dict of numbers every `log_every` steps: step, loss, localization,
+    learning_rate, images_per_second, waiting (the share of the time spent waiting for batches), grad_norm.
     Every random choice about an image follows from the seed and its place in the sequence of all images, so a run that was
     stopped ends as an undisturbed one, and two workers see what one with the doubled batch sees. Raises InputError for
     settings and data that do not fit, DivergedError when loss or gradient is not finite.
@@ -69,12 +56,11 @@ class _Run:
         self.parts = load_parts(settings, worker.device)
         named = select_trained(settings.role, self.parts.trained, self.recipe.train_image_encoder_layers)
         self.trained = list(named.values())
-        self.half = compute_type(self.recipe, self.device) == torch.bfloat16
-        self.batches = split_batches(settings, self.parts, "train", self.worker)
-        self.watcher = Watcher(settings, self.store, report) if self.worker.rank == 0 else None
-        self.model = worker.wrap(self.parts.denoiser)
+        self.batches = split_batches(settings, self.parts, "train", worker)
+        self.watcher: Watcher | None = None
         if self.recipe.compile:
-            self.model = torch.compile(self.model)
+            self.parts.denoiser.unet.compile()
+        self.model = worker.wrap(self.parts.denoiser)
         self.optimiser = torch.optim.AdamW(
             _groups(named, self.recipe),
             betas=(0.9, self.recipe.beta2),
@@ -88,37 +74,46 @@ class _Run:
         self.step = self.high = 0
 
     def go(self) -> dict[str, Any]:
-        started, last = time.monotonic(), {"loss": math.nan}
+        settings, steps = self.settings, self.recipe.steps
+        if self.worker.rank == 0:
+            runs.start(self.store, settings)
         self._load_last()
+        if self.worker.rank == 0:
+            self.watcher = Watcher(settings, self.store, self.report, self.step)
+        if self.step == 0:
+            self._look()
+        started, last = time.monotonic(), {"loss": math.nan}
         upcoming = ahead(self.batches, self._places(), self.worker.loaders, pin=self.device.type == "cuda")
-        while self.step < self.recipe.steps:
-            begun = time.monotonic()
-            last = self._one_step(upcoming)
-            images = self.recipe.batch_size * self.recipe.accumulate * self.worker.count
-            last["images_per_second"] = images / (time.monotonic() - begun)
-            if self.step % self.settings.log_every == 0 or self.step == self.recipe.steps:
+        speed = Speed(self.recipe.batch_size * self.recipe.accumulate * self.worker.count)
+        while self.step < steps:
+            last = self._one_step(upcoming, speed)
+            if self.step % settings.log_every == 0 or self.step == steps:
+                last |= speed.since_last()
                 self.report({"step": float(self.step), **last})
                 if self.watcher:
                     self.watcher.write(self.step, last)
-            if self.watcher and self.watcher.is_due(self.step, self.recipe.steps):
-                with self._averaged():
-                    self.watcher.look(self.step, self.recipe.steps, self.parts)
-            if self.step % self.settings.checkpoint_every == 0 and self.step < self.recipe.steps:
-                self._save_checkpoint()
-        result = {
-            "role": self.settings.role,
-            "step": self.step,
-            "loss": last["loss"],
-            "seconds": time.monotonic() - started,
-        }
+            with speed.paused():
+                self._look()
+                if self.step % settings.checkpoint_every == 0 and self.step < steps:
+                    self._save_checkpoint()
+        result = {"role": settings.role, "step": self.step, "loss": last["loss"], "seconds": time.monotonic() - started}
         self._save_checkpoint()
         if self.worker.rank == 0:
-            settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
-            record = {**result, "settings": settings, "content": self.settings.content()}
-            with self._averaged():
-                runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
-            self.watcher.close()
+            self._save_final(result)
         return result
+
+    def _look(self) -> None:
+        if self.watcher and self.watcher.is_due(self.step, self.recipe.steps):
+            with self._averaged():
+                self.watcher.look(self.step, self.recipe.steps, self.parts)
+
+    def _save_final(self, result: dict[str, Any]) -> None:
+        settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
+        used = {"device": self.device.type, "compute_type": str(self.parts.compute_type).removeprefix("torch.")}
+        record = {**result, **used, "settings": settings, "content": self.settings.content()}
+        with self._averaged():
+            runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
+        self.watcher.close()
 
     def _places(self) -> range:
         """Where this worker's batches to come begin in the sequence of all images."""
@@ -127,32 +122,42 @@ class _Run:
         all_workers = recipe.batch_size * worker.count
         return range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
 
-    def _one_step(self, upcoming: Iterator[Batch]) -> dict[str, float]:
+    def _one_step(self, upcoming: Iterator[Batch], speed: Speed) -> dict[str, float]:
         recipe = self.recipe
         share = learning_rate_share(recipe, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_rate"] * share
-        totals = {"loss": 0.0, "localization": 0.0}
         # Whatever draws numbers on the way (a model's dropout) draws the same ones after a restart.
         torch.manual_seed(image_seed(self.settings.seed, self.step))
-        for _ in range(recipe.accumulate):
-            loss, localization = self._losses(next(upcoming).to(self.device))
-            (loss / recipe.accumulate).backward()
-            totals["loss"] += float(loss.detach()) / recipe.accumulate
-            totals["localization"] += float(localization.detach()) / recipe.accumulate
-        norm = float(nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm))
-        self._require_sound(totals["loss"], norm)
+        sums = torch.zeros(2, device=self.device)
+        for part in range(recipe.accumulate):
+            with speed.waiting():
+                batch = next(upcoming)
+            with nullcontext() if part == recipe.accumulate - 1 else self._alone():
+                losses = self._losses(batch.to(self.device))
+                (losses[0] / recipe.accumulate).backward()
+            sums += torch.stack([one.detach() for one in losses]) / recipe.accumulate
+        norm = nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
+        # One look at the device's numbers a step.
+        loss, localization, norm = torch.stack([*sums, norm]).tolist()
+        self._require_sound(loss, norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        speed.step()
         self._move_average()
-        return {**totals, "learning_rate": recipe.learning_rate * share}
+        rate = recipe.learning_rate * share
+        return {"loss": loss, "localization": localization, "learning_rate": rate, "grad_norm": norm}
+
+    def _alone(self) -> AbstractContextManager:
+        """Gradients are not exchanged: those of more batches come before the step."""
+        return self.model.no_sync() if self.worker.count > 1 else nullcontext()
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         recipe, noise, times = self.recipe, batch.noise, batch.times
         noisy = self.parts.schedule.add_noise(self.parts.latents(batch), noise, times)
         text = self.parts.text(batch)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+        with self.parts.computing():
             predicted, maps = self.model(noisy, times, text, batch)
         # An image that is not to be masked, and one without subjects, count whole.
         inside = batch.areas.amax(1, keepdim=True)
@@ -211,6 +216,7 @@ class _Run:
                 "optimiser": self.optimiser.state_dict(),
             }
             runs.save_checkpoint(self.store, self.step, state, self.settings.keep_last, self.settings.keep_every)
+            self.watcher.upload()
 
     def _load_last(self) -> None:
         steps = runs.checkpoint_steps(self.store)
@@ -245,46 +251,3 @@ def _groups(named: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, An
         for part, rate in rates.items()
     ]
     return [group for group in groups if group["params"]]
-
-
-def split_batches(settings: TrainSettings, parts: Parts, split: str, worker: Worker | None = None) -> Batches:
-    """Return the batches of one split.
-
-    What the cache lacks is computed and kept; of several workers, each of which has to call this, each does its share.
-    """
-    worker, recipe = worker or Worker(device=str(parts.device)), settings.recipe()
-    records = Records(settings.data, split)
-    made: dict[str, Any] = {}
-    if settings.precompute:
-        made = _precomputed(settings, parts, records, worker)
-    else:
-        parts.vae.to(worker.device)
-        parts.text_encoder.to(worker.device)
-    size = parts.denoiser.image_encoder.config.image_size if settings.role == "sdm" else 0
-    shape = latent_shape(parts.vae, recipe.resolution)
-    return Batches(recipe, settings.seed, records, shape, parts.tokenizer, size, **made)
-
-
-def _precomputed(settings: TrainSettings, parts: Parts, records: Records, worker: Worker) -> dict[str, Any]:
-    cache, resolution, captions = frozen.open_cache(settings), settings.recipe().resolution, records.captions()
-    digests, share = parts.digests, (worker.rank, worker.count)
-    moments = frozen.moments_name(records, digests["vae"], resolution)
-    texts = frozen.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"])
-    with _visiting(parts.vae, worker.device) as vae:
-        frozen.fill(
-            cache, moments, len(records), lambda some: frozen.encode_pictures(records, some, vae, resolution), share
-        )
-    with _visiting(parts.text_encoder, worker.device) as encoder:
-        encode = partial(frozen.encode_captions, captions, tokenizer=parts.tokenizer, text_encoder=encoder)
-        frozen.fill(cache, texts, len(captions), encode, share)
-    if worker.count > 1:
-        torch.distributed.barrier()
-    embeddings = frozen.CaptionEmbeddings(captions, frozen.read(cache, texts, len(captions)))
-    return {"moments": frozen.read(cache, moments, len(records)), "texts": embeddings}
-
-
-@contextmanager
-def _visiting(module: nn.Module, device: str) -> Iterator[nn.Module]:
-    """A frozen part on the device for as long as the block lasts: the memory is wanted for what trains."""
-    yield module.to(device)
-    module.cpu()

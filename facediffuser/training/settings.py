@@ -30,7 +30,8 @@ class TrainSettings(_overrides(Recipe)):
     base: str = Field(min_length=1, description="base model: a diffusers folder, an s3:// URL, a hub id, or miniature")
     output: str = Field(min_length=1, description="where the run goes: a folder or s3://bucket/prefix")
     start_from: str | None = Field(
-        None, description="model folder, s3:// URL, hub id or miniature: its TDM or SDM is trained on (default: the base's parts)"
+        None,
+        description="model folder, s3:// URL, hub id or miniature: its TDM or SDM is trained on (default: the base's parts)",
     )
     image_encoder: str = Field(
         "openai/clip-vit-large-patch14",

@@ -12,13 +12,14 @@ from PIL import Image
 
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.preprocess.faces import crop_square
-from facediffuser.storage import Store
-from facediffuser.training.batches import Batches
+from facediffuser.storage import Store, open_store
+from facediffuser.training.batches import Batch
 from facediffuser.training.conditioning import mark_caption
 from facediffuser.training.denoisers import Parts
 from facediffuser.training.losses import noise_loss
 from facediffuser.training.records import Records
 from facediffuser.training.settings import TrainSettings
+from facediffuser.training.splits import split_batches
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,16 @@ GAP = 4
 class Watcher:
     """Writes a run's numbers to TensorBoard files and, as often as the settings say, validation losses and samples."""
 
-    def __init__(self, settings: TrainSettings, store: Store, report: Callable[[dict[str, float]], None]):
+    def __init__(
+        self, settings: TrainSettings, store: Store, report: Callable[[dict[str, float]], None], step: int = 0
+    ):
+        """`step`: the one the run goes on from; what an earlier process wrote beyond it is not shown."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.settings, self.store, self.report = settings, store, report
         self._folder = tempfile.TemporaryDirectory(prefix="facediffuser-tensorboard-")
-        self._writer = SummaryWriter(self._folder.name)
-        self._batches: Batches | None = None
+        self._writer = SummaryWriter(self._folder.name, purge_step=step + 1 if step else None)
+        self._batches: list[Batch] = []
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Add numbers of one step to the TensorBoard files."""
@@ -59,6 +63,9 @@ class Watcher:
         finally:
             torch.set_rng_state(state)
             parts.denoiser.train()
+            if self.settings.precompute:
+                parts.vae.cpu()
+                parts.text_encoder.cpu()
         self.upload()
 
     def upload(self) -> None:
@@ -74,22 +81,16 @@ class Watcher:
         self._folder.cleanup()
 
     def _validate(self, step: int, parts: Parts) -> None:
-        from facediffuser.training.loop import split_batches
-
         if not self.store_has_test():
             return
-        if self._batches is None:
-            self._batches = split_batches(self.settings, parts, "test")
-        count = min(self.settings.validation_images, len(self._batches.records))
-        loss = validation_loss(self._batches, parts, count, self.settings.recipe().batch_size)
+        self._batches = self._batches or validation_batches(self.settings, parts)
+        loss, count = validation_loss(self._batches, parts), sum(len(batch.noise) for batch in self._batches)
         self.write(step, {"validation_loss": loss})
         logger.info("step %d: validation loss %.4f on %d images", step, loss, count)
         self.report({"step": float(step), "validation_loss": loss})
 
     def store_has_test(self) -> bool:
         """Whether the prepared data has a test split."""
-        from facediffuser.storage import open_store
-
         return bool(open_store(self.settings.data).list("test/"))
 
     def _sample(self, step: int, parts: Parts) -> None:
@@ -104,22 +105,29 @@ def _due(step: int, steps: int, every: int) -> bool:
     return bool(every) and (step % every == 0 or step == steps)
 
 
-@torch.no_grad()
-def validation_loss(batches: Batches, parts: Parts, count: int, batch_size: int) -> float:
-    """Return the mean noise loss of the first `count` rows at fixed timesteps with fixed noise.
+def validation_batches(settings: TrainSettings, parts: Parts) -> list[Batch]:
+    """Return the first rows of the test split: every caption told, every subject with its reference as it is."""
+    batches, size = split_batches(settings, parts, "test"), settings.recipe().batch_size
+    rows = range(min(settings.validation_images, len(batches.records)))
+    some = (list(rows[start : start + size]) for start in range(0, len(rows), size))
+    return [batches.make(these, these, plain=True) for these in some]
 
-    Every caption is told, every subject carries its reference as it is, and the loss is over the whole image.
-    """
-    total = 0.0
-    for time in VALIDATION_TIMES:
-        for start in range(0, count, batch_size):
-            rows = list(range(start, min(start + batch_size, count)))
-            batch = batches.make(rows, [row * 1000 + time for row in rows], plain=True).to(parts.device)
-            times = torch.full_like(batch.times, time)
-            noisy = parts.schedule.add_noise(parts.latents(batch), batch.noise, times)
-            predicted, _ = parts.denoiser(noisy, times, parts.text(batch), batch)
-            total += float(noise_loss(predicted, batch.noise).sum())
-    return total / (count * len(VALIDATION_TIMES))
+
+@torch.no_grad()
+def validation_loss(batches: Sequence[Batch], parts: Parts) -> float:
+    """Return the mean noise loss of some batches at VALIDATION_TIMES with fixed noise, over the whole images."""
+    losses = []
+    for batch in batches:
+        generator = torch.Generator().manual_seed(0)
+        moved = batch.to(parts.device)
+        latents, text = parts.latents(moved), parts.text(moved)
+        for time in VALIDATION_TIMES:
+            noise = torch.randn(batch.noise.shape, generator=generator).to(parts.device)
+            times = torch.full_like(moved.times, time)
+            with parts.computing():
+                predicted, _ = parts.denoiser(parts.schedule.add_noise(latents, noise, times), times, text, moved)
+            losses.append(noise_loss(predicted, noise))
+    return float(torch.cat(losses).mean())
 
 
 def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Image.Image:

@@ -1,0 +1,126 @@
+"""What a training refuses: one line that names the thing and the mend, nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from training.made import write_prepared
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.schema import PREPARED_SCHEMA, SCHEMA_KEY
+from facediffuser.storage import open_store
+from facediffuser.training import runs
+from facediffuser.training.loop import train_model
+from facediffuser.training.settings import TrainSettings
+
+
+def refusal(settings: TrainSettings) -> str:
+    """Return the one line a training is refused with; nothing may have been written."""
+    with pytest.raises(InputError) as refused:
+        train_model(settings, lambda numbers: None)
+    assert not open_store(settings.output).list("")
+    line = str(refused.value)
+    assert line and "\n" not in line
+    return line
+
+
+@pytest.fixture
+def changed(base, tmp_path):
+    """A function that copies the base and changes a part's configuration."""
+
+    def change(part: str, file: str = "config.json", **values) -> str:
+        other = Path(shutil.copytree(base, tmp_path / "base"))
+        config = json.loads((other / part / file).read_text())
+        (other / part / file).write_text(json.dumps(config | values))
+        return str(other)
+
+    return change
+
+
+def test_no_prepared_data(settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "facediffuser preprocess" in refusal(settings("tdm", data=str(tmp_path / "empty")))
+    assert "facediffuser preprocess" in refusal(settings("tdm", data=str(tmp_path / "nowhere")))
+
+
+def test_prepared_data_of_another_schema_version(settings, prepared, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(prepared / "train" / "part-00000.parquet").to_pylist()
+    old = pa.schema(PREPARED_SCHEMA).with_metadata({**PREPARED_SCHEMA.metadata, SCHEMA_KEY: b"0"})
+    write_prepared(tmp_path / "old", rows, old)
+    line = refusal(settings("tdm", data=str(tmp_path / "old")))
+    assert "version 0" in line and "prepare it again" in line
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_base_without_one_of_its_parts(settings, base, tmp_path, part):
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    shutil.rmtree(other / part)
+    assert f"has no {part}/" in refusal(settings("tdm", base=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "told"),
+    [
+        ("unet", {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
+        ("unet", {"addition_embed_type": "text_time"}, "SDXL"),
+        ("unet", {"cross_attention_dim": 40}, "width 40"),
+        ("unet", {"in_channels": 9}, "9 channels"),
+    ],
+)
+def test_a_base_that_is_not_shaped_like_stable_diffusion(settings, changed, part, values, told):
+    line = refusal(settings("tdm", base=changed(part, **values)))
+    assert told in line
+
+
+def test_a_base_that_predicts_something_else_than_noise(settings, changed):
+    other = changed("scheduler", "scheduler_config.json", prediction_type="v_prediction")
+    assert "v_prediction" in refusal(settings("tdm", base=other))
+
+
+def test_an_image_encoder_of_another_width(settings, base, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    shutil.rmtree(other / "image_encoder")
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=40,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(other / "image_encoder")
+    assert "40 numbers" in refusal(settings("sdm", base=str(other)))
+
+
+def test_an_output_that_holds_another_run_is_refused_with_the_difference(settings):
+    train_model(settings("tdm", steps=1), lambda numbers: None)
+    store = open_store(settings("tdm").output)
+    with pytest.raises(InputError, match="--resume"):
+        runs.require_startable(store, settings("tdm"))
+    for other, told in (({"seed": 3}, "seed was 0, now 3"), ({"batch_size": 1}, "batch_size was 2, now 1")):
+        with pytest.raises(InputError, match=told):
+            runs.require_startable(store, settings("tdm", resume=True, **other))
+    with pytest.raises(InputError, match="role was 'tdm', now 'sdm'"):
+        runs.require_startable(store, settings("sdm", resume=True))
+
+
+def test_a_run_without_a_checkpoint_yet_may_be_gone_on_with_and_only_as_it_was(settings):
+    chosen = settings("tdm", resume=True)
+    runs.start(open_store(chosen.output), chosen)
+    runs.require_startable(open_store(chosen.output), chosen)
+    with pytest.raises(InputError, match="seed"):
+        runs.require_startable(open_store(chosen.output), settings("tdm", resume=True, seed=1))
+
+
+def test_an_output_that_holds_something_else(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="something else"):
+        runs.require_startable(open_store(tmp_path / "run"), settings())
+
+
+def test_a_preset_of_the_other_role():
+    with pytest.raises(ValueError, match="paper-sdm is not for the tdm"):
+        TrainSettings(role="tdm", data="d", base="b", output="o", preset="paper-sdm")
