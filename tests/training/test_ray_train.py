@@ -1,11 +1,16 @@
-"""The stage on Ray Train: two workers, and errors that come out as what they are."""
+"""The stage on Ray Train: two workers, a lost one, and errors that come out as what they are."""
+
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from training.test_loop import weights
+from training.test_loop import same, weights
 
 from facediffuser.errors import InputError
 from facediffuser.training.loop import DivergedError, train_model
+from tasks import train
 from tasks.train import train_on_ray
 
 
@@ -34,3 +39,43 @@ def test_a_run_that_has_ended_is_left_as_it_is(ray_session, settings, tmp_path):
 def test_errors_of_the_workers_come_out_as_what_they_are_and_are_not_tried_again(ray_session, settings, given, kind):
     with pytest.raises(kind):
         train_on_ray.fn(settings("tdm", steps=30, warmup_steps=0, workers=1, **given))
+
+
+@pytest.mark.slow  # Ray Train starts its workers twice, which takes most of a minute.
+def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undisturbed_one(
+    ray_session, settings, tmp_path, monkeypatch
+):
+    work, mark = train._work, tmp_path / "killed"
+
+    def work_killed_once(config: dict) -> None:
+        from facediffuser.training import runs
+
+        save = runs.save_checkpoint
+
+        def save_then_die(store, step, *given) -> None:
+            save(store, step, *given)
+            if step == 4 and not Path(mark).exists():
+                Path(mark).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        runs.save_checkpoint = save_then_die
+        try:
+            work(config)
+        finally:
+            runs.save_checkpoint = save
+
+    given = dict(steps=6, checkpoint_every=2, workers=1, cpus_per_worker=1)
+    train_model(settings("sdm", output=str(tmp_path / "whole"), **given), lambda numbers: None)
+    monkeypatch.setattr(train, "_work", work_killed_once)
+    result = train_on_ray.fn(settings("sdm", output=str(tmp_path / "run"), **given))
+    assert mark.exists() and result["step"] == 6
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.slow  # Two trainings at once on Ray Train.
+def test_both_models_train_side_by_side(ray_session, prefect_harness, settings, tmp_path):
+    from flows.train import train as flow
+
+    results = flow(settings("both", steps=2, seed=3, loaders=1, output=str(tmp_path / "run")))
+    assert {role: result["step"] for role, result in results.items()} == {"tdm": 2, "sdm": 2}
+    assert all((tmp_path / "run" / role / "final" / "training.json").exists() for role in ("tdm", "sdm"))
