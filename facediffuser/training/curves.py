@@ -41,15 +41,15 @@ def read_runs(urls: Sequence[str]) -> list[Run]:
     runs = []
     for url in urls:
         store = open_store(url)
-        inside = [one for one in (store, store.child("tdm"), store.child("sdm")) if one.exists(RUN)]
+        inside = [one for one in (store, store.child("tdm"), store.child("sdm")) if one.list("tensorboard/")]
         if not inside:
-            raise InputError(f"{url}: no run.json there; give what `facediffuser train` wrote to")
+            raise InputError(f"{url}: no tensorboard/ there; give what `facediffuser train` wrote to")
         runs += [_read(one) for one in inside]
     return runs
 
 
 def _read(store: Store) -> Run:
-    role = json.loads(store.get(RUN))["content"]["role"]
+    role = json.loads(store.get(RUN))["content"]["role"] if store.exists(RUN) else store.url.rpartition("/")[2]
     samples = {
         int(Path(one.key).stem.removeprefix("step-")): Image.open(io.BytesIO(store.get(one.key))).convert("RGB")
         for one in store.list("samples/")

@@ -98,8 +98,8 @@ class Parts:
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
         """Return the batch's latents, scaled, (b, c, h, w) fp32."""
-        moments = encode_moments(self.vae, batch.pixels) if batch.moments is None else batch.moments.float()
-        mean, logvar = moments.chunk(2, dim=1)
+        moments = encode_moments(self.vae, batch.pixels) if batch.moments is None else batch.moments
+        mean, logvar = moments.float().chunk(2, dim=1)
         return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * batch.draw) * self.vae.config.scaling_factor
 
     @torch.no_grad()

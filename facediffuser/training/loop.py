@@ -45,10 +45,12 @@ def train_model(settings: TrainSettings, report: Report, worker: Worker | None =
     stopped ends as an undisturbed one, and two workers see what one with the doubled batch sees. Raises InputError for
     settings and data that do not fit, DivergedError when loss or gradient is not finite.
     """
-    return _Run(settings, worker or Worker(), report).go()
+    return TrainingRun(settings, worker or Worker(), report).go()
 
 
-class _Run:
+class TrainingRun:
+    """A run of one worker: `go` for all of it, or `one_step` after another on what `upcoming` gives."""
+
     def __init__(self, settings: TrainSettings, worker: Worker, report: Report):
         self.settings, self.recipe, self.worker, self.report = settings, settings.recipe(), worker, report
         self.device = torch.device(worker.device)
@@ -83,10 +85,10 @@ class _Run:
         if self.step == 0:
             self._look()
         started, last = time.monotonic(), {"loss": math.nan}
-        upcoming = ahead(self.batches, self._places(), self.worker.loaders, pin=self.device.type == "cuda")
+        upcoming = self.upcoming()
         speed = Speed(self.recipe.batch_size * self.recipe.accumulate * self.worker.count)
         while self.step < steps:
-            last = self._one_step(upcoming, speed)
+            last = self.one_step(upcoming, speed)
             if self.step % settings.log_every == 0 or self.step == steps:
                 last |= speed.since_last()
                 self.report({"step": float(self.step), **last})
@@ -115,14 +117,16 @@ class _Run:
             runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
         self.watcher.close()
 
-    def _places(self) -> range:
-        """Where this worker's batches to come begin in the sequence of all images."""
+    def upcoming(self) -> Iterator[Batch]:
+        """Return this worker's batches from the step it is at, made ahead."""
         recipe, worker = self.recipe, self.worker
         first, last = (step * recipe.accumulate for step in (self.step, recipe.steps))
         all_workers = recipe.batch_size * worker.count
-        return range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
+        places = range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
+        return ahead(self.batches, places, worker.loaders, pin=self.device.type == "cuda")
 
-    def _one_step(self, upcoming: Iterator[Batch], speed: Speed) -> dict[str, float]:
+    def one_step(self, upcoming: Iterator[Batch], speed: Speed) -> dict[str, float]:
+        """Learn from the next batches; return loss, localization, learning_rate and grad_norm."""
         recipe = self.recipe
         share = learning_rate_share(recipe, self.step)
         for group in self.optimiser.param_groups:
@@ -134,7 +138,7 @@ class _Run:
             with speed.waiting():
                 batch = next(upcoming)
             with nullcontext() if part == recipe.accumulate - 1 else self._alone():
-                losses = self._losses(batch.to(self.device))
+                losses = self.losses(batch.to(self.device))
                 (losses[0] / recipe.accumulate).backward()
             sums += torch.stack([one.detach() for one in losses]) / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
@@ -153,12 +157,12 @@ class _Run:
         """Gradients are not exchanged: those of more batches come before the step."""
         return self.model.no_sync() if self.worker.count > 1 else nullcontext()
 
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a batch's gradient is of, and its localization loss by itself."""
         recipe, noise, times = self.recipe, batch.noise, batch.times
-        noisy = self.parts.schedule.add_noise(self.parts.latents(batch), noise, times)
-        text = self.parts.text(batch)
         with self.parts.computing():
-            predicted, maps = self.model(noisy, times, text, batch)
+            noisy = self.parts.schedule.add_noise(self.parts.latents(batch), noise, times)
+            predicted, maps = self.model(noisy, times, self.parts.text(batch), batch)
         # An image that is not to be masked, and one without subjects, count whole.
         inside = batch.areas.amax(1, keepdim=True)
         mask = torch.where(batch.masked[:, None, None, None], inside, 1.0) if self.settings.role == "sdm" else None

@@ -29,4 +29,4 @@ def test_curves_and_samples_of_a_run_that_was_gone_on_with(settings, tmp_path):
 
 def test_a_folder_without_a_run_is_one_clear_line(tmp_path, capsys):
     assert curves.main([str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 2
-    assert "no run.json" in capsys.readouterr().err
+    assert "no tensorboard/" in capsys.readouterr().err
