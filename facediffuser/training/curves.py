@@ -85,12 +85,12 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     for row, run in zip(axes, runs, strict=True):
         for axis, name in zip(row, panels, strict=True):
             points = run.numbers.get(name, {})
+            if not any(points.values()):
+                axis.set_visible(False)
+                continue
             axis.set_title(f"{run.name}: {PANELS[name]}", fontsize=9)
             axis.tick_params(labelsize=7)
             axis.set_xlabel("step", fontsize=8)
-            if not any(points.values()):
-                axis.set_axis_off()
-                continue
             steps, values = np.array(list(points)), np.array(list(points.values()))
             if name == "validation_loss":
                 axis.plot(steps, values, marker="o", markersize=3, color="tab:red")
