@@ -3,8 +3,8 @@
 import io
 from collections.abc import Mapping
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.schema import DATASET_SCHEMA
@@ -20,6 +20,8 @@ class Added:
 
     def __init__(self, tables: Mapping[str, pa.Table]):
         self.tables = dict(tables)
+        self._next: dict[str, int] = {}
+        self._sorted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         fields: dict[str, pa.Field] = {}
         for key, table in self.tables.items():
             for field in table.schema:
@@ -30,12 +32,31 @@ class Added:
         self.schema = pa.schema(list(fields.values()))
 
     def of(self, sample_ids: pa.Array | pa.ChunkedArray) -> pa.Table:
-        """Return the added columns of rows by their ids, in that order; null for a row that has none."""
-        columns = {}
-        for table in self.tables.values():
-            places = pc.index_in(sample_ids, value_set=table[KEY].combine_chunks())
-            columns |= {name: table[name].take(places) for name in table.column_names if name != KEY}
+        """Return the added columns of rows by their ids, in that order; null for a row that has none.
+
+        Quick for rows asked for in the order they were added in, piece by piece, as one reads a dataset.
+        """
+        columns, wanted = {}, pa.chunked_array(sample_ids if isinstance(sample_ids, pa.ChunkedArray) else [sample_ids])
+        for key, table in self.tables.items():
+            found = table.slice(self._next.get(key, 0), len(wanted))
+            if found[KEY] == wanted:
+                self._next[key] = self._next.get(key, 0) + len(wanted)
+            else:
+                found = table.take(self._places(key, wanted))
+            columns |= {name: found[name] for name in table.column_names if name != KEY}
         return pa.table(columns)
+
+    def _places(self, key: str, wanted: pa.ChunkedArray) -> pa.Array:
+        """Where in a table the ids are, null for one that is not there; sorted once, so that each look is short."""
+        if key not in self._sorted:
+            ids = self.tables[key][KEY].to_numpy(zero_copy_only=False)
+            order = np.argsort(ids, kind="stable")
+            self._sorted[key] = (ids[order], order)
+        ids, order = self._sorted[key]
+        asked = wanted.to_numpy(zero_copy_only=False)
+        at = np.minimum(np.searchsorted(ids, asked), max(len(ids) - 1, 0))
+        absent = ids[at] != asked if len(ids) else np.ones(len(asked), bool)
+        return pa.array(order[at] if len(ids) else np.zeros(len(asked), np.int64), mask=absent)
 
     def digests(self) -> dict[str, str]:
         """Return what the files say of the scorers that made them."""

@@ -21,6 +21,8 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
 
     suites_given = several(settings.benchmark)
     subjects = len(read_subjects(settings.subjects)) if suites_given else 0
+    # One table has one set of scorers: what scores other systems' images scores these too.
+    scorers = settings.scorers if settings.images or "scorers" in settings.model_fields_set else None
     runs = []
     for suite in suites_given:
         file = prompts_file(suite)
@@ -48,7 +50,7 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
                     cpus_per_worker=settings.cpus_per_worker,
                     shard_size=settings.shard_size,
                     batch_size=settings.generate_batch_size,
-                    scorers=settings.scorers if "scorers" in settings.model_fields_set else None,
+                    scorers=scorers,
                 )
             )
     places = [run.output for run in runs]

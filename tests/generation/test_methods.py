@@ -64,6 +64,13 @@ def test_every_suite_and_method_is_a_run_of_its_own(settings):
     assert len({run.output for run in runs}) == 4 and {run.subject_sets for run in runs} == {1}
 
 
+def test_images_of_other_systems_are_scored_by_the_same_scorers(settings):
+    given = settings.model_dump(exclude_unset=True, exclude={"scorers"})
+    assert {run.scorers for run in benchmark_runs(EvaluateSettings(**given))} == {None}  # those of the models
+    beside = EvaluateSettings(**given, images="theirs=out/theirs", prompts="single-30")
+    assert {run.scorers for run in benchmark_runs(beside)} == {"paper"}
+
+
 def test_more_subjects_than_there_are_is_told_before_anything_is_made(settings, tmp_path):
     wanted = save_prompts(tmp_path / "three.jsonl", [{"prompt": "{subject_1}, {subject_2} and {subject_3}"}])
     with pytest.raises(InputError, match="2 subjects, and .*three.jsonl shows 3 in an image"):
