@@ -21,8 +21,10 @@ from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.miniature.render import person, render
 from facediffuser.scoring import Scorers, load_scorers
 from facediffuser.scoring.columns import Sharpness
-from facediffuser.scoring.copies import CopySettings, TrainingFaces, find_copies, nearest
+from facediffuser.scoring.copies import CopySettings, find_copies
 from facediffuser.scoring.evaluation import pick_device
+from facediffuser.scoring.likeness import nearest
+from facediffuser.scoring.training_faces import TrainingFaces
 from facediffuser.storage import open_store
 
 FIRST_PERSON = 70_000_000

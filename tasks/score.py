@@ -8,8 +8,10 @@ from facediffuser.dataset.survey import count_rows
 from facediffuser.scoring import load_scorers
 from facediffuser.scoring.adding import ScoreSettings, add_columns
 from facediffuser.scoring.columns import load_columns
-from facediffuser.scoring.copies import CopySettings, count_training, find_copies, training_faces
-from facediffuser.scoring.evaluation import pick_device, several
+from facediffuser.scoring.copies import CopySettings, find_copies
+from facediffuser.scoring.evaluation import pick_device
+from facediffuser.scoring.settings import several
+from facediffuser.scoring.training_faces import count_training, training_faces
 from facediffuser.storage import open_store
 from tasks.progress import Progress
 

@@ -11,8 +11,8 @@ from facediffuser.dataset.added import write_added
 from facediffuser.dataset.survey import row_groups
 from facediffuser.errors import InputError
 from facediffuser.scoring.columns import ColumnScorer, column_scores, short_name
-from facediffuser.scoring.evaluation import dataset_pictures
 from facediffuser.scoring.external import without_markers
+from facediffuser.scoring.sources import dataset_pictures
 from facediffuser.storage import Store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")

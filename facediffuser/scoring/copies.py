@@ -1,9 +1,7 @@
 """Honesty checks of a finished dataset: copied training faces, pasted references, near-duplicate images."""
 
 import io
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,21 +9,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from facediffuser.dataset.inputs import PICTURE_SUFFIXES
 from facediffuser.dataset.survey import row_groups
 from facediffuser.errors import InputError
 from facediffuser.scoring.identity import IdentityScorer
-from facediffuser.storage import Store, open_store
+from facediffuser.scoring.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
+from facediffuser.scoring.training_faces import TrainingFaces
+from facediffuser.storage import Store
 
-logger = logging.getLogger(__name__)
-
-THUMBNAIL = 16
-FACE_SIDE = 24
-SEARCH_MARGIN, SEARCH_SIDES = 0.15, (27, 29, 30, 32, 34, 36)
-EXACT = 50_000
 BATCH = 64
 SEEN_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
-FEW_CLUSTERS = 39  # training points of each cluster that faiss asks for
 
 
 class CopySettings(BaseModel):
@@ -50,14 +42,6 @@ class CopySettings(BaseModel):
         0.99, ge=0, le=1, description="flag images with another this alike (correlation)"
     )
     device: str = Field("auto", description="where the face network runs: auto, cpu, cuda, ...")
-
-
-@dataclass(frozen=True)
-class TrainingFaces:
-    """Unit vectors (n, d) of the faces in a training set, and the picture each was found in."""
-
-    vectors: np.ndarray
-    names: list[str]
 
 
 def find_copies(
@@ -144,78 +128,6 @@ def _duplicates(ids: list[str], thumbnails: np.ndarray, seen: list[bool], thresh
     }
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cosines (q, count), highest first, and places (q, count) of the `vectors` nearest to `queries`.
-
-    All rows are unit vectors. Exact up to 50,000 vectors; of more, faiss searches the clusters that lie nearest, which
-    finds almost all of what an exact search would. A place is -1 where there are fewer vectors.
-    """
-    import faiss
-
-    vectors, queries = (np.ascontiguousarray(values, np.float32) for values in (vectors, queries))
-    size = vectors.shape[1]
-    index = faiss.IndexFlatIP(size)
-    if len(vectors) > EXACT:
-        clusters = int(min(4 * len(vectors) ** 0.5, len(vectors) / FEW_CLUSTERS))
-        index = faiss.IndexIVFFlat(index, size, clusters, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-        index.nprobe = 32
-    index.add(vectors)
-    return index.search(queries, count)
-
-
-def thumbnail(picture: Image.Image) -> np.ndarray:
-    """Return what two pictures are told alike by: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
-
-    Another size, another encoding, another brightness or contrast change it hardly.
-    """
-    small = picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return _unit(np.asarray(small, np.float32).transpose(2, 0, 1))
-
-
-def pixel_likeness(picture: Image.Image, box: Sequence[float], faces: Sequence[np.ndarray]) -> float:
-    """Return how much the face in `box` has the pixels of any reference's face (24, 24, 3) of `faces`, 0..1.
-
-    It is the highest correlation over the shifts and sizes by which two finds of one face differ; a person drawn anew
-    in another light and turn stays well below a pasted one.
-    """
-    wanted = np.stack([_unit(face.astype(np.float32).transpose(2, 0, 1)) for face in faces])
-    around, best = _grown(box, SEARCH_MARGIN), 0.0
-    for side in SEARCH_SIDES:
-        pixels = np.asarray(_cut(picture, around, side), np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(pixels, (FACE_SIDE, FACE_SIDE), axis=(0, 1))
-        windows = windows.reshape(-1, 3, FACE_SIDE * FACE_SIDE)
-        windows = (windows - windows.mean(-1, keepdims=True)).reshape(len(windows), -1)
-        lengths = np.maximum(np.linalg.norm(windows, axis=1, keepdims=True), 1e-6)
-        best = max(best, float((windows @ wanted.T / lengths).max()))
-    return min(best, 1.0)
-
-
-def face_pixels(picture: Image.Image, box: Sequence[float]) -> np.ndarray:
-    """Return the picture inside a face box as (24, 24, 3) uint8."""
-    return np.asarray(_cut(picture, box, FACE_SIDE))
-
-
-def _cut(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image:
-    # `resize` takes fractions of pixels, so that a box's rounding does not shift what is compared.
-    width, height = picture.size
-    left, top = (min(max(box[axis], 0.0), picture.size[axis] - 1.0) for axis in (0, 1))
-    right, bottom = max(min(box[2], width), left + 1.0), max(min(box[3], height), top + 1.0)
-    inside = (left, top, min(right, width), min(bottom, height))
-    return picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=inside)
-
-
-def _grown(box: Sequence[float], share: float) -> tuple[float, float, float, float]:
-    across, down = (box[2] - box[0]) * share, (box[3] - box[1]) * share
-    return box[0] - across, box[1] - down, box[2] + across, box[3] + down
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (3, h, w) as a unit vector, each channel less its mean."""
-    vector = (pixels - pixels.mean(axis=(1, 2), keepdims=True)).ravel()
-    return vector / max(float(np.linalg.norm(vector)), 1e-6)
-
-
 def reference_faces(store: Store, identity: IdentityScorer) -> dict[str, list[np.ndarray]]:
     """Return subject id -> the faces (24, 24, 3) of a dataset's reference pictures; empty without subjects.parquet."""
     if not store.exists("subjects.parquet"):
@@ -241,75 +153,3 @@ def _batches(store: Store) -> Iterator[list[dict]]:
 def _picture(row: Mapping) -> Image.Image | None:
     data = (row["image"] or {}).get("bytes")
     return Image.open(io.BytesIO(data)).convert("RGB") if data else None
-
-
-# --- the training set -------------------------------------------------------------------------------------------------
-
-
-def training_faces(
-    url: str, identity: IdentityScorer, advance: Callable[[int], None] = lambda count: None
-) -> TrainingFaces:
-    """Return the faces of a training set: prepared Parquet, whose boxes are known, or a folder of pictures.
-
-    InputError when there is neither, or no face in any picture.
-    """
-    store, prepared, pictures = _training_keys(url)
-    vectors, names = [], []
-    batches = _prepared(store, prepared) if prepared else _photographs(store, pictures, identity)
-    for batch in batches:
-        crops = [identity.crop(picture, box, identity.crop_size) for _, picture, boxes in batch for box in boxes]
-        names += [name for name, _, boxes in batch for _ in boxes]
-        if crops:
-            vectors.append(identity.embed_crops(crops))
-        advance(len(batch))
-    if not names:
-        raise InputError(f"{url}: no face in any of its pictures; give the photographs the models were trained on")
-    logger.info("%s: %d training faces", url, len(names))
-    return TrainingFaces(np.concatenate(vectors), names)
-
-
-def count_training(url: str) -> int:
-    """Return how many pictures a training set holds; InputError when it holds none."""
-    store, prepared, pictures = _training_keys(url)
-    filesystem, base = store.arrow()
-    if not prepared:
-        return len(pictures)
-    return sum(pq.read_metadata(f"{base}/{key}", filesystem=filesystem).num_rows for key in prepared)
-
-
-def _training_keys(url: str) -> tuple[Store, list[str], list[str]]:
-    """The store, its prepared Parquet, its pictures."""
-    store = open_store(url)
-    store.require_readable()
-    keys = [info.key for info in store.list()]
-    prepared = [key for key in keys if key.startswith(("train/", "test/")) and key.endswith(".parquet")]
-    pictures = [key for key in keys if key.lower().endswith(PICTURE_SUFFIXES)]
-    if not prepared and not pictures:
-        raise InputError(f"{url}: no train/*.parquet and no pictures; give preprocess's output or the photographs")
-    return store, prepared, pictures
-
-
-def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
-    filesystem, base = store.arrow()
-    for key in keys:
-        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
-            for batch in file.iter_batches(BATCH, columns=["image_id", "image", "faces"]):
-                yield [
-                    (
-                        row["image_id"],
-                        Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"),
-                        [face["box"] for face in row["faces"] or []],
-                    )
-                    for row in batch.to_pylist()
-                ]
-
-
-def _photographs(store: Store, keys: list[str], identity: IdentityScorer) -> Iterator[list[tuple]]:
-    for start in range(0, len(keys), BATCH):
-        some = keys[start : start + BATCH]
-        pictures = [Image.open(io.BytesIO(store.get(key))).convert("RGB") for key in some]
-        found = identity.detector.detect(pictures)
-        yield [
-            (key, picture, [face.box for face in faces])
-            for key, picture, faces in zip(some, pictures, found, strict=True)
-        ]

@@ -6,7 +6,7 @@ from facediffuser.dataset.inputs import read_prompts, read_subjects
 from facediffuser.errors import InputError
 from facediffuser.generation.settings import GenerateSettings
 from facediffuser.scoring.benchmarks import prompts_file, suites
-from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.scoring.settings import EvaluateSettings, several
 
 MOST_SUBJECTS = 4
 
@@ -17,8 +17,6 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     The dataset of a method goes to `images/<suite>/<method>` of the output. Raises InputError for suites that cannot be
     read or ask for more subjects than there are.
     """
-    from facediffuser.scoring.evaluation import several
-
     suites_given = several(settings.benchmark)
     subjects = len(read_subjects(settings.subjects)) if suites_given else 0
     # One table has one set of scorers: what scores other systems' images scores these too.

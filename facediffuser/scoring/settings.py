@@ -79,7 +79,7 @@ class EvaluateSettings(BenchmarkSettings):
         for name in ("models", "subjects", "output"):
             if self.benchmark and not getattr(self, name):
                 raise ValueError(f"--benchmark needs --{name}")
-        unknown = [name for name in self.methods.split(",") if name.strip() not in METHODS]
+        unknown = [name for name in several(self.methods) if name not in METHODS]
         if self.benchmark and unknown:
             raise ValueError(f"method {unknown[0]!r}: no such sampler; give some of {', '.join(METHODS)}")
         if self.images and not self.subjects:
@@ -87,3 +87,8 @@ class EvaluateSettings(BenchmarkSettings):
         if self.images and not (self.prompts or self.index):
             raise ValueError("--images needs --prompts, or an --index with a column prompt")
         return self
+
+
+def several(text: str | None) -> list[str]:
+    """Return the parts of a list with commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

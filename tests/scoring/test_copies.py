@@ -13,10 +13,12 @@ from facediffuser.dataset.added import write_added
 from facediffuser.dataset.card import write_card
 from facediffuser.errors import InputError
 from facediffuser.preprocess.schema import PREPARED_SCHEMA
-from facediffuser.scoring import copies
-from facediffuser.scoring.copies import CopySettings, find_copies, nearest, thumbnail, training_faces
+from facediffuser.scoring import likeness
+from facediffuser.scoring.copies import CopySettings, find_copies
 from facediffuser.scoring.evaluation import Evaluator
+from facediffuser.scoring.likeness import nearest, thumbnail
 from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.scoring.training_faces import training_faces
 from facediffuser.storage import open_store
 from flows.cli import main
 
@@ -168,7 +170,7 @@ def test_of_many_vectors_almost_all_nearest_ones_are_found(monkeypatch):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     exact = (vectors[:200] @ vectors.T).argmax(1)
     assert (nearest(vectors, vectors[:200], 1)[1][:, 0] == exact).all()
-    monkeypatch.setattr(copies, "EXACT", 1000)
+    monkeypatch.setattr(likeness, "EXACT", 1000)
     noisy = vectors[:200] + 0.05 * generator.standard_normal((200, 32)).astype(np.float32)
     assert (nearest(vectors, noisy, 1)[1][:, 0] == (noisy @ vectors.T).argmax(1)).mean() > 0.95
 
