@@ -1,4 +1,4 @@
-"""Errors a user can cause and mend."""
+"""Errors a user can cause and mend, and a stop that was asked for."""
 
 
 class InputError(ValueError):
@@ -9,3 +9,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop (SIGTERM) and did, with the work in hand finished; the command line exits with 143."""

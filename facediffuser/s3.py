@@ -17,6 +17,8 @@ from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, StorageError, Store, safe_key
 
 _REQUEST_TIMEOUT_S = 60
+# With the waits between them about a minute of an outage is waited out; then the run ends and can be taken up again.
+_ATTEMPTS = 10
 _DENIED = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
            "InvalidToken", "AuthorizationHeaderMalformed", "AllAccessDisabled"}  # fmt: skip
 _MISSING_KEY = {"404", "NoSuchKey", "NotFound"}
@@ -44,8 +46,17 @@ class S3Store(Store):
                 raise
 
     def get(self, key: str) -> bytes:
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
         with self._told(key):
-            return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    # boto3 asks again for an answer that does not begin, not for one that breaks off.
+                    if attempt == _ATTEMPTS:
+                        raise
+        raise AssertionError("unreachable")
 
     def exists(self, key: str) -> bool:
         try:
@@ -75,7 +86,12 @@ class S3Store(Store):
             self._client.download_file(self.bucket, self._key(key), str(path))
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        options = {"request_timeout": _REQUEST_TIMEOUT_S, "connect_timeout": 10, "allow_delayed_open": True}
+        options = {
+            "request_timeout": _REQUEST_TIMEOUT_S,
+            "connect_timeout": 10,
+            "allow_delayed_open": True,
+            "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        }
         endpoint = endpoint_url()
         if endpoint:
             parts = urlsplit(endpoint)
@@ -89,7 +105,7 @@ class S3Store(Store):
 
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
-        client = _s3_client(connect_timeout=4, read_timeout=15, attempts=2)
+        client = _s3_client(connect_timeout=4, read_timeout=15, attempts=4)
         with self._told("", unreachable=InputError):
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
@@ -106,7 +122,7 @@ class S3Store(Store):
     @property
     def _client(self):
         if self._cached_client is None:
-            self._cached_client = _s3_client(connect_timeout=10, read_timeout=_REQUEST_TIMEOUT_S, attempts=8)
+            self._cached_client = _s3_client(connect_timeout=10, read_timeout=_REQUEST_TIMEOUT_S, attempts=_ATTEMPTS)
         return self._cached_client
 
     @contextmanager

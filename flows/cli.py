@@ -1,5 +1,6 @@
 """The command line: `facediffuser COMMAND`, whose options are the fields of the settings model its flow takes."""
 
+import errno
 import importlib
 import logging
 import os
@@ -11,9 +12,11 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict, SettingsError
 
 from facediffuser import __version__
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, Stopped
 
 EXIT_BAD_INPUT = 2
+EXIT_TERMINATED = 128 + 15
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,24 @@ COMMANDS = {
         "flows.commands:verify_dataset",
         ("url",),
     ),
+    "repair": Command(
+        "make again what verify finds missing or damaged, and nothing else",
+        "facediffuser.generation.settings:RepairSettings",
+        "flows.commands:repair",
+        ("url",),
+    ),
+    "retry-failed": Command(
+        "make the shards that hold failed rows again",
+        "facediffuser.generation.settings:RetrySettings",
+        "flows.commands:retry",
+        ("url",),
+    ),
+    "remake": Command(
+        "make one image again from its row and compare the bytes",
+        "facediffuser.generation.settings:RemakeSettings",
+        "flows.commands:remake_image",
+        ("sample_id",),
+    ),
     "card": Command("rebuild a dataset's card", "flows.commands:DatasetSettings", "flows.commands:card", ("url",)),
     "explain": Command(
         "draw what both models want and who wins, step by step",
@@ -99,7 +120,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 when a check failed or a run broke, 2 when the input was bad."""
+    """Run one command and return its exit code.
+
+    0; 1 when a check failed or a run broke; 2 when the input was bad; 143 when SIGTERM stopped it in good order.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     name, rest = _command_name(args)
     if name is None:
@@ -109,12 +133,27 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS[name]
         settings = parse_settings(_load(command.settings), rest, f"facediffuser {name}", command.positional)
         return _load(command.function)(settings) or 0
-    except InputError as error:
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
         print(f"facediffuser {name}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return code
     except KeyboardInterrupt:
         print(f"facediffuser {name}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error that is told in one line, None for one that wants its traceback."""
+    if isinstance(error, InputError):
+        return EXIT_BAD_INPUT
+    if isinstance(error, Stopped):
+        return EXIT_TERMINATED
+    # A store that does not answer, a disk that is full or broken: no fault of the code's.
+    if isinstance(error, OSError) and (error.errno in PLACE_ERRORS or type(error).__name__ == "StorageError"):
+        return 1
+    return None
 
 
 def parse_settings(model: type[BaseModel], args: list[str], prog: str, positional: tuple[str, ...] = ()) -> BaseModel:

@@ -148,6 +148,47 @@ def verify_dataset(settings: DatasetSettings) -> int:
     return 1 if problems else 0
 
 
+def repair(settings) -> int:
+    """Run the flow `repair-dataset`; print what was found and what is left; return 1 when anything is."""
+    from flows.repair_dataset import repair_dataset
+
+    result = repair_dataset(settings)
+    for name in ("found", "left"):
+        for line in result[name]:
+            print(f"{name}: {line}")
+    print(f"{settings.url}: {len(result['found'])} problems found, {len(result['left'])} left")
+    return 1 if result["left"] else 0
+
+
+def retry(settings) -> int:
+    """Run the flow `retry-failed`; print the counts; return 1 when rows are still failed."""
+    from flows.repair_dataset import retry_failed
+
+    result = retry_failed(settings)
+    print(f"{settings.url}: {result['rows']} images, {result['ok']} ok, {result['failed']} failed")
+    return 1 if result["failed"] else 0
+
+
+def remake_image(settings) -> int:
+    """Print whether the image comes out as it is in the dataset, and what differs; return 1 when it does."""
+    import torch
+
+    from facediffuser.generation.repair import remake
+    from facediffuser.storage import open_store
+
+    made = remake(settings, gpu=torch.cuda.is_available())
+    beside = f"in a batch of {made.company}" if made.company > 1 else "alone"
+    if settings.output and made.row["image"]:
+        store = open_store(settings.output)
+        store.put(made.row["image"]["path"], made.row["image"]["bytes"])
+        print(store.url_of(made.row["image"]["path"]))
+    if made.equal:
+        print(f"{settings.sample_id}: equal, image and scores, made {beside}")
+    else:
+        print(f"{settings.sample_id}: differs in {', '.join(made.differing)}, made {beside}")
+    return 0 if made.equal else 1
+
+
 def card(settings: DatasetSettings) -> None:
     """Write the dataset's card again."""
     from facediffuser.dataset.card import write_card

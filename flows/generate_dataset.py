@@ -11,7 +11,7 @@ from facediffuser.generation import GenerateSettings
 from facediffuser.generation.job import Prepared
 from facediffuser.scoring.tables import markdown, score_table
 from facediffuser.storage import open_store
-from tasks.generate import finish_dataset, generate_shards, plan_dataset
+from tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     """
     prepared = plan_dataset(settings)
     if settings.dry_run:
-        return describe(prepared)
+        return describe(prepared) | estimate_run(settings, prepared)
     run = generate_shards(prepared.job)
     manifest = finish_dataset(prepared.job)
     table = markdown(score_table(survey_dataset(open_store(settings.output)).scores))

@@ -5,6 +5,7 @@ import os
 import threading
 
 import ray
+from ray._private import ray_constants
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ def connect_ray() -> None:
     """Connect this process to Ray; doing so again changes nothing.
 
     The cluster is the one named by the standard `RAY_ADDRESS` (`auto`, `host:6379`, `ray://host:10001`). Without it a
-    local Ray is started on the loopback address, without a dashboard, and ends with this process.
+    local Ray is started, without a dashboard and with all its ports on the loopback address; it ends with this process.
     """
     with _connecting:
         if ray.is_initialized():
@@ -27,11 +28,19 @@ def connect_ray() -> None:
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            _stay_on_loopback()
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         resources = ray.cluster_resources()
         logger.info(
             "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
         )
+
+
+def _stay_on_loopback() -> None:
+    # On Linux Ray takes 127.0.0.1 for a mistake, puts the machine's outer address in its place and listens to all the
+    # world. This is its own switch for a Ray of one machine, made for the systems where that is the default.
+    os.environ.setdefault(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] not in ("0", "false")
 
 
 def cluster_gpus() -> int:

@@ -13,23 +13,25 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 QUALITY = 95
 
 
-def encode_image(image: Image.Image, image_format: ImageFormat, sample_id: str) -> bytes:
-    """Return the file of a generated image, with its provenance as XMP and, in PNG, as text chunks too.
+def encode_image(image: Image.Image, image_format: ImageFormat, sample_id: str, synthetic: bool = True) -> bytes:
+    """Return the file of a generated image; `synthetic`: with its provenance as XMP and, in PNG, as text chunks too.
 
     The same image and id give the same bytes with the same libraries.
     """
     sink = io.BytesIO()
     packet = xmp_packet(sample_id)
+    xmp = {"xmp": packet.encode()} if synthetic else {}
     if image_format == "png":
         texts = PngImagePlugin.PngInfo()
-        texts.add_itxt("XML:com.adobe.xmp", packet)
-        texts.add_text("Software", provenance()["software"])
-        texts.add_text("Source", "synthetic: made by a trained model")
+        if synthetic:
+            texts.add_itxt("XML:com.adobe.xmp", packet)
+            texts.add_text("Software", provenance()["software"])
+            texts.add_text("Source", "synthetic: made by a trained model")
         image.save(sink, "PNG", pnginfo=texts, compress_level=4)
     elif image_format == "jpeg":
-        image.save(sink, "JPEG", quality=QUALITY, subsampling=0, xmp=packet.encode())
+        image.save(sink, "JPEG", quality=QUALITY, subsampling=0, **xmp)
     else:
-        image.save(sink, "WEBP", quality=QUALITY, xmp=packet.encode())
+        image.save(sink, "WEBP", quality=QUALITY, **xmp)
     return sink.getvalue()
 
 

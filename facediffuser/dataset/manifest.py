@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.schema import SCHEMA_VERSION
+from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
 from facediffuser.dataset.shards import read_columns
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store
@@ -29,6 +29,16 @@ class ShardEntry(BaseModel):
     sha256: str
 
 
+class ObjectEntry(BaseModel):
+    """An object beside the shards as the manifest lists it: a part of the plan, the references."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    bytes: int
+    sha256: str
+
+
 class Counts(BaseModel):
     """Rows and shards of a dataset."""
 
@@ -41,7 +51,10 @@ class Counts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`run` is the document the fingerprint is the sha256 of: settings, model and scorer digests, plan, libraries."""
+    """`run` is the document the fingerprint is the sha256 of: settings, model and scorer digests, plan, libraries.
+
+    `made_from`: where models and scorers lay, as `generate` was told; it decides nothing and `repair` begins there.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,6 +66,8 @@ class Manifest(BaseModel):
     run: dict[str, Any]
     rows: int
     shard_size: int
+    made_from: dict[str, str] = {}
+    objects: list[ObjectEntry] = []
     shards: list[ShardEntry]
 
     @property
@@ -60,7 +75,14 @@ class Manifest(BaseModel):
         return Layout(self.rows, self.shard_size)
 
 
-def build_manifest(fingerprint: str, run: dict[str, Any], layout: Layout, shards: list[ShardEntry]) -> Manifest:
+def build_manifest(
+    fingerprint: str,
+    run: dict[str, Any],
+    layout: Layout,
+    shards: list[ShardEntry],
+    objects: list[ObjectEntry] | None = None,
+    made_from: dict[str, str] | None = None,
+) -> Manifest:
     """Return the manifest of a dataset all of whose shards are there."""
     ok, failed = sum(shard.ok for shard in shards), sum(shard.failed for shard in shards)
     counts = Counts(rows=ok + failed, ok=ok, failed=failed, shards=len(shards))
@@ -68,7 +90,7 @@ def build_manifest(fingerprint: str, run: dict[str, Any], layout: Layout, shards
         raise RuntimeError(f"{counts.rows} rows in {len(shards)} shards; planned are {layout.rows} in {layout.shards}")
     return Manifest(
         fingerprint=fingerprint, counts=counts, scorers=run["scorers"], models=run["models"], run=run,
-        rows=layout.rows, shard_size=layout.shard_size, shards=shards,
+        rows=layout.rows, shard_size=layout.shard_size, made_from=made_from or {}, objects=objects or [], shards=shards,
     )  # fmt: skip
 
 
@@ -86,6 +108,17 @@ def read_manifest(store: Store) -> Manifest:
         raise InputError(f"{store.url}: no {MANIFEST_KEY}; let `generate` finish it") from None
     except ValueError:
         raise InputError(f"{store.url_of(MANIFEST_KEY)}: not a manifest; let `generate` write it again") from None
+
+
+def object_entries(store: Store, layout: Layout) -> list[ObjectEntry]:
+    """Return the entries of the plan's parts and the references."""
+    keys = [*(layout.part_key(part) for part in range(layout.parts)), SUBJECTS_KEY]
+    return [object_entry(key, store.get(key)) for key in keys]
+
+
+def object_entry(key: str, data: bytes) -> ObjectEntry:
+    """Return the entry of an object that holds `data`."""
+    return ObjectEntry(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def shard_entry(store: Store, layout: Layout, shard: int, info: ObjectInfo) -> ShardEntry:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.inputs import Prompt, Subject
-from facediffuser.dataset.schema import PLAN_SCHEMA, canonical_json
+from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
+from facediffuser.errors import InputError
 from facediffuser.storage import Store
 
 ROWS_PER_PART = 100_000
@@ -185,19 +187,39 @@ def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> i
     for part, table in enumerate(plan.tables(layout.shards_per_part * layout.shard_size)):
         key = layout.part_key(part)
         if key not in there:
-            sink = io.BytesIO()
-            pq.write_table(
-                table.replace_schema_metadata(schema.metadata), sink, row_group_size=layout.shard_size,
-                compression="zstd", write_page_index=True,
-            )  # fmt: skip
-            store.put(key, sink.getvalue(), if_absent=part == 0)
+            store.put(key, encode_part(table, layout, schema), if_absent=part == 0)
             written += 1
     return written
 
 
-def read_shard_rows(store: Store, layout: Layout, shard: int) -> list[dict[str, Any]]:
-    """Return the planned rows of one shard."""
+def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
+    """Return the Parquet of a plan part; the same rows give the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(
+        rows.replace_schema_metadata(schema.metadata), sink, row_group_size=layout.shard_size, compression="zstd",
+        write_page_index=True,
+    )  # fmt: skip
+    return sink.getvalue()
+
+
+def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:
+    """Return the planned rows of one shard; with `fingerprint`, InputError when the plan is another run's."""
     part, group = divmod(shard, layout.shards_per_part)
     filesystem, base = store.arrow()
     with filesystem.open_input_file(f"{base}/{layout.part_key(part)}") as source, pq.ParquetFile(source) as file:
+        mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
+        if fingerprint is not None and mark != fingerprint:
+            raise InputError(f"{store.url}: another run took this output (its plan is {mark[:12]}'s); give another")
         return file.read_row_group(group).to_pylist()
+
+
+def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
+    """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only."""
+    filesystem, base = store.arrow()
+    for part in range(layout.parts):
+        with filesystem.open_input_file(f"{base}/{layout.part_key(part)}") as source, pq.ParquetFile(source) as file:
+            for group in range(file.num_row_groups):
+                place = pc.index(file.read_row_group(group, columns=["sample_id"])["sample_id"], sample_id).as_py()
+                if place >= 0:
+                    return part * layout.shards_per_part + group, place
+    return None

@@ -8,6 +8,7 @@ import pyarrow as pa
 from facediffuser import __version__
 
 SCHEMA_VERSION = "1"
+SUBJECTS_KEY = "subjects.parquet"
 FINGERPRINT_KEY = b"facediffuser_fingerprint"
 RUN_KEY = b"facediffuser_run"
 SCHEMA_KEY = b"facediffuser_dataset_schema"

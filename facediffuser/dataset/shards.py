@@ -51,12 +51,12 @@ def _column_paths() -> tuple[str, ...]:
 
 
 def shard_mark(store: Store, key: str) -> str | None:
-    """Return the fingerprint in a Parquet object's footer; None when it has none or is no whole Parquet file."""
+    """Return the fingerprint in a Parquet object's footer; None when it has none, is missing, or is not whole."""
     filesystem, base = store.arrow()
     try:
         with filesystem.open_input_file(f"{base}/{key}") as source:
             metadata = pq.read_metadata(source).metadata or {}
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, FileNotFoundError):
         return None
     return metadata.get(FINGERPRINT_KEY, b"").decode() or None
 

@@ -14,14 +14,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.inputs import Subject, open_picture
-from facediffuser.dataset.schema import SUBJECTS_SCHEMA
+from facediffuser.dataset.schema import SUBJECTS_KEY, SUBJECTS_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.preprocess.faces import crop_square, face_crop_box
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS_KEY = "subjects.parquet"
 ReferenceCrop = Literal["face", "whole"]
 # Twice the side of the towers that read references: more is bytes without use.
 LONGEST_SIDE = 512
@@ -102,12 +101,21 @@ def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, Refer
         f"{base}/{SUBJECTS_KEY}", filesystem=filesystem, columns=["subject_id", "image", "identity"],
         filters=pc.field("subject_id").isin(wanted),
     )  # fmt: skip
-    found: dict[str, References] = {}
-    rows = table.to_pylist()
+    found = references_of(table, wanted)
     for name in wanted:
+        if name not in found:
+            raise ValueError(f"{store.url_of(SUBJECTS_KEY)}: no subject {name!r}")
+    return found
+
+
+def references_of(table: pa.Table, subject_ids: Iterable[str]) -> dict[str, References]:
+    """Return the references of the named subjects that are in a table of SUBJECTS_SCHEMA."""
+    found: dict[str, References] = {}
+    rows = table.select(["subject_id", "image", "identity"]).to_pylist()
+    for name in subject_ids:
         own = [row for row in rows if row["subject_id"] == name]
         if not own:
-            raise ValueError(f"{store.url_of(SUBJECTS_KEY)}: no subject {name!r}")
+            continue
         images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in own]
         found[name] = References(images, np.array([row["identity"] for row in own], np.float32))
     return found

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from facediffuser.dataset.subjects import References, load_references
+from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.dataset.shards import shard_mark
+from facediffuser.dataset.subjects import References, load_references, references_of
+from facediffuser.errors import InputError
 from facediffuser.scoring import subject_embedding
 from facediffuser.storage import Store
 
@@ -21,19 +25,36 @@ class ConditionCache:
     happened to see before.
     """
 
-    def __init__(self, pipeline, store: Store, with_subjects: bool):
-        self.pipeline, self.store, self.with_subjects = pipeline, store, with_subjects
+    def __init__(
+        self, pipeline, store: Store, fingerprint: str, with_subjects: bool, references: pa.Table | None = None
+    ):
+        self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
+        self.given = references
         self.null = pipeline.encode_prompt("")
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._fused: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._references: dict[str, References] = {}
+        self._checked = False
         self._subjects: OrderedDict[str, tuple[torch.Tensor | None, np.ndarray]] = OrderedDict()
 
     def open(self, rows: list[dict[str, Any]]) -> None:
         """Fetch the references that the rows of a shard need; a store that fails fails here, not in a row."""
         names = {name for row in rows for name in row["subject_ids"]}
         kept = {name: self._references[name] for name in names if name in self._references}
-        self._references = kept | load_references(self.store, names - kept.keys())
+        self._references = kept | self._load(names - kept.keys())
+
+    def _load(self, names: set[str]) -> dict[str, References]:
+        if self.given is not None:
+            return references_of(self.given, names)
+        if not self._checked:
+            mark = shard_mark(self.store, SUBJECTS_KEY)
+            if mark != self.fingerprint:
+                raise InputError(
+                    f"{self.store.url_of(SUBJECTS_KEY)}: of another run ({(mark or 'none')[:12]}), which took this "
+                    "output; give another"
+                )
+            self._checked = True
+        return load_references(self.store, names)
 
     def of(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return the rows' plain text (b, n, d), subject-augmented text (b, n, d) or None, and null (1, n, d)."""

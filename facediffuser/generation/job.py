@@ -20,13 +20,15 @@ from facediffuser.dataset.schema import (
     FINGERPRINT_KEY,
     PLAN_SCHEMA,
     RUN_KEY,
+    SUBJECTS_KEY,
     SUBJECTS_SCHEMA,
     canonical_json,
     with_marks,
 )
-from facediffuser.dataset.subjects import SUBJECTS_KEY, encode_references, prepare_references, references_digest
+from facediffuser.dataset.shards import shard_mark
+from facediffuser.dataset.subjects import encode_references, prepare_references, references_digest
 from facediffuser.errors import InputError
-from facediffuser.generation.settings import SCHEDULER_CLASSES, GenerateSettings
+from facediffuser.generation.settings import SCHEDULER_CLASSES, GenerateSettings, Pool
 from facediffuser.miniature.parts import base_folder
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.scoring import load_scorers
@@ -59,19 +61,32 @@ class ModelFacts:
 class GenerationJob:
     """A run, ready for workers: picklable and small. `run` is the document that `fingerprint` is the sha256 of."""
 
-    settings: GenerateSettings
     output: str
     fingerprint: str
-    run: dict[str, Any]
+    run: dict[str, Any] = field(repr=False)
     layout: Layout
-    batch_size: int
-    device: str
+    models: str
     scorers: str
+    pool: Pool = Pool()
+    max_failed: float = 1.0
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """The settings that decide the bytes."""
+        return self.run["settings"]
+
+    @property
+    def batch_size(self) -> int:
+        return self.made["batch_size"]
+
+    @property
+    def device(self) -> str:
+        return self.made["device"]
 
     @functools.cached_property
     def shard_schema(self) -> pa.Schema:
         """The dataset's schema with this run's marks."""
-        return with_marks(DATASET_SCHEMA, self.fingerprint, self.run, self.settings.provenance)
+        return with_marks(DATASET_SCHEMA, self.fingerprint, self.run, self.made["provenance"])
 
     def store(self) -> Store:
         """The place of the dataset."""
@@ -98,7 +113,7 @@ class Prepared:
             written = write_plan(store, self.plan, job.layout, with_marks(PLAN_SCHEMA, **marks))
         except FileExistsError:
             raise InputError(f"{store.url}: another run has just begun there; give another output") from None
-        if not store.exists(SUBJECTS_KEY):
+        if shard_mark(store, SUBJECTS_KEY) != job.fingerprint:
             store.put(SUBJECTS_KEY, encode_references(self.references, with_marks(SUBJECTS_SCHEMA, **marks)))
             written += 1
         # Where a server lets both of two conditional puts win, one of the two runs finds the other's mark here.
@@ -106,11 +121,13 @@ class Prepared:
         return written
 
 
-def prepare(settings: GenerateSettings, gpu: bool = False) -> Prepared:
+def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None = None) -> Prepared:
     """Return the run that the settings stand for; reads and checks everything, writes nothing.
 
-    `gpu`: whether workers have one (it decides precision and batch size, and so the pixels). Raises InputError for
-    everything a user can mend, the quick checks first.
+    `gpu`: whether workers have one (it decides precision and batch size, and so the pixels); `threads`: how many
+    threads a worker without one computes with (by default torch's here). A run that is taken up again keeps its threads
+    unless --cpus-per-worker is given: the last bits of an image depend on them. Raises InputError for everything a user
+    can mend, the quick checks first.
     """
     store = open_store(settings.output)
     store.require_writable()
@@ -140,12 +157,15 @@ def prepare(settings: GenerateSettings, gpu: bool = False) -> Prepared:
         settings.subject_sets,
     )  # fmt: skip
     batch_size = min(settings.batch_size or default_batch_size(height, width, gpu), settings.shard_size)
-    run = run_document(settings, plan, model.digests, scorers.digests, references, batch_size, gpu)
+    threads = settings.cpus_per_worker or _threads_of(store) or threads or _torch_threads()
+    run = run_document(
+        settings, plan, model.digests, scorers.digests, references, batch_size, gpu, None if gpu else threads
+    )
     fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
     require_same_run(store, fingerprint, run)
     job = GenerationJob(
-        settings, store.url, fingerprint, run, Layout(len(plan), settings.shard_size), batch_size,
-        "cuda" if gpu else "cpu", scorers_name,
+        store.url, fingerprint, run, Layout(len(plan), settings.shard_size), settings.models, scorers_name,
+        settings.pool, settings.max_failed,
     )  # fmt: skip
     return Prepared(job, plan, references)
 
@@ -158,6 +178,7 @@ def run_document(
     references: pa.Table,
     batch_size: int,
     gpu: bool,
+    threads: int | None,
 ) -> dict[str, Any]:
     """Return all that decides the dataset's bytes on one kind of hardware; workers and places are not in it."""
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
@@ -174,6 +195,7 @@ def run_document(
         "reference_margin": settings.reference_margin,
         "dtype": dtype,
         "device": "cuda" if gpu else "cpu",
+        "threads": threads,
         "provenance": settings.provenance,
     }
     return {
@@ -182,9 +204,13 @@ def run_document(
         "scorers": scorers,
         "plan": plan.digest(),
         "subjects": references_digest(references),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "code": __version__,
+        **code_and_libraries(),
     }
+
+
+def code_and_libraries() -> dict[str, Any]:
+    """Return the versions of this code and of the libraries that pixels pass through."""
+    return {"libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}, "code": __version__}
 
 
 # --- the output -------------------------------------------------------------------------------------------------------
@@ -202,20 +228,31 @@ def require_ours(store: Store) -> None:
 
 def require_same_run(store: Store, fingerprint: str, run: dict[str, Any]) -> None:
     """Raise InputError, telling the difference, when the output holds another run."""
-    plans = [info.key for info in store.list("plan/")]
-    if not plans:
+    there = run_there(store)
+    if there is None or there[0] == fingerprint:
         return
-    filesystem, base = store.arrow()
-    try:
-        marks = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
-        other = json.loads(marks[RUN_KEY])
-    except (pa.ArrowInvalid, KeyError, ValueError):
-        raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None
-    if marks[FINGERPRINT_KEY].decode() == fingerprint:
-        return
+    other = there[1]
     found = differences(other, run)
     shown = "; ".join(found[:SHOWN_DIFFERENCES]) + (f"; {len(found) - SHOWN_DIFFERENCES} more" if found[4:] else "")
     raise InputError(f"{store.url}: holds another run ({shown}); repeat that run's options or give another output")
+
+
+def run_there(store: Store) -> tuple[str, dict[str, Any]] | None:
+    """Return fingerprint and run document of the run that the output holds, None when it holds none."""
+    plans = [info.key for info in store.list("plan/")]
+    if not plans:
+        return None
+    filesystem, base = store.arrow()
+    try:
+        marks = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
+        return marks[FINGERPRINT_KEY].decode(), json.loads(marks[RUN_KEY])
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None
+
+
+def _threads_of(store: Store) -> int | None:
+    there = run_there(store)
+    return there[1]["settings"].get("threads") if there else None
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
@@ -308,3 +345,9 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

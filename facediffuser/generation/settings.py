@@ -1,4 +1,4 @@
-"""What `facediffuser generate` and the flow `generate-dataset` are told."""
+"""What `facediffuser generate`, `repair`, `retry-failed` and `remake`, and their flows, are told."""
 
 from typing import Any, Literal
 
@@ -15,6 +15,24 @@ SCHEDULER_CLASSES = {
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+
+
+class Pool(BaseModel):
+    """How many workers make images: a fixed number, or between two bounds as there is work and room."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int | None = None
+    min_workers: int | None = None
+    max_workers: int | None = None
+    cpus_per_worker: int | None = None
+
+    def size(self, gpus: int, shards: int) -> tuple[int, int]:
+        """Return the fewest and the most workers for so many GPUs of the cluster and shards to make."""
+        if self.max_workers:
+            return min(self.min_workers or 1, shards), min(self.max_workers, shards)
+        fixed = min(self.workers or gpus or 1, shards)
+        return fixed, fixed
 
 
 class GenerateSettings(BaseModel):
@@ -48,6 +66,8 @@ class GenerateSettings(BaseModel):
     width: int | None = Field(None, ge=8, le=4096, description="image width, px (default: the model's)")
     scheduler: SchedulerName | None = Field(None, description="noise scheduler (default: the model's own)")
     workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+    min_workers: int | None = Field(None, ge=1, description="fewest workers of a pool that grows and shrinks by itself")
+    max_workers: int | None = Field(None, ge=1, description="most workers of a pool that grows and shrinks by itself")
     cpus_per_worker: int | None = Field(
         None, ge=1, description="CPU cores of a worker without a GPU; the last bits of an image can depend on it"
     )
@@ -68,7 +88,14 @@ class GenerateSettings(BaseModel):
     )
     max_failed: float = Field(0.01, ge=0, le=1, description="share of failed rows above which the run fails")
     provenance: bool = Field(True, description="mark images and Parquet as synthetic")
-    dry_run: bool = Field(False, description="check the input, say what would be made, write nothing")
+    dry_run: bool = Field(
+        False,
+        description="check the input, make one batch in memory, say what a run would make and take, write nothing",
+    )
+    measured_by: str | None = Field(
+        None, description="for --dry-run: a dataset made before, whose rate is taken instead of a batch's"
+    )
+    gpu_hour_price: float | None = Field(None, ge=0, description="for --dry-run: what an hour of a worker costs")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,8 +113,12 @@ class GenerateSettings(BaseModel):
         return given | {"subjects_per_image": count}
 
     @model_validator(mode="after")
-    def _window(self) -> "GenerateSettings":
+    def _fits(self) -> "GenerateSettings":
         start, end = self.fusion_window
+        if self.workers and (self.min_workers or self.max_workers):
+            raise ValueError("workers is a fixed number; give it, or min_workers and max_workers")
+        if self.min_workers and self.min_workers > (self.max_workers or 0):
+            raise ValueError(f"min_workers {self.min_workers}, max_workers {self.max_workers}; give a larger maximum")
         if start > end:
             raise ValueError(f"fusion window {start} to {end} of {self.steps} steps; let it start before it ends")
         for name in ("fusion_start", "fusion_end"):
@@ -102,6 +133,11 @@ class GenerateSettings(BaseModel):
         return str(suite_prompts(self.benchmark)) if self.benchmark else self.prompts
 
     @property
+    def pool(self) -> Pool:
+        """The part of the settings that says how many workers there are."""
+        return Pool(**{name: getattr(self, name) for name in Pool.model_fields})
+
+    @property
     def fusion_window(self) -> tuple[int, int]:
         """First step of both models and first step of the SDM alone; the released window scaled where none is given."""
         # The same rule as stages.default_fusion_window, which cannot be imported here without torch.
@@ -110,3 +146,37 @@ class GenerateSettings(BaseModel):
             start if self.fusion_start is None else self.fusion_start,
             end if self.fusion_end is None else self.fusion_end,
         )
+
+
+class _MendSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str = Field(description="the dataset: a folder or s3://bucket/prefix")
+    models: str | None = Field(None, description="where the models lie now (default: where `generate` had them)")
+    scorers: str | None = Field(None, description="where the scorers lie now (default: where `generate` had them)")
+    workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+
+
+class RepairSettings(_MendSettings):
+    """Makes again what `verify` finds missing or damaged, and nothing else; the bytes are the manifest's."""
+
+    accept: bool = Field(
+        False, description="keep shards that come out with other bytes (other hardware) and list them in the manifest"
+    )
+    remove_foreign: bool = Field(False, description="remove what lies in data/ and is no shard of the dataset")
+
+
+class RetrySettings(_MendSettings):
+    """Makes the shards that hold failed rows again and lists them in the manifest."""
+
+
+class RemakeSettings(BaseModel):
+    """Makes one image again from its row and says whether it is the dataset's, byte for byte."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample_id: str = Field(description="the row's sample_id")
+    dataset: str = Field(description="the dataset: a folder or s3://bucket/prefix")
+    models: str | None = Field(None, description="where the models lie now (default: where `generate` had them)")
+    scorers: str | None = Field(None, description="where the scorers lie now (default: where `generate` had them)")
+    output: str | None = Field(None, description="folder or s3:// prefix to put the image in")

@@ -6,11 +6,12 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -31,11 +32,13 @@ ERROR_LENGTH = 500
 class ShardGenerator:
     """Makes shards of one run: `generator(shard)` puts the shard and its stats and returns the stats.
 
-    Loads the models and the scorers once; `pipeline` and `scorers` take their place where given. Scoring and encoding
-    of a batch run beside the denoising of the next.
+    `again` puts a shard that is there already, `rows` makes a few rows and puts nothing.
+
+    Loads the models and the scorers once; `pipeline`, `scorers` and `references` (by default the dataset's) take their
+    place where given. Scoring and encoding of a batch run beside the denoising of the next.
     """
 
-    def __init__(self, job: GenerationJob, pipeline=None, scorers=None):
+    def __init__(self, job: GenerationJob, pipeline=None, scorers=None, references: pa.Table | None = None):
         self.job = job
         self.store = job.store()
         self.device = torch.device(job.device)
@@ -46,24 +49,44 @@ class ShardGenerator:
             scorers = load_scorers(job.scorers, self.device)
         self.scorers = scorers
         _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
-        self.conditions = ConditionCache(self.pipeline, self.store, job.settings.method != "tdm")
+        self.conditions = ConditionCache(
+            self.pipeline, self.store, job.fingerprint, job.made["method"] != "tdm", references
+        )
 
     def __call__(self, shard: int) -> dict[str, Any]:
         """Return the stats of one shard, made now or, if a killed run or another worker finished it, found finished."""
         layout = self.job.layout
-        key, stats_key = layout.shard_key(shard), layout.stats_key(shard)
+        key = layout.shard_key(shard)
         if self.store.exists(key) and shard_mark(self.store, key) == self.job.fingerprint:
             return {"shard": shard, "rows": layout.shard_rows(shard), "found": True}
-        clock = Clock()
-        planned = read_shard_rows(self.store, layout, shard)
+        return self._make_and_put(shard, lambda stats: True)
+
+    def again(self, shard: int, sha256: str | None = None, fewer_failed_than: int | None = None) -> dict[str, Any]:
+        """Make a shard whether it is there or not, and return its stats with `put`: whether it took its place.
+
+        It does when its bytes have the `sha256` given, or, where `fewer_failed_than` is given, when fewer of its rows
+        failed than that; with neither, always.
+        """
+
+        def wanted(stats: dict[str, Any]) -> bool:
+            if sha256 is not None:
+                return stats["sha256"] == sha256
+            return fewer_failed_than is None or stats["failed"] < fewer_failed_than
+
+        return self._make_and_put(shard, wanted)
+
+    def rows(self, planned: list[Row]) -> list[Row]:
+        """Return planned rows finished, in batches from the first on; nothing is put."""
+        self.conditions.open(planned)
+        return self._make(planned, Clock())[0]
+
+    def _make_and_put(self, shard: int, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        layout, clock = self.job.layout, Clock()
+        planned = read_shard_rows(self.store, layout, shard, self.job.fingerprint)
         self.conditions.open(planned)
         rows, counts = self._make(planned, clock)
         with clock("pack"):
             data = encode_shard(rows, self.job.shard_schema)
-        # Stats of an earlier try must not be taken for this one's, should this process end between the two puts.
-        self.store.delete(stats_key)
-        with clock("upload"):
-            self.store.put(key, data)
         failed = sum(row["status"] == "failed" for row in rows)
         stats = {
             "shard": shard,
@@ -72,12 +95,18 @@ class ShardGenerator:
             "failed": failed,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "seconds": clock.seconds(),
             "retries": dict(counts),
             "device": device_name(self.device),
         }
-        self.store.put(stats_key, (json.dumps(stats, indent=1) + "\n").encode())
-        return stats
+        if not wanted(stats):
+            return stats | {"seconds": clock.seconds(), "put": False}
+        # Stats of an earlier try must not be taken for this one's, should this process end between the two puts.
+        self.store.delete(layout.stats_key(shard))
+        with clock("upload"):
+            self.store.put(layout.shard_key(shard), data)
+        stats["seconds"] = clock.seconds()
+        self.store.put(layout.stats_key(shard), (json.dumps(stats, indent=1) + "\n").encode())
+        return stats | {"put": True}
 
     # --- a shard's rows -----------------------------------------------------------------------------------------------
 
@@ -99,26 +128,32 @@ class ShardGenerator:
                 finished += waiting.result()
         return finished, counts
 
-    def _denoise_or_split(self, rows: list[Row], clock: "Clock", counts: Counter) -> list[tuple[Row, Any]]:
-        """Return each row with (image, subject fraction), or with the error that a single row kept making."""
+    def _denoise_or_split(
+        self, rows: list[Row], clock: "Clock", counts: Counter, again: bool = False
+    ) -> list[tuple[Row, Any]]:
+        """Return each row with (image, subject fraction), or with the error that a single row kept making.
+
+        A batch that fails is made once more whole (a passing fault then leaves no trace in the bytes), then row by row;
+        one that does not fit the memory is halved.
+        """
         try:
             with clock("denoise"):
                 return list(zip(rows, self._denoise(rows), strict=True))
         except Exception as error:
             _require_row_error(error)
-            if len(rows) == 1:
+            if len(rows) == 1 and again:
                 logger.warning("%s: failed: %s", rows[0]["sample_id"], told(error))
                 return [(rows[0], error)]
             if isinstance(error, torch.OutOfMemoryError):
                 counts["out_of_memory"] += 1
-                parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+                parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows]
             else:
                 counts["denoise"] += 1
-                parts = [[row] for row in rows]
+                parts = [[row] for row in rows] if again else [rows]
             logger.warning("a batch of %d failed (%s); made again in %d parts", len(rows), told(error), len(parts))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [made for part in parts for made in self._denoise_or_split(part, clock, counts)]
+        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, again=True)]
 
     def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None]]:
         first = rows[0]
@@ -144,24 +179,24 @@ class ShardGenerator:
 
     def _finish_or_split(self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter) -> list[Row]:
         good = [(row, result) for row, result in made if not isinstance(result, Exception)]
-        results: dict[str, Row] = {}
+        finished = iter(self._finish_parts(good, clock, counts))
+        return [failed_row(row, result) if isinstance(result, Exception) else next(finished) for row, result in made]
+
+    def _finish_parts(
+        self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter, again: bool = False
+    ) -> list[Row]:
+        if not made:
+            return []
         try:
-            if good:
-                results = {row["sample_id"]: row for row in self._finish(good, clock)}
+            return self._finish(made, clock)
         except Exception as error:
             _require_row_error(error)
+            if len(made) == 1 and again:
+                return [failed_row(made[0][0], error)]
             counts["finish"] += 1
-            logger.warning("scoring a batch of %d failed (%s); it is scored row by row", len(good), told(error))
-            for one in good:
-                try:
-                    results[one[0]["sample_id"]] = self._finish([one], clock)[0]
-                except Exception as single:
-                    _require_row_error(single)
-                    results[one[0]["sample_id"]] = failed_row(one[0], single)
-        return [
-            failed_row(row, result) if isinstance(result, Exception) else results[row["sample_id"]]
-            for row, result in made
-        ]
+            parts = [[one] for one in made] if again else [made]
+            logger.warning("scoring %d images failed (%s); again in %d parts", len(made), told(error), len(parts))
+        return [row for part in parts for row in self._finish_parts(part, clock, counts, again=True)]
 
     def _finish(self, made: list[tuple[Row, tuple[Image.Image, float | None]]], clock: "Clock") -> list[Row]:
         images = [image for _, (image, _) in made]
@@ -170,8 +205,9 @@ class ShardGenerator:
             prompts = [without_markers(row["prompt"]) for row, _ in made]
             scores = self.scorers.score(images, references, prompts)
         with clock("encode"):
-            kind = self.job.settings.image_format
-            files = [encode_image(image, kind, row["sample_id"]) for row, (image, _) in made]
+            kind = self.job.made["image_format"]
+            marked = self.job.made["provenance"]
+            files = [encode_image(image, kind, row["sample_id"], marked) for row, (image, _) in made]
         return [
             row
             | {
@@ -227,7 +263,7 @@ def load_pipeline(job: GenerationJob):
     from facediffuser.modelfolder import model_digests, resolve_model
     from facediffuser.pipeline import FaceDiffuserPipeline
 
-    folder = resolve_model(job.settings.models)
+    folder = resolve_model(job.models)
     _require_same("models", model_digests(folder), job.run["models"])
     made = job.run["settings"]
     pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, made["dtype"]))

@@ -1,5 +1,6 @@
 """The flow on Prefect and Ray: from settings to a verified dataset, kept, mended or refused when run again."""
 
+import dataclasses
 import json
 
 import pytest
@@ -66,7 +67,7 @@ def test_more_failures_than_allowed_fail_the_run_after_the_manifest(flow_run, ma
     key = job.layout.stats_key(0)
     stats = json.loads(store.get(key))
     store.put(key, json.dumps(stats | {"ok": 2, "failed": 1}).encode())
-    moved = type(job)(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "output": store.url})
+    moved = dataclasses.replace(job, output=store.url, max_failed=0.01)
     with pytest.raises(FailedRowsError, match="1 of 12 rows failed"):
         finish_dataset.fn(moved)
     assert json.loads(store.get("manifest.json"))["counts"]["failed"] == 1
@@ -77,7 +78,7 @@ def test_a_run_with_missing_shards_does_not_finish(flow_run, made, tmp_path):
     store = open_store(tmp_path / "out")
     for info in source.list("plan/"):
         store.put(info.key, source.get(info.key))
-    moved = type(job)(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "output": store.url})
+    moved = dataclasses.replace(job, output=store.url, max_failed=0.01)
     with pytest.raises(RuntimeError, match="4 shards are missing"):
         finish_dataset.fn(moved)
     assert not store.exists("manifest.json")

@@ -89,12 +89,16 @@ def test_a_finished_shard_is_found_and_not_made_again(made):
     assert job.store().list("data/") == before
 
 
-def test_a_batch_that_fails_once_is_made_again_row_by_row(made, world, tmp_path):
-    pipeline = Stumbling(made[1].pipeline, "__call__", lambda rows, call: RuntimeError("once") if call == 1 else None)
-    job, generator = again(made, world, tmp_path, pipeline=pipeline)
+@pytest.mark.parametrize("method", ["__call__", "score"])
+def test_a_batch_that_fails_once_is_made_again_whole_and_leaves_no_trace_in_the_bytes(made, world, tmp_path, method):
+    part = "pipeline" if method == "__call__" else "scorers"
+    real = getattr(made[1], part)
+    stumble = Stumbling(real, method, lambda rows, call: RuntimeError("once") if call == 1 else None)
+    job, generator = again(made, world, tmp_path, **{part: stumble})
     stats = generator(0)
-    assert pipeline.sizes == [2, 1, 1, 1]
-    assert (stats["ok"], stats["failed"], stats["retries"]) == (3, 0, {"denoise": 1})
+    assert stumble.sizes == [2, 2, 1]
+    assert (stats["ok"], stats["failed"], sum(stats["retries"].values())) == (3, 0, 1)
+    assert job.store().get(job.layout.shard_key(0)) == made[0].store().get(job.layout.shard_key(0))
 
 
 def test_out_of_memory_halves_the_batch(made, world, tmp_path):
@@ -110,10 +114,10 @@ def test_out_of_memory_halves_the_batch(made, world, tmp_path):
 
 @pytest.mark.parametrize("method", ["__call__", "score"])
 def test_a_row_that_always_fails_ends_as_a_row_with_its_error(made, world, tmp_path, method):
-    # The first batch fails whole, then its second row alone.
+    # The first batch fails whole, twice, then its second row alone.
     stumble = Stumbling(
         made[1].pipeline if method == "__call__" else made[1].scorers, method,
-        lambda rows, call: ValueError("bad row\nsecond line") if call in (1, 3) else None,
+        lambda rows, call: ValueError("bad row\nsecond line") if call in (1, 2, 4) else None,
     )  # fmt: skip
     job, generator = again(made, world, tmp_path, **{"pipeline" if method == "__call__" else "scorers": stumble})
     stats = generator(0)

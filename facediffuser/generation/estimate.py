@@ -1,0 +1,70 @@
+"""What a run would take: worker hours, bytes and money, from a rate that was measured."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from facediffuser.errors import InputError
+from facediffuser.generation.job import GenerationJob
+from facediffuser.storage import open_store
+
+MOST_STATS = 200
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate: seconds of one worker and bytes an image, on what device, and where it was measured."""
+
+    seconds_per_image: float
+    bytes_per_image: float
+    device: str
+    source: str
+
+
+def rate_of_dataset(url: str) -> Rate:
+    """Return the rate of a dataset that `generate` made, from the stats of its shards; InputError when it has none."""
+    store = open_store(url)
+    store.require_readable()
+    keys = [info.key for info in store.list("stats/")]
+    if not keys:
+        raise InputError(f"{url}: no stats/ there; give a dataset that `generate` made")
+    # Evenly over the run: its first shards are made while caches are cold.
+    stats = [json.loads(store.get(key)) for key in keys[:: -(-len(keys) // MOST_STATS)]]
+    rows = sum(one["rows"] for one in stats)
+    seconds, size = sum(one["seconds"]["total"] for one in stats), sum(one["bytes"] for one in stats)
+    return Rate(seconds / rows, size / rows, stats[0]["device"], f"{url}, {len(stats)} shards")
+
+
+def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -> Rate:
+    """Return the rate of making a few rows here, in memory; on a GPU they are made twice and the second time counts."""
+    from facediffuser.dataset.shards import encode_shard
+    from facediffuser.generation.worker import ShardGenerator, device_name
+
+    generator = ShardGenerator(job, references=references)
+    for _ in range(2 if job.device == "cuda" else 1):
+        started = time.perf_counter()
+        made = generator.rows(rows)
+        size = len(encode_shard(made, job.shard_schema))
+        seconds = time.perf_counter() - started
+    failed = [row["error"] for row in made if row["status"] == "failed"]
+    if failed:
+        raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); mend that before a run")
+    return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), f"a sample of {len(rows)} images")
+
+
+def estimate(images: int, rate: Rate, hour_price: float | None) -> dict[str, float | str]:
+    """Return what so many images take: hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given.
+
+    Starting up is not in it.
+    """
+    hours = images * rate.seconds_per_image / 3600
+    found = {
+        "worker_hours": round(hours, 4),
+        "bytes": round(images * rate.bytes_per_image),
+        "images_per_second_per_worker": round(1 / rate.seconds_per_image, 4),
+        "device": rate.device,
+        "measured_by": rate.source,
+    }
+    return found | ({} if hour_price is None else {"cost": round(hours * hour_price, 2)})

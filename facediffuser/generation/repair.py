@@ -1,0 +1,170 @@
+"""A finished dataset made again in part: from its own manifest, plan and references, with the models it was made with."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from facediffuser.dataset.manifest import Manifest, object_entry, read_manifest
+from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
+from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
+from facediffuser.dataset.shards import read_columns
+from facediffuser.dataset.verify import Problem
+from facediffuser.errors import InputError
+from facediffuser.generation.job import GenerationJob, code_and_libraries, differences
+from facediffuser.generation.settings import Pool, RemakeSettings
+from facediffuser.modelfolder import model_digests, resolve_model
+from facediffuser.storage import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+
+def job_of_dataset(
+    store: Store, manifest: Manifest, models: str | None, scorers: str | None, gpu: bool, workers: int | None = None
+) -> GenerationJob:
+    """Return the job that made a dataset; `models` and `scorers`: where they lie now, if not where they lay then.
+
+    Raises InputError when the models are not those of the dataset, or when it was made on a GPU and here is none, or
+    the other way round. Other versions of libraries are told in the log: the last bits of images may depend on them.
+    """
+    models, scorers = models or manifest.made_from.get("models"), scorers or manifest.made_from.get("scorers")
+    for name, value in (("models", models), ("scorers", scorers)):
+        if not value:
+            raise InputError(f"{store.url}: does not say where its {name} lie; give --{name}")
+    found = differences(manifest.models, model_digests(resolve_model(models)))
+    if found:
+        raise InputError(f"{models}: not the models of this dataset ({found[0]}); give those with --models")
+    pool = Pool(workers=workers)
+    job = GenerationJob(store.url, manifest.fingerprint, manifest.run, manifest.layout, models, scorers, pool)
+    if (job.device == "cuda") != gpu:
+        here = "here is a GPU" if gpu else "here is none"
+        raise InputError(f"{store.url}: was made on {job.device} and {here}; its bytes can only be made there")
+    for line in differences({name: manifest.run[name] for name in ("libraries", "code")}, code_and_libraries()):
+        logger.warning("%s: made with other software: %s; bytes may differ", store.url, line)
+    return job
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `verify` found, sorted by what can be done about it."""
+
+    shards: list[int]
+    plan_parts: list[str]
+    foreign: list[str]
+    references: bool
+
+
+def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Damage:
+    """Return the damage; InputError for what cannot be made again from the dataset itself."""
+    layout = manifest.layout
+    for problem in problems:
+        if problem.key == "manifest.json":
+            raise InputError(f"{store.url}/{problem}; remove it and let `generate`, with its options, write it again")
+    keys = {problem.key for problem in problems}
+    parts = [key for part in range(layout.parts) if (key := layout.part_key(part)) in keys]
+    of_plan = ("its plan cannot be read", "its rows are not those planned")
+    shards = sorted({
+        problem.shard for problem in problems
+        if problem.shard is not None
+        and not (layout.part_key(problem.shard // layout.shards_per_part) in parts and problem.what.startswith(of_plan))
+    })  # fmt: skip
+    for shard in shards:
+        key = layout.part_key(shard // layout.shards_per_part)
+        if key in parts:
+            raise InputError(
+                f"{store.url}: {key} and {layout.shard_key(shard)} are both damaged; remove both and run `generate` "
+                "again with its options"
+            )
+    if SUBJECTS_KEY in keys and shards:
+        raise InputError(
+            f"{store.url_of(SUBJECTS_KEY)}: missing or damaged, so no shard can be made; remove it and run `generate` "
+            "again with its options"
+        )
+    foreign = [problem.key for problem in problems if problem.foreign]
+    return Damage(shards, parts, foreign, SUBJECTS_KEY in keys)
+
+
+def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:
+    """Put a part of the plan again, made of its shards' columns; return whether it is the manifest's, else put none."""
+    layout = manifest.layout
+    part = next(number for number in range(layout.parts) if layout.part_key(number) == key)
+    first = part * layout.shards_per_part
+    shards = range(first, min(first + layout.shards_per_part, layout.shards))
+    rows = pa.concat_tables([read_columns(store, layout.shard_key(shard), PLAN_SCHEMA.names) for shard in shards])
+    marked = with_marks(PLAN_SCHEMA, manifest.fingerprint, manifest.run, False)
+    data = encode_part(rows.cast(PLAN_SCHEMA).combine_chunks(), layout, marked)
+    if object_entry(key, data) not in manifest.objects:
+        return False
+    store.put(key, data)
+    return True
+
+
+@dataclass(frozen=True)
+class Remade:
+    """One row made again. `equal`: image and scores are the dataset's; `company`: how many rows its batch had."""
+
+    row: dict[str, Any]
+    stored: dict[str, Any]
+    company: int
+
+    @property
+    def differing(self) -> list[str]:
+        """The columns that are not as in the dataset."""
+        names = [field.name for field in RESULT_FIELDS]
+        return [name for name in names if self.row[name] != self.stored[name]]
+
+    @property
+    def equal(self) -> bool:
+        return not self.differing
+
+
+def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> Remade:
+    """Return one row of a dataset made again, beside the row stored.
+
+    It is made in its batch's company first; where that gives other bytes, alone, as it was made when its batch failed.
+    """
+    from facediffuser.generation.worker import ShardGenerator
+
+    store = open_store(settings.dataset)
+    manifest = read_manifest(store)
+    job = job_of_dataset(store, manifest, settings.models, settings.scorers, gpu)
+    found = find_sample(store, job.layout, settings.sample_id)
+    if found is None:
+        raise InputError(f"{store.url}: no row {settings.sample_id!r}; look in column sample_id of its plan")
+    shard, place = found
+    planned = read_shard_rows(store, job.layout, shard, job.fingerprint)
+    names = ["sample_id", *(field.name for field in RESULT_FIELDS)]
+    table = read_columns(store, job.layout.shard_key(shard), names)
+    stored = table.slice(table["sample_id"].to_pylist().index(settings.sample_id), 1).to_pylist()[0]
+    start = place // job.batch_size * job.batch_size
+    batch = planned[start : start + job.batch_size]
+    with threads_of(job):
+        generator = ShardGenerator(job, pipeline, scorers)
+        made = Remade(_as_stored(generator.rows(batch)[place - start]), stored, len(batch))
+        if made.equal or len(batch) == 1:
+            return made
+        alone = Remade(_as_stored(generator.rows([planned[place]])[0]), stored, 1)
+    return alone if alone.equal else made
+
+
+def _as_stored(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its numbers as Parquet keeps them (float32)."""
+    schema = pa.schema(RESULT_FIELDS)
+    values = {name: row[name] for name in schema.names}
+    return {"sample_id": row["sample_id"]} | pa.Table.from_pylist([values], schema=schema).to_pylist()[0]
+
+
+@contextmanager
+def threads_of(job: GenerationJob) -> Iterator[None]:
+    """Compute with as many threads as the dataset was made with."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.made.get("threads") or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

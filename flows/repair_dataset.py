@@ -1,0 +1,31 @@
+"""The flows `repair-dataset` and `retry-failed`: a finished dataset made whole again, and only where it is not."""
+
+import logging
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from facediffuser.generation.settings import RepairSettings, RetrySettings
+from tasks.repair import find_damage, repair_damage, retry_failed_rows
+
+logger = logging.getLogger(__name__)
+
+
+@flow(name="repair-dataset")
+def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
+    """Make again what `verify` finds missing or damaged; return what was found and what is left, one line each."""
+    manifest, problems = find_damage(settings.url)
+    left = repair_damage(settings, manifest, problems) if problems else []
+    found = [str(problem) for problem in problems]
+    lines = "\n".join(f"- {line}" for line in found) or "nothing"
+    rest = "\n".join(f"- {line}" for line in left) or "nothing"
+    create_markdown_artifact(f"`{settings.url}`\n\nFound:\n\n{lines}\n\nLeft:\n\n{rest}\n", key="dataset-repair")
+    return {"output": settings.url, "found": found, "left": left}
+
+
+@flow(name="retry-failed")
+def retry_failed(settings: RetrySettings) -> dict[str, Any]:
+    """Make the shards that hold failed rows again; return how many rows are ok and failed now."""
+    manifest = retry_failed_rows(settings)
+    return {"output": settings.url, **manifest.counts.model_dump()}
