@@ -1,6 +1,7 @@
 """The Ray Data pool of workers that make shards, and how it is asked to stop."""
 
 import logging
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,7 +66,11 @@ class ShardActor:
         shard = int(row["shard"])
         if not self._may_begin():
             return self._told({"shard": shard, "rows": 0}, skipped=True)
-        return self._told(self.make(shard), skipped=False)
+        try:
+            return self._told(self.make(shard))
+        except (InputError, OSError) as error:
+            # Sent as a value: raised, it would reach the driver in Ray Data's words, and the shards in hand be lost.
+            return self._told({"shard": shard, "rows": 0}, error=pickle.dumps(error))
 
     def _may_begin(self) -> bool:
         try:
@@ -74,9 +79,9 @@ class ShardActor:
             return True  # the foreman's node is gone: nobody can ask for a stop any more, and the work goes on
 
     @staticmethod
-    def _told(stats: dict[str, Any], skipped: bool) -> dict[str, Any]:
+    def _told(stats: dict[str, Any], skipped: bool = False, error: bytes = b"") -> dict[str, Any]:
         return {
-            "shard": stats["shard"], "rows": stats["rows"], "skipped": skipped, "ok": stats.get("ok", 0),
+            "shard": stats["shard"], "rows": stats["rows"], "skipped": skipped, "error": error, "ok": stats.get("ok", 0),
             "failed": stats.get("failed", 0), "bytes": stats.get("bytes", 0), "sha256": stats.get("sha256", ""),
             "found": stats.get("found", False), "put": stats.get("put", False), "seconds": stats.get("seconds", {}),
             "retries": sum(stats.get("retries", {}).values()),
@@ -98,8 +103,8 @@ class Work:
     """Shards in the hands of Ray's actor pool: iterate over it for the stats of each, once, as it is finished.
 
     The pool restarts actors that die and hands their shards out again, so a shard may be begun twice: it is put whole,
-    with the same bytes. After `stop` the shards in hand are finished and the iteration ends with `Stopped`. What a
-    worker raised is raised, InputError and OSError (StorageError is one) without what Ray wraps around them.
+    with the same bytes. After `stop` the shards in hand are finished and the iteration ends with `Stopped`. When a
+    worker meets an InputError or an OSError (StorageError is one), the others finish theirs and it is raised here.
     """
 
     def __init__(self, job: GenerationJob, shards: list[int], actor: type[ShardActor] = ShardActor, **given: Any):
@@ -138,10 +143,15 @@ class Work:
         self._foreman = ray.remote(num_cpus=0, max_restarts=-1)(Foreman).remote()
         if self._asked:
             self._foreman.stop.remote()
+        failure: Exception | None = None
         try:
             for row in self._rows().iter_rows():
                 shard = row["shard"]
-                if row["skipped"]:
+                if row["error"]:
+                    failure = failure or pickle.loads(row["error"])
+                    logger.error("shard %d: %s; the others in hand are finished, then the run ends", shard, failure)
+                    self.stop()
+                elif row["skipped"]:
                     self.skipped.add(shard)
                 elif shard not in self.done:
                     self.done.add(shard)
@@ -154,6 +164,8 @@ class Work:
         finally:
             ray.kill(self._foreman)
             self._foreman = None
+        if failure is not None:
+            raise failure
         if self.skipped - self.done:
             left = len(self.skipped - self.done)
             raise Stopped(f"stopped by SIGTERM, the shards in hand finished, {left} left; run the same command again")

@@ -3,11 +3,14 @@
 import logging
 import os
 import threading
+from typing import Any
 
 import ray
 from ray._private import ray_constants
 
 logger = logging.getLogger(__name__)
+
+START_TRIES = 3
 
 # Tasks of one flow may run side by side, and a process has one connection.
 _connecting = threading.Lock()
@@ -29,11 +32,24 @@ def connect_ray() -> None:
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             _stay_on_loopback()
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            _start_local(quiet)
         resources = ray.cluster_resources()
         logger.info(
             "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
         )
+
+
+def _start_local(options: dict[str, Any]) -> None:
+    # Ray gives its own processes thirty seconds to start, which a busy machine may not keep.
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise
+            logger.warning("Ray did not start (%s); once more", error)
 
 
 def _stay_on_loopback() -> None:

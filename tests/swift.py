@@ -23,6 +23,8 @@ REGION = "us-east-1"
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 # Known to the server, but without a right to anything: every request of this one is answered 403.
 POWERLESS_ACCESS_KEY, POWERLESS_SECRET_KEY = "test:reader", "reading"
+# A secret that stands out wherever it should not be.
+MARKED_ACCESS_KEY, MARKED_SECRET_KEY = "test:marked", "wJalrMarkedSecretEXAMPLEKEYw7Qz"
 
 STORAGE_KINDS = ("account", "container", "object")
 START_TRIES = 3
@@ -39,6 +41,7 @@ PROXY_FILTERS: dict[str, dict[str, object]] = {
     "tempauth": {
         "user_test_tester": f"{SECRET_KEY} .admin",
         "user_test_reader": POWERLESS_SECRET_KEY,
+        "user_test_marked": f"{MARKED_SECRET_KEY} .admin",
     },
     "bulk": {},
     "slo": {"max_manifest_segments": 10_000},

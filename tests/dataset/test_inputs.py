@@ -9,7 +9,7 @@ from PIL import Image
 
 from facediffuser.dataset.inputs import open_picture, read_prompts, read_subjects
 from facediffuser.errors import InputError
-from facediffuser.storage import open_store
+from facediffuser.storage import ObjectInfo, open_store
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_subjects_come_sorted_with_their_words(people):
         ("ada", "woman", ("ada/0.JPG", "ada/1.png")),
         ("bob", "person", ("bob/1.png",)),
     ]
+
+
+@pytest.mark.parametrize("key", ["../1.png", "..\\evil/1.png", "a~b/1.png", "a+b/1.png", "a\nb/1.png", "x" * 121 + "/1.png"])
+def test_a_subject_id_cannot_leave_its_folder(people, monkeypatch, key):
+    # A bucket may hold any key; a folder could not.
+    monkeypatch.setattr("facediffuser.storage.LocalStore.list", lambda store, prefix="": [ObjectInfo(key, 1)])
+    with pytest.raises(InputError, match="cannot be a name|no subjects there"):
+        read_subjects(str(people))
 
 
 @pytest.mark.parametrize(("table", "says"), [

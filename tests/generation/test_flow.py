@@ -7,6 +7,7 @@ import pytest
 
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
+from facediffuser.generation.estimate import estimate, rate_of_dataset
 from facediffuser.storage import open_store
 from flows.generate_dataset import generate_dataset
 from tasks.generate import FailedRowsError, finish_dataset
@@ -19,10 +20,33 @@ def flow_run(world, tmp_path_factory, prefect_harness, ray_session):
     return settings, generate_dataset(settings)
 
 
-def test_a_dry_run_tells_what_would_be_made_and_writes_nothing(world, tmp_path, prefect_harness, ray_session):
-    result = generate_dataset(world.settings(tmp_path / "out", dry_run=True))
+@pytest.fixture(scope="module")
+def dry_run(world, tmp_path_factory, prefect_harness, ray_session):
+    """What a dry run returned; its output is `unwritten`."""
+    output = tmp_path_factory.mktemp("dry") / "out"
+    return generate_dataset(world.settings(output, dry_run=True)) | {"unwritten": output}
+
+
+def test_a_dry_run_tells_what_would_be_made_and_writes_nothing(dry_run):
+    result = dry_run
     assert (result["rows"], result["shards"], len(result["examples"])) == (12, 4, 3)
-    assert not (tmp_path / "out").exists()
+    assert not result["unwritten"].exists()
+
+
+def test_a_dry_run_estimates_hours_bytes_and_cost_from_a_batch_it_made_in_memory(dry_run):
+    assert dry_run["measured_by"] == "a sample of 2 images" and dry_run["worker_hours"] > 0
+    assert 12 * 500 < dry_run["bytes"] < 12 * 50_000
+
+
+def test_an_estimate_follows_the_measured_rate_of_a_dataset(flow_run):
+    stats = [json.loads(open_store(flow_run[0].output).get(f"stats/shard-0000{n}.json")) for n in range(4)]
+    rate = rate_of_dataset(flow_run[0].output)
+    assert rate.bytes_per_image == sum(one["bytes"] for one in stats) / 12
+    hours = sum(one["seconds"]["total"] for one in stats) / 12 * 1_000_000 / 3600
+    found = estimate(1_000_000, rate, hour_price=2.0)
+    assert found["worker_hours"] == pytest.approx(hours, abs=1e-3)
+    assert found["cost"] == pytest.approx(2 * hours, abs=0.01)
+    assert "cost" not in estimate(1, rate, None)
 
 
 def test_the_flow_ends_with_a_dataset_that_verifies(flow_run):

@@ -180,6 +180,12 @@ def test_every_kind_of_file_carries_its_provenance(kind, decoded):
     assert Image.open(io.BytesIO(data)).format == decoded
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_file_made_without_provenance_says_nothing_of_it(kind):
+    data = encode_image(Image.new("RGB", (16, 16), "red"), kind, "ada~p0~0", synthetic=False)
+    assert DIGITAL_SOURCE_TYPE.encode() not in data and b"ynthetic" not in data
+
+
 def test_a_job_travels_to_workers_without_secrets(made, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
     data = pickle.dumps(made[0])
