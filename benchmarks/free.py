@@ -54,6 +54,7 @@ class FreeActor(ShardActor):
     def load(self, job):
         from facediffuser.generation import ShardGenerator
 
+        torch.set_num_threads(job.made["threads"])
         return ShardGenerator(job, FreePipeline(), FreeScorers(job.run["scorers"]))
 
 

@@ -51,7 +51,11 @@ class S3Store(Store):
         with self._told(key):
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
+                    data = answer["Body"].read()
+                    if len(data) != answer["ContentLength"]:
+                        raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
+                    return data
                 except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
                     # boto3 asks again for an answer that does not begin, not for one that breaks off.
                     if attempt == _ATTEMPTS:

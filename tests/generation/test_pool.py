@@ -9,7 +9,6 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from facediffuser.dataset.plan import Layout
 from facediffuser.errors import Stopped
 from facediffuser.generation import GenerateSettings
 from facediffuser.generation.settings import Pool
@@ -34,13 +33,17 @@ class Counting(ShardActor):
                 "seconds": SECONDS}  # fmt: skip
 
 
-@pytest.fixture
-def job(made):
-    return dataclasses.replace(made[0], layout=Layout(24, 2), pool=Pool(min_workers=1, max_workers=2))
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the pool wants to know of a GenerationJob."""
+
+    pool: Pool
+    device: str = "cpu"
+    made: dict = dataclasses.field(default_factory=lambda: {"threads": 1})
 
 
-def test_a_pool_between_bounds_makes_every_shard_once_and_tells_what_operators_want(job, ray_session, caplog):
-    work = Work(job, list(range(12)), Counting)
+def test_a_pool_between_bounds_makes_every_shard_once_and_tells_what_operators_want(ray_session, caplog):
+    work = Work(Job(Pool(min_workers=1, max_workers=2)), list(range(12)), Counting)
     assert (work.fewest, work.most, work.queued) == (1, 2, 10)
     told = []
     with caplog.at_level("INFO"), Progress(24, "images", "Test") as progress:
@@ -53,8 +56,8 @@ def test_a_pool_between_bounds_makes_every_shard_once_and_tells_what_operators_w
     assert "Test: 24/24 images" in caplog.text
 
 
-def test_sigterm_finishes_what_is_in_hand_and_begins_nothing_more(job, ray_session):
-    work = Work(dataclasses.replace(job, pool=Pool(workers=1)), list(range(12)), Counting)
+def test_sigterm_finishes_what_is_in_hand_and_begins_nothing_more(ray_session):
+    work = Work(Job(Pool(workers=1)), list(range(12)), Counting)
     before, done = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(Stopped, match="run the same command again"), stopped_by_sigterm(work):
         for stats in work:
@@ -66,8 +69,8 @@ def test_sigterm_finishes_what_is_in_hand_and_begins_nothing_more(job, ray_sessi
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_a_worker_cannot_store_is_raised_as_it_is(job, ray_session):
-    work, done = Work(dataclasses.replace(job, pool=Pool(workers=1)), [0, 13, 1, 2], Counting), []
+def test_what_a_worker_cannot_store_is_raised_as_it_is(ray_session):
+    work, done = Work(Job(Pool(workers=1)), [0, 13, 1, 2], Counting), []
     with pytest.raises(StorageError) as caught:
         done += [stats["shard"] for stats in work]
     assert type(caught.value) is StorageError and str(caught.value) == "s3://bucket/data: S3 answered 503 (SlowDown)"

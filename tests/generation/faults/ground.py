@@ -111,7 +111,7 @@ class Ground:
     undisturbed: dict[str, bytes] = field(default_factory=dict)
 
     def settings(self, output: str | Path, **others) -> GenerateSettings:
-        given = {"images_per_prompt": 12, "steps": 12, "shard_size": 6, "batch_size": 3, "workers": 2,
+        given = {"images_per_prompt": 12, "steps": 12, "shard_size": 6, "batch_size": 3, "workers": 1,
                  "cpus_per_worker": 1, "max_failed": 1.0}  # fmt: skip
         return self.world.settings(output, **(given | self.settings_given | others))
 

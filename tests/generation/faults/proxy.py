@@ -78,7 +78,8 @@ class FaultyProxy:
             head = f"HTTP/1.1 {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
             answer = head.encode() + b"Connection: close\r\n\r\n" + body
         elif fault == "cut":
-            answer = answer[: len(answer) // 2]  # nothing at all, or an answer that breaks off
+            head, end, body = answer.partition(b"\r\n\r\n")
+            answer = head + end + body[: len(body) // 2] if body else b""  # breaks off, or never comes
         step = max(1, len(answer) // PIECES) if fault == "slow" else max(1, len(answer))
         for start in range(0, len(answer), step):
             writer.write(answer[start : start + step])

@@ -2,6 +2,11 @@
 
 import pytest
 from faults import faults
+from faults.ground import Poller
+from faults.proxy import FaultyProxy
+
+from facediffuser.generation import ShardGenerator, prepare
+from facediffuser.storage import open_store
 
 
 @pytest.fixture
@@ -14,11 +19,28 @@ def remote(s3_bucket) -> str:
     return f"{s3_bucket.url}/out/dataset"
 
 
-def test_a_driver_killed_and_started_again(ground, local, table):
-    table(faults.driver_killed(ground, local, kills=1))
+def test_a_worker_gets_through_a_store_that_fails(world, made, remote, s3_server, monkeypatch):
+    poller = Poller(open_store(remote))
+    poller.start()  # its client was made for the server itself
+    poller.store.list()
+    with FaultyProxy(s3_server.endpoint, ("500", "503", "cut"), 0.15) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        prepared = prepare(world.settings(remote))
+        prepared.write()
+        generator = ShardGenerator(prepared.job, made[1].pipeline, made[1].scorers)
+        for shard in range(prepared.job.layout.shards):
+            generator(shard)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    poller.stop()
+    store, failed = open_store(remote), sum(proxy.counts[kind] for kind in ("500", "503", "cut"))
+    assert failed >= 3, proxy.counts
+    undisturbed = {info.key: made[0].store().get(info.key) for info in made[0].store().list("data/")}
+    assert {info.key: store.get(info.key) for info in store.list("data/")} == undisturbed
+    assert poller.broken == [] and {key for key, _ in poller.met} <= undisturbed.keys()
+    assert len(poller.met) == len({key for key, _ in poller.met})
 
 
-# What follows starts several drivers each, and a worker's start alone takes ten seconds and more.
+# What follows starts several drivers each, with a Ray and workers of their own: a minute and more on two quiet cores.
 
 
 @pytest.mark.slow
