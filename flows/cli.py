@@ -194,7 +194,8 @@ def parse_settings(model: type[BaseModel], args: list[str], prog: str, positiona
 
 def _complaint(item: dict[str, Any], positional: tuple[str, ...]) -> str:
     field = str(item["loc"][0]) if item["loc"] else ""
-    option = field.upper() if field in positional else f"--{field.replace('_', '-')}" if field else "options"
+    name = field.replace("_", "-")
+    option = name.upper() if field in positional else f"--{name}" if name else "options"
     if item["type"] == "missing":
         return f"{option} is required"
     message = item["msg"].removeprefix("Value error, ")

@@ -77,4 +77,5 @@ def test_every_command_has_help_made_from_its_settings(name, capsys):
     told = capsys.readouterr().out
     for field, info in model.model_fields.items():
         assert info.description, f"{model.__name__}.{field} has no description"
-        assert (field.upper() if field in command.positional else f"--{field.replace('_', '-')}") in told
+        name = field.replace("_", "-")
+        assert (name.upper() if field in command.positional else f"--{name}") in told
