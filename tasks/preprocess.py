@@ -77,6 +77,8 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)
     store.require_writable()
+    if settings.stages:
+        open_store(settings.stages).require_writable()
     run = describe_run(settings, listing, models, earlier)
     there = begin_run(store, run)
     if MANIFEST in there:

@@ -115,9 +115,13 @@ def test_weights_that_changed_in_their_folder_are_another_model(folder, tmp_path
         prepare(folder, tmp_path / "out", segmenter=str(mine))
 
 
-def test_stages_are_not_written_into_the_source(folder, tmp_path, here):
+def test_a_place_for_stages_in_the_source_or_not_to_be_written_is_refused(folder, tmp_path, here):
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="--stages .*: lies inside of the source"):
         prepare(folder, tmp_path / "out", stages=str(folder / "stages"))
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        prepare(folder, tmp_path / "out", stages=str(tmp_path / "file/stages"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_findings_of_another_version_are_not_used(folder, tmp_path, here, monkeypatch, ran):
