@@ -1,0 +1,52 @@
+"""The whole of scoring with everything in a bucket: scorers, dataset, what is added, tables."""
+
+import pytest
+from scoring.made import beside, row, write_dataset
+
+from facediffuser.dataset.added import read_added, write_added
+from facediffuser.scoring import load_scorers
+from facediffuser.scoring.adding import add_columns
+from facediffuser.scoring.columns import load_columns
+from facediffuser.scoring.copies import CopySettings, find_copies
+from facediffuser.scoring.evaluation import Evaluator
+from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.scoring.training_faces import count_training, training_faces
+from facediffuser.storage import open_store
+
+
+def upload(folder, url: str) -> None:
+    store = open_store(url)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        store.put(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+@pytest.fixture
+def bucket(s3_bucket, scorers_folder, people, tmp_path, monkeypatch):
+    """`scorers/`, `dataset/` (ada, once as herself) and `photos/` (ada) in a bucket; downloads go to a fresh cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ada = beside(people["ada"])
+    upload(scorers_folder, f"{s3_bucket.url}/scorers")
+    rows = [row(0, ada, face_boxes=[[81, 69, 173, 187]]), row(1, None)]
+    upload(write_dataset(tmp_path / "dataset", rows, {"ada": ada}), f"{s3_bucket.url}/dataset")
+    (tmp_path / "photos").mkdir()
+    ada.save(tmp_path / "photos" / "1.png")
+    upload(tmp_path / "photos", f"{s3_bucket.url}/photos")
+    return s3_bucket.url
+
+
+def test_scorers_dataset_and_tables_may_all_lie_in_a_bucket(bucket):
+    store = open_store(f"{bucket}/dataset")
+    assert add_columns(store, load_columns(["sharpness"])) == ["scores/sharpness.parquet"]
+    identity = load_scorers(f"{bucket}/scorers").identity
+    assert count_training(f"{bucket}/photos") == 1
+    found = find_copies(store, identity, CopySettings(url=store.url), training_faces(f"{bucket}/photos", identity))
+    write_added(store, "copies", found, {})
+    assert set(read_added(store).schema.names) >= {"sharpness", "training_copy", "pasted_reference", "duplicate"}
+    settings = EvaluateSettings(
+        dataset=store.url, rescore=True, scorers=f"{bucket}/scorers", output=f"{bucket}/table", device="cpu"
+    )
+    evaluation = Evaluator(settings).run()
+    assert evaluation.images["ip"].to_pylist()[0] > 0.99 and evaluation.images["training_copy"].to_pylist()[0]
+    assert {info.key for info in open_store(f"{bucket}/table").list()} == {
+        "table.parquet", "per_subject.parquet", "table.md", "plot.png", "scores.parquet"
+    }  # fmt: skip
