@@ -213,6 +213,18 @@ def copy_component(source: Path, target: Path) -> None:
             save_file(tensors, target / name, metadata={"format": "pt"})
 
 
+def save_component(module: torch.nn.Module, folder: Path) -> None:
+    """Write a diffusers or transformers model as safetensors, without the place it was once loaded from in its config.
+
+    The same weights give the same files, and so the same digest, wherever their base lay.
+    """
+    module.save_pretrained(folder, safe_serialization=True)
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def write_model_index(folder: Path, base: Path) -> None:
     """Write the model_index.json that makes `folder` a FaceDiffuserPipeline, with the base's classes for its parts."""
     base_index = read_json(base / "model_index.json")

@@ -13,6 +13,7 @@ from facediffuser.miniature.fitting import Average, fit, with_plain_attention
 from facediffuser.miniature.photos import PhotoSet
 from facediffuser.miniature.tokenizer import MAX_LENGTH, token_ids
 from facediffuser.miniature.vae import LATENT_CHANNELS, encode
+from facediffuser.modelfolder import save_component
 
 logger = logging.getLogger(__name__)
 
@@ -150,4 +151,4 @@ def train_base(
 
 def save_fp16(model: torch.nn.Module, folder: Path) -> None:
     """Write a diffusers or transformers model as fp16 safetensors, leaving the model itself as it is."""
-    copy.deepcopy(model).half().save_pretrained(folder, safe_serialization=True)
+    save_component(copy.deepcopy(model).half(), folder)

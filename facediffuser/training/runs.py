@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from facediffuser.errors import InputError
+from facediffuser.modelfolder import save_component
 from facediffuser.storage import Store
 from facediffuser.training.settings import TrainSettings
 
@@ -137,7 +138,7 @@ def save_final(store: Store, parts: dict[str, nn.Module], record: dict[str, Any]
     """Write the trained parts as safetensors folders under `final/`, and `training.json` last of all."""
     with tempfile.TemporaryDirectory(prefix="facediffuser-final-") as folder:
         for name, part in parts.items():
-            part.save_pretrained(Path(folder) / name)
+            save_component(part, Path(folder) / name)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             store.put(f"final/{path.relative_to(folder).as_posix()}", path.read_bytes())
     store.put(DONE, json.dumps(record, indent=1).encode())

@@ -74,6 +74,12 @@ def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(se
         train_model(settings(base=str(other), start_from=str(models)), lambda numbers: None)
 
 
+def test_the_result_does_not_tell_where_its_base_lay(settings, base, tmp_path):
+    train_model(settings("sdm", steps=1), lambda numbers: None)
+    configs = [path.read_text() for path in (tmp_path / "run" / "final").rglob("config.json")]
+    assert len(configs) == 3 and not [text for text in configs if str(base.parent) in text]
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(settings, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_model(settings("sdm", seed=seed, output=str(tmp_path / name)), lambda numbers: None)
