@@ -52,10 +52,15 @@ class FreeActor(ShardActor):
     """A worker of the pool whose generator costs nothing."""
 
     def load(self, job):
-        from facediffuser.generation import ShardGenerator
+        return free_generator(job)
 
-        torch.set_num_threads(job.made["threads"])
-        return ShardGenerator(job, FreePipeline(), FreeScorers(job.run["scorers"]))
+
+def free_generator(job: GenerationJob):
+    """Return a ShardGenerator that costs nothing, in this process."""
+    from facediffuser.generation import ShardGenerator
+
+    torch.set_num_threads(job.made["threads"])
+    return ShardGenerator(job, FreePipeline(), FreeScorers(job.run["scorers"]))
 
 
 def _noise(seed: int, height: int, width: int) -> Image.Image:

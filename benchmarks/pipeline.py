@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--rows", type=int, nargs="*", help="rows (machinery: 20000; memory: 10000 100000 1000000)")
     parser.add_argument("--size", type=int, default=64, help="machinery: side of an image, px")
-    parser.add_argument("--workers", type=int, default=2, help="machinery, memory: Ray workers")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="machinery, memory: Ray workers; 0: no Ray, this process"
+    )
     parser.add_argument("--s3", action="store_true", help="machinery: to S3, too (`make .swift/ready` installs it)")
     parser.add_argument("--images", type=int, default=64, help="denoising: images")
     parser.add_argument("--steps", type=int, default=30, help="denoising: steps an image")
@@ -72,17 +74,27 @@ def _print_machinery(name: str, url: str, rows: int, args: argparse.Namespace) -
 
 
 def _run_free(url: str, rows: int, args: argparse.Namespace, note: Callable[[str], None] = lambda stage: None) -> dict:
-    from benchmarks.free import FreeActor, free_run
+    from benchmarks.free import FreeActor, free_generator, free_run
     from tasks.generate import finish_dataset, generate_shards
     from tasks.ray_session import connect_ray
 
-    connect_ray()
+    if args.workers:
+        connect_ray()
     note("start")
-    prepared = free_run(url, rows, 500, args.size, args.workers)
+    prepared = free_run(url, rows, 500, args.size, args.workers or None)
+
+    def make() -> None:
+        if args.workers:
+            generate_shards.fn(prepared.job, FreeActor)
+            return
+        generator = free_generator(prepared.job)
+        for shard in range(prepared.job.layout.shards):
+            generator(shard)
+
     spent = {}
     for stage, work in (
         ("plan", prepared.write),
-        ("shards", lambda: generate_shards.fn(prepared.job, FreeActor)),
+        ("shards", make),
         ("finish", lambda: finish_dataset.fn(prepared.job)),
     ):
         started = time.perf_counter()

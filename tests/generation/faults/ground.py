@@ -23,7 +23,7 @@ from facediffuser.storage import Store, open_store
 from tasks.generate import finish_dataset
 
 DRIVER = Path(__file__).with_name("driver.py")
-WAIT_S = 480.0
+WAIT_S = 1200.0
 POLL_S = 0.1
 
 

@@ -8,6 +8,9 @@ from faults.proxy import FaultyProxy
 from facediffuser.generation import ShardGenerator, prepare
 from facediffuser.storage import open_store
 
+# Several drivers in one test; on a machine that does other things, too, each takes minutes.
+pytestmark = pytest.mark.timeout(3600)
+
 
 @pytest.fixture
 def local(tmp_path) -> str:

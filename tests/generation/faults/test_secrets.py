@@ -13,6 +13,7 @@ from facediffuser.storage import open_store
 
 
 # The command with its own Prefect and Ray, and a minute of tries before a store that only answers 500 is given up.
+@pytest.mark.timeout(3600)
 @pytest.mark.slow
 def test_a_secret_is_nowhere_in_what_a_failing_run_leaves_behind(ground, s3_bucket, s3_server, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", MARKED_ACCESS_KEY)
