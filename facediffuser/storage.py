@@ -152,6 +152,9 @@ class LocalStore(Store):
                 self._link(temporary, path, data)
             else:
                 os.replace(temporary, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say where
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
