@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 
 from facediffuser.storage import open_store
@@ -142,6 +143,9 @@ class TrainingRun:
                 (losses[0] / recipe.accumulate).backward()
             sums += torch.stack([one.detach() for one in losses]) / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
+        if self.worker.count > 1:
+            torch.distributed.all_reduce(sums)
+            sums /= self.worker.count
         # One look at the device's numbers a step.
         loss, localization, norm = torch.stack([*sums, norm]).tolist()
         self._require_sound(loss, norm)
@@ -200,8 +204,7 @@ class TrainingRun:
     def _require_sound(self, loss: float, norm: float) -> None:
         """Raise DivergedError before a step that would spoil the weights, or when the loss has been far too high for long."""
         if math.isfinite(norm):
-            # A worker's own loss may be large by chance; only the workers' common gradient stops all of them together.
-            self.high = self.high + 1 if self.worker.count == 1 and loss > HIGH_LOSS else 0
+            self.high = self.high + 1 if loss > HIGH_LOSS else 0
             if self.high < HIGH_STEPS:
                 return
         good = (runs.checkpoint_steps(self.store) or [0])[-1]

@@ -144,6 +144,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_checkpo
         assert all(torch.isfinite(tensor).all() for tensor in state["trained"])
 
 
+def test_a_loss_far_beyond_a_guess_for_long_stops_the_run_before_more_is_spoilt(settings, monkeypatch):
+    from facediffuser.training import loop
+
+    monkeypatch.setattr(loop, "HIGH_LOSS", 0.0)
+    monkeypatch.setattr(loop, "HIGH_STEPS", 3)
+    chosen = settings("tdm", steps=9, checkpoint_every=1)
+    with pytest.raises(DivergedError, match="step 2; the last good checkpoint is that of step 2"):
+        train_model(chosen, lambda numbers: None)
+    assert runs.checkpoint_steps(open_store(chosen.output)) == [1, 2]
+
+
 def test_two_workers_learn_from_what_one_with_the_doubled_batch_learns_from(settings):
     """The images of a step, and all chance about them, do not depend on how many workers share them."""
     from facediffuser.training.batches import image_seed
