@@ -24,7 +24,8 @@ from facediffuser.training.splits import split_batches
 logger = logging.getLogger(__name__)
 
 VALIDATION_TIMES = (100, 300, 500, 700, 900)
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
+# Gentle guidance, and references from the first step on: what the model has learnt shows, not what guidance makes of it.
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 2.5
 GAP = 4
 
 
@@ -148,6 +149,7 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
         num_inference_steps=SAMPLE_STEPS,
         guidance_scale=SAMPLE_GUIDANCE,
         method="fastcomposer" if role == "sdm" else "tdm",
+        alpha=1.0,
         height=recipe.resolution,
         width=recipe.resolution,
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
