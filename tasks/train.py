@@ -71,7 +71,9 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"settings": settings.model_dump(), "board": board, "threads": cpus},
+            train_loop_config={
+                "settings": settings.model_dump(), "board": board, "threads": cpus, "folder": os.getcwd(),
+            },
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=on_gpu,
@@ -126,6 +128,9 @@ def _work(config: dict[str, Any]) -> None:
     """One worker's whole life; Ray Train calls it in the worker's process."""
     settings, board = TrainSettings.model_validate(config["settings"]), config["board"]
     context = ray.train.get_context()
+    if os.path.isdir(config["folder"]):
+        # Ray Train puts its workers into a folder of its own; relative paths are the driver's.
+        os.chdir(config["folder"])
     torch.set_num_threads(config["threads"])
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     worker = Worker(

@@ -38,5 +38,6 @@ def s3_bucket(s3_server: SwiftS3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in {**s3_server.environment(), **nothing, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     bucket = Bucket(f"bucket-{uuid.uuid4().hex[:12]}", s3_server)
-    boto3.client("s3").create_bucket(Bucket=bucket.name)
+    # A session of its own: boto3's default one keeps the credentials that its first user had.
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket.name)
     return bucket

@@ -46,7 +46,7 @@ def aws(monkeypatch, tmp_path):
 def bucket(aws, moto_endpoint, request):
     aws.setenv("AWS_ENDPOINT_URL", moto_endpoint)
     name = f"b{abs(hash(request.node.name)) % 10**12}"
-    boto3.client("s3").create_bucket(Bucket=name)
+    boto3.session.Session().client("s3").create_bucket(Bucket=name)
     return name
 
 

@@ -1,5 +1,6 @@
 """Batches made by processes ahead of their use, so that training does not wait for pictures to be decoded and varied."""
 
+import threading
 from collections.abc import Iterable, Iterator
 
 from torch.utils.data import DataLoader
@@ -25,8 +26,17 @@ def ahead(batches: Batches, places: Iterable[int], loaders: int, pin: bool = Fal
         # Forked, so that all of them share the records in memory.
         multiprocessing_context="fork" if loaders else None,
         prefetch_factor=AHEAD if loaders else None,
+        worker_init_fn=_forget_threads,
     )
     return iter(loader)
+
+
+def _forget_threads(number: int) -> None:
+    """Drop what libraries of the parent, Prefect among them, want done at the end: their threads are not in this process.
+
+    Left as they are they fail there, and the loader takes that for a process that died.
+    """
+    getattr(threading, "_threading_atexits", []).clear()
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ def _status(error: pytest.ExceptionInfo[ClientError]) -> int:
 
 
 def test_what_is_put_is_got_and_listed(s3_bucket):
-    client = boto3.client("s3")
+    client = boto3.session.Session().client("s3")
     data = os.urandom(300_000)
     client.put_object(Bucket=s3_bucket.name, Key="a/b.bin", Body=data)
 
@@ -26,11 +26,11 @@ def test_what_is_put_is_got_and_listed(s3_bucket):
 
 
 def test_a_fresh_bucket_is_empty(s3_bucket):
-    assert boto3.client("s3").list_objects_v2(Bucket=s3_bucket.name)["KeyCount"] == 0
+    assert boto3.session.Session().client("s3").list_objects_v2(Bucket=s3_bucket.name)["KeyCount"] == 0
 
 
 def test_pyarrow_reads_with_the_same_credentials(s3_bucket):
-    boto3.client("s3").upload_fileobj(io.BytesIO(b"text"), s3_bucket.name, "x.txt")
+    boto3.session.Session().client("s3").upload_fileobj(io.BytesIO(b"text"), s3_bucket.name, "x.txt")
     filesystem = pyarrow.fs.S3FileSystem(endpoint_override=s3_bucket.server.endpoint)
     with filesystem.open_input_file(f"{s3_bucket.name}/x.txt") as file:
         assert file.read() == b"text"
@@ -42,7 +42,7 @@ def test_pyarrow_reads_with_the_same_credentials(s3_bucket):
     ids=["wrong secret", "unknown key", "no rights"],
 )
 def test_wrong_credentials_are_answered_403(s3_bucket, key, secret):
-    client = boto3.client("s3", aws_access_key_id=key, aws_secret_access_key=secret)
+    client = boto3.session.Session().client("s3", aws_access_key_id=key, aws_secret_access_key=secret)
     with pytest.raises(ClientError) as error:
         client.list_objects_v2(Bucket=s3_bucket.name)
     assert _status(error) == 403
@@ -50,7 +50,7 @@ def test_wrong_credentials_are_answered_403(s3_bucket, key, secret):
 
 def test_a_missing_bucket_is_answered_404(s3_bucket):
     with pytest.raises(ClientError) as error:
-        boto3.client("s3").list_objects_v2(Bucket=s3_bucket.name + "-missing")
+        boto3.session.Session().client("s3").list_objects_v2(Bucket=s3_bucket.name + "-missing")
     assert _status(error) == 404
     assert error.value.response["Error"]["Code"] == "NoSuchBucket"
 

@@ -22,7 +22,7 @@ def _make_bucket(name: str) -> subprocess.CompletedProcess[str]:
 def test_make_bucket_makes_it_and_leaves_it_as_it_is_the_second_time(s3_bucket):
     name = f"{s3_bucket.name}-made"
     assert _make_bucket(name).stdout == f"{name}: made\n"
-    client = boto3.client("s3")
+    client = boto3.session.Session().client("s3")
     client.put_object(Bucket=name, Key="kept", Body=b"x")
     assert _make_bucket(name).stdout == f"{name}: there already\n"
     assert client.list_objects_v2(Bucket=name)["KeyCount"] == 1

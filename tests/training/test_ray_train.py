@@ -14,10 +14,15 @@ from tasks import train
 from tasks.train import train_on_ray
 
 
-def test_two_workers_on_ray_train_the_weights_of_one_with_the_doubled_batch(ray_session, settings, tmp_path):
+def test_two_workers_on_ray_train_the_weights_of_one_with_the_doubled_batch(
+    ray_session, settings, prepared, tmp_path, monkeypatch
+):
     """AdamW's first step moves each weight by the sign of its gradient, so SGD-like closeness is asked of most weights."""
     given = dict(steps=2, warmup_steps=0, cpus_per_worker=1, accumulate=2)
-    result = train_on_ray.fn(settings("sdm", workers=2, batch_size=2, output=str(tmp_path / "two"), **given))
+    # Paths are told as people type them.
+    monkeypatch.chdir(tmp_path)
+    paths = dict(data=os.path.relpath(prepared), output="two")
+    result = train_on_ray.fn(settings("sdm", workers=2, batch_size=2, **paths, **given))
     assert (result["role"], result["step"]) == ("sdm", 2) and result["loss"] > 0
     train_model(settings("sdm", workers=1, batch_size=4, output=str(tmp_path / "one"), **given), lambda numbers: None)
     ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
