@@ -1,14 +1,14 @@
 """A small byte-pair tokenizer in CLIP's format, learnt from the captions of the miniature world."""
 
-import json
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import CLIPTokenizer
+
+from facediffuser.miniature.merges import learn_merges
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -20,18 +20,17 @@ def make_tokenizer(texts: Iterable[str], merges: int = 800) -> CLIPTokenizer:
     Every byte, inside a word and at its end, is a token, so no text needs an unknown token. The end token has the highest
     id and pads as well, as in CLIP's own vocabulary.
     """
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
+    normalizer = normalizers.Lowercase()
     words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
+    splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=2 * len(letters) + merges, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    counts = Counter(
+        word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
-    learner.train_from_iterator(texts, trainer)
-    learnt = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # The library's own trainer settles ties differently from one call to the next.
+    learnt = learn_merges(counts, merges)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt)]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     vocabulary[START] = len(vocabulary)
