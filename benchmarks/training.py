@@ -135,7 +135,7 @@ def _row(path: Path, side: int) -> dict:
             {"phrase": content["caption"][start : segment["end"]], "start": start, "end": segment["end"],
              "segment_id": segment["id"], "box": box, "face_index": len(faces)}
         )  # fmt: skip
-        faces.append({"box": head, "prob": 1.0, "landmarks": [[0.0, 0.0]] * 5, "crop_box": head})
+        faces.append({"box": head, "prob": 1.0, "landmarks": [[0.0, 0.0]] * 5, "crop_box": head, "crop_turn": 0.0})
     return {
         "image_id": path.stem, "image": {"bytes": jpeg.getvalue(), "path": f"{path.stem}.jpg"},
         "image_sha256": path.stem, "width": side, "height": side, "caption": content["caption"], "faces": faces,

@@ -197,7 +197,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "scored for identity preservation (IP) and prompt consistency (PC). More on one page: `card/index.html`.\n",
         "![Subjects, images made of them, prompts and scores](card/contact_sheet.png)\n",
         "## Contents\n\n" + _two_columns(facts),
-        "## Scores\n\nMean and 95% bootstrap interval. IP: cosine of face embeddings of image and reference,\n"
+        "## Scores\n\nMean and 95% bootstrap interval over people and prompts. IP: cosine of face embeddings of image and reference,\n"
         "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
         "image and prompt.\n\n" + markdown(card.table),
         "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",

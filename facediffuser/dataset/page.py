@@ -63,7 +63,7 @@ def card_page(
         "prompt consistency (PC).</p>",
         f'<img class=wide alt="Subjects and images made of them" src="{sheet}">',
         f"<h2>Contents</h2><div class=facts>{_lines(facts)}</div>",
-        f"<h2>Scores</h2><p class=note>Mean and 95% bootstrap interval.</p>{_score_table(card.table)}",
+        f"<h2>Scores</h2><p class=note>Mean and 95% bootstrap interval over people and prompts.</p>{_score_table(card.table)}",
         '<h2>Distributions</h2><div class=pair><img alt="Histograms of IP and PC" '
         f'src="{histograms}"><img alt="IP against PC" src="{plane}"></div>',
         f"<h2>Highest IP</h2><p class=note>In the corner the reference.</p>{_tiles(card.survey.best, card, faces)}",

@@ -101,25 +101,22 @@ def train_base(
     vae: AutoencoderKL,
     photos: PhotoSet,
     tokenizer: CLIPTokenizer,
-    seconds: float,
+    steps: int,
     keep: Path,
     batch_size: int = 64,
     seed: int = 0,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train UNet and text encoder together on predicting noise; return their averages.
 
-    The loss is weighted by min-SNR (arXiv 2303.09556, gamma 5) and towards faces. Every 250 steps the present averages are
-    saved to `keep`; what is there already is where training goes on.
+    The text encoder begins as CLIP's tower, in `keep`. The loss is weighted by min-SNR (arXiv 2303.09556, gamma 5) and towards
+    faces. Every 250 steps the present averages are saved to `keep`; a UNet that is there already is where training goes on.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     data = Latents(vae, photos, tokenizer)
     logger.info("base: %d latents", len(data.ids))
-    if (keep / "unet").exists() and (keep / "text_encoder").exists():
-        unet = UNet2DConditionModel.from_pretrained(keep / "unet").float()
-        text = CLIPTextModel.from_pretrained(keep / "text_encoder").float()
-    else:
-        unet, text = new_unet(), new_text_encoder(tokenizer)
+    text = CLIPTextModel.from_pretrained(keep / "text_encoder").float()
+    unet = UNet2DConditionModel.from_pretrained(keep / "unet").float() if (keep / "unet").exists() else new_unet()
     unet, text = with_plain_attention(unet).train(), with_plain_attention(text).train()
     averages = Average(unet, 0.9985), Average(text, 0.9985)
     noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
@@ -145,7 +142,7 @@ def train_base(
             save_fp16(averages[0].module, keep / "unet")
             save_fp16(averages[1].module, keep / "text_encoder")
 
-    fit("base", loss, [*unet.parameters(), *text.parameters()], seconds, 1.2e-3, hold=0.6, after_step=after_step)
+    fit("base", loss, [*unet.parameters(), *text.parameters()], steps, 1.2e-3, hold=0.6, after_step=after_step)
     return averages[0].module, averages[1].module
 
 

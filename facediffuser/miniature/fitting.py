@@ -1,4 +1,4 @@
-"""The loop that all small parts are fitted with: so many seconds, a warm-up, a decay, an averaged copy."""
+"""The loop that all small parts are fitted with: so many steps, a warm-up, a decay, an averaged copy."""
 
 import copy
 import logging
@@ -47,26 +47,26 @@ def fit(
     name: str,
     loss: Callable[[int], torch.Tensor],
     parameters: Iterable[nn.Parameter],
-    seconds: float,
+    steps: int,
     learning_rate: float,
     weight_decay: float = 1e-2,
     warmup_steps: int = 50,
     hold: float = 0.5,
     after_step: Callable[[int], None] | None = None,
     log_seconds: float = 30.0,
-) -> int:
-    """Minimise `loss(step)` with AdamW for `seconds` of wall clock; return the number of steps made.
+) -> None:
+    """Minimise `loss(step)` with AdamW for `steps` steps.
 
-    The learning rate is held for the first `hold` share of the time, then goes down linearly to 2%. Logs the mean loss.
+    The learning rate is held for the first `hold` share of them, then goes down linearly to 2%. Logs the mean loss.
     """
     parameters = [p for p in parameters if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
     )
     started = logged = time.monotonic()
-    total, count, step = 0.0, 0, 0
-    while (elapsed := time.monotonic() - started) < seconds:
-        done = elapsed / seconds
+    total, count = 0.0, 0
+    for step in range(steps):
+        done = step / steps
         decay = 1.0 if done < hold else max(0.02, (1 - done) / (1 - hold))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * decay * min(1.0, (step + 1) / warmup_steps)
@@ -75,12 +75,10 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        step += 1
         total, count = total + float(value.detach()), count + 1
         if after_step:
-            after_step(step)
-        if time.monotonic() - logged >= log_seconds:
-            logger.info("%s: step %d, %.0f of %.0f s, loss %.4f", name, step, elapsed, seconds, total / count)
+            after_step(step + 1)
+        if time.monotonic() - logged >= log_seconds or step + 1 == steps:
+            seconds = time.monotonic() - started
+            logger.info("%s: step %d of %d in %.0f s, loss %.4f", name, step + 1, steps, seconds, total / count)
             total, count, logged = 0.0, 0, time.monotonic()
-    logger.info("%s: %d steps in %.0f s, last mean loss %.4f", name, step, seconds, total / max(count, 1))
-    return step

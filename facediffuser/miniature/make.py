@@ -1,6 +1,6 @@
 """Make the miniature's shipped parts: `python -m facediffuser.miniature.make all --output DIR`.
 
-Each part is trained for a set time on two CPU cores, on pictures rendered here; what a part needs is read from the output
+Each part is trained for a set number of steps on the CPU, on pictures rendered here; what a part needs is read from the output
 folder, so parts can be made one at a time, in the order of BUDGETS.
 """
 
@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from facediffuser.miniature.base import new_scheduler, save_fp16, train_base
 from facediffuser.miniature.embedder import save_identity_embedder
 from facediffuser.miniature.photos import PhotoSet, load_photos
-from facediffuser.miniature.scorers import train_identity_embedder, train_image_encoder, train_prompt_scorer
+from facediffuser.miniature.scorers import train_clip, train_identity_embedder, train_prompt_scorer
 from facediffuser.miniature.tokenizer import make_tokenizer
 from facediffuser.miniature.vae import round_trip_psnr, train_decoder, train_vae
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 BUDGETS = {
     "tokenizer": 0,
-    "vae": 540,
-    "vae-decoder": 900,
-    "base": 2700,
-    "image-encoder": 300,
-    "identity": 240,
-    "prompt": 300,
+    "vae": 1000,
+    "vae-decoder": 1000,
+    "clip": 1500,
+    "base": 6000,
+    "identity": 1500,
+    "prompt": 1500,
 }
-"""Seconds of training per part."""
+"""Steps of training per part."""
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -52,7 +52,7 @@ MODEL_PEOPLE, SCORER_PEOPLE = 0, 1_000_000
 MODEL_PICTURES, SCORER_PICTURES = 30_000, 15_000
 
 
-def make(part: str, output: Path, seconds: float, cache: Path) -> None:
+def make(part: str, output: Path, steps: int, cache: Path) -> None:
     """Make one part into `output`, in the layout of the package's `weights` folder."""
     base, scorers = output / "base", output / "scorers"
     if part in ("identity", "prompt"):
@@ -65,26 +65,27 @@ def make(part: str, output: Path, seconds: float, cache: Path) -> None:
         (base / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     elif part == "vae":
         made = base / "vae"
-        vae = train_vae(photos, seconds, start=AutoencoderKL.from_pretrained(made).float() if made.exists() else None)
+        vae = train_vae(photos, steps, start=AutoencoderKL.from_pretrained(made).float() if made.exists() else None)
         logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
         save_fp16(vae, base / "vae")
     elif part == "vae-decoder":
-        vae = train_decoder(photos, seconds, AutoencoderKL.from_pretrained(base / "vae").float())
+        vae = train_decoder(photos, steps, AutoencoderKL.from_pretrained(base / "vae").float())
         logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
         save_fp16(vae, base / "vae")
     elif part == "base":
         vae = AutoencoderKL.from_pretrained(base / "vae").float()
-        unet, text = train_base(vae, photos, CLIPTokenizer.from_pretrained(base / "tokenizer"), seconds, base)
+        unet, text = train_base(vae, photos, CLIPTokenizer.from_pretrained(base / "tokenizer"), steps, base)
         save_fp16(unet, base / "unet")
         save_fp16(text, base / "text_encoder")
-    elif part == "image-encoder":
-        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-        save_fp16(train_image_encoder(photos, tokenizer, seconds), base / "image_encoder")
+    elif part == "clip":
+        text, vision = train_clip(photos, CLIPTokenizer.from_pretrained(base / "tokenizer"), steps)
+        save_fp16(text, base / "text_encoder")
+        save_fp16(vision, base / "image_encoder")
     elif part == "identity":
-        save_identity_embedder(train_identity_embedder(photos, seconds), scorers / "identity")
+        save_identity_embedder(train_identity_embedder(photos, steps), scorers / "identity")
     elif part == "prompt":
         tokenizer = make_tokenizer(_texts(photos))
-        save_fp16(train_prompt_scorer(photos, tokenizer, seconds), scorers / "prompt")
+        save_fp16(train_prompt_scorer(photos, tokenizer, steps), scorers / "prompt")
         tokenizer.save_pretrained(scorers / "prompt")
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*BUDGETS, "all"])
     parser.add_argument("--output", type=Path, required=True, help="folder for base/ and scorers/")
     parser.add_argument("--cache", type=Path, help="folder for rendered pictures (default: OUTPUT/photos)")
-    parser.add_argument("--seconds", type=float, help="training time of a part (default: the table BUDGETS)")
+    parser.add_argument("--steps", type=int, help="training steps of a part (default: the table BUDGETS)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -107,7 +108,7 @@ def main() -> None:
         make(
             part,
             args.output,
-            BUDGETS[part] if args.seconds is None else args.seconds,
+            BUDGETS[part] if args.steps is None else args.steps,
             args.cache or args.output / "photos",
         )
 

@@ -1,4 +1,4 @@
-"""Training of the miniature's scorers and image encoder: telling people apart, and matching pictures with texts.
+"""Training of the miniature's scorers and CLIP towers: telling people apart, and matching pictures with texts.
 
 The scorers see other people than the models do and share no weights with them.
 """
@@ -8,7 +8,14 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from facediffuser.miniature.base import WIDTH, new_text_encoder
 from facediffuser.miniature.embedder import IdentityEmbedder
@@ -32,7 +39,7 @@ class MarginSoftmax(nn.Module):
         return F.cross_entropy(SCALE * (cosine - target), people)
 
 
-def train_identity_embedder(photos: PhotoSet, seconds: float, batch_size: int = 128, seed: int = 0) -> IdentityEmbedder:
+def train_identity_embedder(photos: PhotoSet, steps: int, batch_size: int = 128, seed: int = 0) -> IdentityEmbedder:
     """Train on jittered tight face crops of people pictured several times; return the averaged network."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -50,7 +57,7 @@ def train_identity_embedder(photos: PhotoSet, seconds: float, batch_size: int = 
         "identity",
         loss,
         [*model.parameters(), *head.parameters()],
-        seconds,
+        steps,
         2e-3,
         1e-3,
         after_step=lambda step: average.update(model),
@@ -58,12 +65,13 @@ def train_identity_embedder(photos: PhotoSet, seconds: float, batch_size: int = 
     return average.module
 
 
-def train_image_encoder(
-    photos: PhotoSet, tokenizer: CLIPTokenizer, seconds: float, batch_size: int = 128, seed: int = 0
-) -> CLIPVisionModelWithProjection:
-    """Train the SDM's image encoder on face crops with hair: match the words for the person, and tell people apart.
+def train_clip(
+    photos: PhotoSet, tokenizer: CLIPTokenizer, steps: int, batch_size: int = 80, seed: int = 0
+) -> tuple[CLIPTextModel, CLIPVisionModelWithProjection]:
+    """Train the base's text encoder and the SDM's image encoder on each other, as CLIP's towers serve Stable Diffusion.
 
-    Its text side is a helper that is thrown away, as CLIP's text tower is not part of the SDM's image encoder.
+    Half of a step are pictures and their captions, half face crops with hair and the words for the person; crops also tell
+    people apart. Return the averages of both towers.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -76,35 +84,42 @@ def train_image_encoder(
         patch_size=8,
         projection_dim=WIDTH,
     )
-    model = with_plain_attention(CLIPVisionModelWithProjection(config)).train()
+    vision = with_plain_attention(CLIPVisionModelWithProjection(config)).train()
     text = with_plain_attention(new_text_encoder(tokenizer)).train()
-    head, scale = MarginSoftmax(WIDTH, photos.people), nn.Parameter(torch.tensor(2.5))
-    average = Average(model, 0.998)
+    head = MarginSoftmax(WIDTH, photos.people)
+    scales = nn.Parameter(torch.tensor([2.5, 2.5]))
+    averages = Average(text, 0.998), Average(vision, 0.998)
+    captions = torch.stack([token_ids(tokenizer, texts) for texts in (photos.captions, photos.full_captions)], 1)
     words = token_ids(tokenizer, photos.identity_texts)
 
     def loss(step: int) -> torch.Tensor:
+        index = torch.randint(len(photos), (batch_size,), generator=generator)
+        full = int(torch.rand(1, generator=generator) < 0.7)
         crops, people = photos.face_crops(batch_size, margin=0.5, side=64, generator=generator)
-        ids = words[people]
+        pixels = worsen(torch.cat([photos.pixels(index), crops]), generator)
+        ids = torch.cat([captions[index, full], words[people]])
         with torch.autocast("cpu", torch.bfloat16):
-            pictures = model(clip_normalised(worsen(crops, generator))).image_embeds
+            pictures = vision(clip_normalised(pixels)).image_embeds
             texts = text(ids).pooler_output
-        matched = contrast(pictures.float(), texts.float(), (ids[:, None] == ids[None]).all(-1), scale)
-        return matched + head(pictures.float(), people)
+        matched = sum(
+            contrast(some.float(), told.float(), (mine[:, None] == mine[None]).all(-1), scale)
+            for some, told, mine, scale in zip(
+                pictures.split(batch_size), texts.split(batch_size), ids.split(batch_size), scales, strict=True
+            )
+        )
+        return matched + head(pictures[batch_size:].float(), people)
 
-    fit(
-        "image encoder",
-        loss,
-        [*model.parameters(), *text.parameters(), *head.parameters(), scale],
-        seconds,
-        1e-3,
-        1e-2,
-        after_step=lambda step: average.update(model),
-    )
-    return average.module
+    def after_step(step: int) -> None:
+        averages[0].update(text)
+        averages[1].update(vision)
+
+    parameters = [*vision.parameters(), *text.parameters(), *head.parameters(), scales]
+    fit("clip", loss, parameters, steps, 1e-3, 1e-2, after_step=after_step)
+    return averages[0].module, averages[1].module
 
 
 def train_prompt_scorer(
-    photos: PhotoSet, tokenizer: CLIPTokenizer, seconds: float, batch_size: int = 192, seed: int = 0
+    photos: PhotoSet, tokenizer: CLIPTokenizer, steps: int, batch_size: int = 192, seed: int = 0
 ) -> CLIPModel:
     """Train a small CLIP on whole pictures and captions, half of them without the words for the person's looks."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,7 +163,7 @@ def train_prompt_scorer(
         same = (mine[:, None] == mine[None]).all(-1)
         return contrast(pictures.float(), texts.float(), same, model.logit_scale)
 
-    fit("prompt", loss, model.parameters(), seconds, 1e-3, 1e-2, after_step=lambda step: average.update(model))
+    fit("prompt", loss, model.parameters(), steps, 1e-3, 1e-2, after_step=lambda step: average.update(model))
     return average.module
 
 

@@ -28,7 +28,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(
-    photos: PhotoSet, seconds: float, batch_size: int = 32, seed: int = 0, start: AutoencoderKL | None = None
+    photos: PhotoSet, steps: int, batch_size: int = 32, seed: int = 0, start: AutoencoderKL | None = None
 ) -> AutoencoderKL:
     """Train on L1 and edges, faces weighing more, with a slight pull towards a unit Gaussian; return the average.
 
@@ -36,23 +36,23 @@ def train_vae(
     With `start` its training goes on, at a lower rate.
     """
     vae = (start or new_vae()).to(memory_format=torch.channels_last).train()
-    average = _fit_vae("vae", vae, photos, seconds, 8e-4 if start else 2e-3, batch_size, seed)
+    average = _fit_vae("vae", vae, photos, steps, 8e-4 if start else 2e-3, batch_size, seed)
     fold_normalisation(average, photos)
     return average
 
 
 def train_decoder(
-    photos: PhotoSet, seconds: float, start: AutoencoderKL, batch_size: int = 32, seed: int = 1
+    photos: PhotoSet, steps: int, start: AutoencoderKL, batch_size: int = 32, seed: int = 1
 ) -> AutoencoderKL:
     """Go on with the decoder alone: the latents stay what they are, so a UNet trained on them still fits."""
     vae = start.to(memory_format=torch.channels_last).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    return _fit_vae("vae decoder", vae, photos, seconds, 1.2e-3, batch_size, seed)
+    return _fit_vae("vae decoder", vae, photos, steps, 1.2e-3, batch_size, seed)
 
 
 def _fit_vae(
-    name: str, vae: AutoencoderKL, photos: PhotoSet, seconds: float, learning_rate: float, batch_size: int, seed: int
+    name: str, vae: AutoencoderKL, photos: PhotoSet, steps: int, learning_rate: float, batch_size: int, seed: int
 ) -> AutoencoderKL:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def _fit_vae(
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean() if encoder_learns else 0.0
         return reconstruction_loss(decoded.float(), pixels, weight) + 1e-4 * kl
 
-    fit(name, loss, vae.parameters(), seconds, learning_rate, 1e-4, after_step=lambda step: average.update(vae))
+    fit(name, loss, vae.parameters(), steps, learning_rate, 1e-4, after_step=lambda step: average.update(vae))
     return average.module.eval().to(memory_format=torch.contiguous_format)
 
 

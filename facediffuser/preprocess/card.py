@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from facediffuser.preprocess.faces import turned_square
 from facediffuser.preprocess.prepare import CROP_STEP
 from facediffuser.preprocess.segments import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -89,7 +90,8 @@ def _cell(row: dict[str, Any]) -> Image.Image:
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     pen = ImageDraw.Draw(image)
     for face in row["faces"]:
-        pen.rectangle([value * scale for value in face["crop_box"]], outline=CROP)
+        corners = turned_square(face["crop_box"], face["crop_turn"]) * scale
+        pen.polygon([tuple(corner) for corner in corners.tolist()], outline=CROP)
         pen.rectangle([value * scale for value in face["box"]], outline=FACE)
         for x, y in face["landmarks"]:
             pen.ellipse((x * scale - 1, y * scale - 1, x * scale + 1, y * scale + 1), fill=FACE)

@@ -240,29 +240,44 @@ def _square(center_x: float, center_y: float, side: int) -> tuple[int, int, int,
     return left, top, left + side, top + side
 
 
-def ffhq_crop_box(landmarks: Sequence[Sequence[float]]) -> tuple[int, int, int, int]:
-    """Return the square (x1, y1, x2, y2), px, that FFHQ's alignment rule puts around five landmarks, kept upright."""
-    center, half = _ffhq_frame(landmarks)
-    return _square(center[0], center[1], max(1, round(2 * float(np.hypot(*half)))))
-
-
-def align_face(image: Image.Image, landmarks: Sequence[Sequence[float]], size: int = 256) -> Image.Image:
-    """Return the face turned upright and cut as in FFHQ: (size, size) RGB.
+def ffhq_crop(landmarks: Sequence[Sequence[float]]) -> tuple[tuple[int, int, int, int], float]:
+    """Return FFHQ's square around five landmarks (x1, y1, x2, y2; px) and the degrees it is turned about its centre.
 
     The rule is the data set's (Karras et al. 2019, appendix A): the frame's x axis is the mean of the line between
     the eyes and the normal of the line from eyes to mouth; its half side is the larger of 2 x the eyes' distance and
-    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth. What is outside of
-    the picture is filled from its nearest pixels.
+    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth. Degrees count
+    clockwise as one looks at the picture.
     """
     center, across = _ffhq_frame(landmarks)
+    box = _square(center[0], center[1], max(1, round(2 * float(np.hypot(*across)))))
+    return box, float(np.degrees(np.arctan2(across[1], across[0])))
+
+
+def turned_square(box: Sequence[float], degrees: float) -> np.ndarray:
+    """Return the corners (4, 2), px, of a square turned about its centre: upper left, then on along its left side."""
+    center = np.array([box[0] + box[2], box[1] + box[3]], np.float64) / 2
+    half, angle = (box[2] - box[0]) / 2, np.radians(degrees)
+    across = half * np.array([np.cos(angle), np.sin(angle)])
     down = np.array([-across[1], across[0]])
-    rim = int(np.ceil(np.abs(across).sum() * 2))
-    padded = Image.fromarray(np.pad(np.asarray(image.convert("RGB")), ((rim, rim), (rim, rim), (0, 0)), mode="edge"))
-    corners = [center - across - down, center - across + down, center + across + down, center + across - down]
-    quad = tuple(float(value) for corner in corners for value in corner + rim)
+    return center + np.stack([-across - down, down - across, across + down, across - down])
+
+
+def crop_turned(image: Image.Image, box: Sequence[int], degrees: float, size: int | None = None) -> Image.Image:
+    """Return the square `box` turned by `degrees` about its centre as an upright picture, RGB, of its own or the given size.
+
+    What lies outside of the picture is filled with its nearest edge pixels.
+    """
+    if not degrees:
+        return crop_square(image, box, size)
+    side = size or max(1, int(box[2] - box[0]))
+    corners = turned_square(box, degrees)
+    # Only what the square reaches over, so that a small face of a large picture costs little.
+    low, high = np.floor(corners.min(0)).astype(int) - 2, np.ceil(corners.max(0)).astype(int) + 2
+    around = crop_square(image, (*low, *high))
     # Cut at twice the size, then reduce: a quadrilateral is sampled without regard to the pixels it skips.
-    large = padded.transform((size * 2, size * 2), Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
-    return large.resize((size, size), Image.Resampling.LANCZOS)
+    quad = tuple(float(value) for corner in corners - low for value in corner)
+    large = around.transform((side * 2, side * 2), Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
+    return large.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _ffhq_frame(landmarks: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from facediffuser.preprocess.annotations import (
     read_annotation,
     read_caption,
 )
-from facediffuser.preprocess.faces import Face, face_crop_box, ffhq_crop_box
+from facediffuser.preprocess.faces import Face, face_crop_box, ffhq_crop
 from facediffuser.preprocess.images import Rejection, read_picture
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.segments import encode_map, read_map, resize_map
@@ -227,10 +227,16 @@ class PartPreparer:
 
     def _face(self, face: Face) -> dict[str, Any]:
         if self.settings.reference_crop == "ffhq":
-            crop = ffhq_crop_box(face.landmarks)
+            crop, turn = ffhq_crop(face.landmarks)
         else:
-            crop = face_crop_box(face.box, self.settings.face_margin)
-        return {"box": face.box, "prob": face.prob, "landmarks": face.landmarks, "crop_box": crop}
+            crop, turn = face_crop_box(face.box, self.settings.face_margin), 0.0
+        return {
+            "box": face.box,
+            "prob": face.prob,
+            "landmarks": face.landmarks,
+            "crop_box": crop,
+            "crop_turn": turn,
+        }
 
 
 class _Facts:

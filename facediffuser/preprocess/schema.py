@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 SCHEMA_KEY = b"facediffuser_prepared_schema"
 FINGERPRINT_KEY = b"facediffuser_fingerprint"
 COUNTS_KEY = b"facediffuser_counts"
@@ -17,6 +17,7 @@ _FACE = pa.struct(
         ("prob", pa.float32()),
         ("landmarks", pa.list_(_POINT)),
         ("crop_box", pa.list_(pa.int32())),
+        ("crop_turn", pa.float32()),
     ]
 )
 _SUBJECT = pa.struct(
@@ -66,7 +67,15 @@ def _hugging_face(fields: pa.Schema) -> bytes:
     floats, ints = _list(_value("float32")), _list(_value("int32"))
     special = {
         "image": {"_type": "Image"},
-        "faces": _list({"box": floats, "prob": _value("float32"), "landmarks": _list(floats), "crop_box": ints}),
+        "faces": _list(
+            {
+                "box": floats,
+                "prob": _value("float32"),
+                "landmarks": _list(floats),
+                "crop_box": ints,
+                "crop_turn": _value("float32"),
+            }
+        ),
         "subjects": _list(
             {
                 "phrase": _value("string"),
@@ -91,7 +100,8 @@ PREPARED_SCHEMA = _versioned(_PREPARED_FIELDS)
 
 image_id: the source's own id, unique in a set. image: the file, untouched or encoded again at the chosen size;
 image_sha256: of the file in the source. width, height: of `image`, px, after EXIF rotation. caption: without markers.
-faces: largest first; box, landmarks and crop_box in pixels of `image`, crop_box a square that may leave the picture.
+faces: largest first; box, landmarks and crop_box in pixels of `image`, crop_box a square that may leave
+the picture, crop_turn the degrees it is turned clockwise about its centre.
 subjects: from left to right; phrase = caption[start:end] (characters); segment_id: the phrase's id in `segmentation`;
 box: the segment's x1, y1, x2, y2 in pixels, the far edges exclusive; face_index: into faces, -1 for none.
 segmentation: PNG of segment ids (0 = none), as large as `image`. split: train or test. identity: of each person from

@@ -40,7 +40,7 @@ class PreprocessSettings(BaseModel):
         160, ge=0, description="enlarge smaller pictures to this shorter side, px, to find faces; 0: search as they are"
     )
     reference_crop: Literal["margin", "ffhq"] = Field(
-        "margin", description="square of a face: its box with a margin, or FFHQ's rule from the landmarks"
+        "margin", description="square of a face: its box with a margin, or FFHQ's, turned as the landmarks say"
     )
     face_margin: float = Field(0.3, ge=0, le=3, description="margin on each side, in face sizes, for `margin`")
     captioner: str = Field(

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +64,7 @@ def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> li
         itertools.combinations(methods, 2), sorted({count for _, count, _ in values}), metrics
     ):
         ours, theirs = values.get((first, count, metric), {}), values.get((second, count, metric), {})
-        interval = paired_difference(ours, theirs, seed)
+        interval = paired_difference(ours, theirs, (itemgetter(0), itemgetter(1)), seed)
         if interval.n:
             found.append(Difference(first, second, count, metric, interval))
     return found

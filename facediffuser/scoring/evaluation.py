@@ -207,7 +207,7 @@ def _markdown(
         "# IP and PC\n",
         f"{images.num_rows} images"
         + (f", {failed} of them failed and not counted" if failed else "")
-        + f". {scored_by} Mean and 95% bootstrap interval over images; right\nfaces: the share of images in which as "
+        + f". {scored_by} Mean and 95% bootstrap interval over people and prompts; right\nfaces: the share of images in which as "
         "many faces are found as there are subjects.\n",
         tables.paper_markdown(table),
         "## By category\n\n" + tables.markdown(table),

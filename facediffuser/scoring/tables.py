@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facediffuser.scoring.statistics import Interval, mean_interval
+from facediffuser.scoring.statistics import Interval, coded, mean_interval
 
 METRICS = ("ip", "pc")
 FACES = "faces"
 TITLES = {"ip": "IP", "pc": "PC", FACES: "right faces"}
 OVERALL = "all"
 NO_CATEGORY = "(none)"
-SCORE_COLUMNS = ("method", "subject_ids", "category", "ip", "pc", "status")
+SCORE_COLUMNS = ("method", "subject_ids", "prompt_id", "category", "ip", "pc", "status")
 _VALUES = [("metric", pa.string()), ("mean", pa.float64()), ("low", pa.float64()), ("high", pa.float64())]
 TABLE_SCHEMA = pa.schema(
     [("method", pa.string()), ("subjects", pa.int32()), ("category", pa.string()), *_VALUES, ("n", pa.int64())]
@@ -61,13 +61,15 @@ class SubjectRow:
 def score_table(rows: pa.Table, others: Sequence[str] = ()) -> list[ScoreRow]:
     """Return the means of a dataset's rows, sorted by method, number of subjects, category (`all` last), metric.
 
-    `rows` needs the columns method, subject_ids, ip, pc, and uses category, status and face_count when it has them;
-    `others` names further columns of numbers. Failed rows and rows without a score count in no mean.
+    `rows` needs the columns method, subject_ids, prompt_id, ip, pc, and uses category, status and face_count when it has
+    them; `others` names further columns of numbers. Failed rows and rows without a score count in no mean. Intervals
+    hold for other people and other prompts: both are resampled.
     """
     rows = _ok(rows)
     methods = _codes(rows["method"], "unknown")
     categories = _codes(rows["category"] if "category" in rows.column_names else None, NO_CATEGORY, rows.num_rows)
     subjects = pc.list_value_length(rows["subject_ids"]).combine_chunks().to_numpy(zero_copy_only=False)
+    factors = [_codes(pc.binary_join(rows["subject_ids"], "\x1f"), "")[0], _codes(rows["prompt_id"], "")[0]]
     values = {metric: _floats(rows[metric]) for metric in (*METRICS, *others)}
     if "face_count" in rows.column_names:
         counted = _floats(rows["face_count"])
@@ -75,7 +77,13 @@ def score_table(rows: pa.Table, others: Sequence[str] = ()) -> list[ScoreRow]:
     order = {metric: place for place, metric in enumerate([*METRICS, FACES, *others])}
     return sorted(
         (
-            ScoreRow(methods[1][method], int(count), category, metric, **asdict(mean_interval(values[metric][chosen])))
+            ScoreRow(
+                methods[1][method],
+                int(count),
+                category,
+                metric,
+                **asdict(mean_interval(values[metric][chosen], [factor[chosen] for factor in factors])),
+            )
             for method, count, category, chosen in _groups(methods, subjects, categories)
             for metric in values
         ),
@@ -86,22 +94,27 @@ def score_table(rows: pa.Table, others: Sequence[str] = ()) -> list[ScoreRow]:
 def subject_table(rows: pa.Table) -> list[SubjectRow]:
     """Return the means of IP and PC for each subject, sorted by method, number of subjects, subject, metric.
 
-    `rows` needs the columns method, subject_ids, ip, ip_per_subject, pc and status. Of images of several people each
+    `rows` needs the columns method, subject_ids, prompt_id, ip, ip_per_subject, pc and status. Of images of several people each
     counts with their own value of IP, not with the minimum.
     """
-    found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
-    columns = ["method", "subject_ids", "ip", "ip_per_subject", "pc"]
+    found: dict[tuple[str, int, str], dict[str, list]] = {}
+    columns = ["method", "subject_ids", "prompt_id", "ip", "ip_per_subject", "pc"]
     for row in _ok(rows).select(columns).to_pylist():
         names = row["subject_ids"]
         own = row["ip_per_subject"] or [row["ip"]] * len(names)
         for name, ip in zip(names, own, strict=True):
-            group = found.setdefault((row["method"] or "unknown", len(names), name), {"ip": [], "pc": []})
+            group = found.setdefault(
+                (row["method"] or "unknown", len(names), name), {"ip": [], "pc": [], "together": [], "prompt": []}
+            )
+            group["together"].append(tuple(names))
+            group["prompt"].append(row["prompt_id"])
             group["ip"].append(_number(ip))
             group["pc"].append(_number(row["pc"]))
     return [
-        SubjectRow(method, name, count, metric, **asdict(mean_interval(np.array(values))))
-        for (method, count, name), metrics in sorted(found.items())
-        for metric, values in metrics.items()
+        SubjectRow(method, name, count, metric, **asdict(mean_interval(np.array(group[metric]), factors)))
+        for (method, count, name), group in sorted(found.items())
+        for factors in [[coded(group["together"]), coded(group["prompt"])]]
+        for metric in METRICS
     ]
 
 

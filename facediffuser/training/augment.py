@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from facediffuser.preprocess.faces import crop_square
+from facediffuser.preprocess.faces import crop_turned
 from facediffuser.training.recipe import Augmentation
 
 BLUR_PX, BLUR_SIGMA = 5, (0.1, 2.0)
@@ -20,9 +20,9 @@ def segment_reference(image: Image.Image, ids: np.ndarray, segment_id: int, box:
     return torch.where(inside, pixels, torch.rand(pixels.shape))
 
 
-def face_reference(image: Image.Image, crop_box: list[int]) -> torch.Tensor:
-    """Return the square around a face (3, h, h) in [0, 1]."""
-    return TF.to_dtype(TF.to_image(crop_square(image, crop_box)), torch.float32, scale=True)
+def face_reference(image: Image.Image, crop_box: list[int], crop_turn: float = 0.0) -> torch.Tensor:
+    """Return the square around a face, turned upright by `crop_turn` degrees, as (3, h, h) in [0, 1]."""
+    return TF.to_dtype(TF.to_image(crop_turned(image, crop_box, crop_turn)), torch.float32, scale=True)
 
 
 def augmenter(augmentation: Augmentation, size: int) -> v2.Transform:

@@ -188,7 +188,8 @@ class Batches:
             subject, ids = record["subjects"][0], decode_ids(record["segmentation"])
         image = self.records.image(row)
         if self.recipe.reference_source == "face" and 0 <= subject["face_index"] < len(record["faces"]):
-            return face_reference(image, record["faces"][subject["face_index"]]["crop_box"])
+            face = record["faces"][subject["face_index"]]
+            return face_reference(image, face["crop_box"], face["crop_turn"])
         return segment_reference(image, ids, subject["segment_id"], subject["box"])
 
     def _area(self, inside: np.ndarray, flip: bool) -> torch.Tensor:

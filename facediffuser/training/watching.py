@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
 from facediffuser.pipeline import FaceDiffuserPipeline
-from facediffuser.preprocess.faces import crop_square
+from facediffuser.preprocess.faces import crop_turned
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
 from facediffuser.training.conditioning import mark_caption
@@ -160,7 +160,8 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
 def _reference(records: Records, number: int, row: dict, subject: dict) -> Image.Image:
     image = records.image(number)
     if 0 <= subject["face_index"] < len(row["faces"]):
-        return crop_square(image, row["faces"][subject["face_index"]]["crop_box"])
+        face = row["faces"][subject["face_index"]]
+        return crop_turned(image, face["crop_box"], face["crop_turn"])
     return image.crop(tuple(subject["box"]))
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 from facediffuser.preprocess import faces as module
-from facediffuser.preprocess.faces import FaceDetector, align_face, crop_square, face_crop_box, ffhq_crop_box
+from facediffuser.preprocess.faces import FaceDetector, crop_square, crop_turned, face_crop_box, ffhq_crop
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,9 @@ def test_outside_of_the_picture_a_crop_repeats_the_edge():
 @pytest.mark.parametrize("angle", [-25, 0, 25])
 def test_an_aligned_face_is_upright_and_in_the_middle(detector, astronaut, angle):
     turned = astronaut.rotate(angle, Image.Resampling.BICUBIC, fillcolor="grey")
-    aligned = align_face(turned, detector.detect([turned])[0][0].landmarks, 192)
+    box, degrees = ffhq_crop(detector.detect([turned])[0][0].landmarks)
+    assert degrees == pytest.approx(-angle, abs=6)
+    aligned = crop_turned(turned, box, degrees, 192)
     (face,) = detector.detect([aligned])[0]
     left, right, *_ = np.array(face.landmarks)
     assert abs(np.degrees(np.arctan2(*(right - left)[::-1]))) < 6
@@ -153,6 +155,16 @@ def test_an_aligned_face_is_upright_and_in_the_middle(detector, astronaut, angle
 
 def test_ffhqs_square_holds_the_whole_face(detector, astronaut):
     (face,) = detector.detect([astronaut])[0]
-    x1, y1, x2, y2 = ffhq_crop_box(face.landmarks)
+    (x1, y1, x2, y2), _ = ffhq_crop(face.landmarks)
     assert x2 - x1 == y2 - y1
     assert x1 < face.box[0] and y1 < face.box[1] and x2 > face.box[2] and y2 > face.box[3]
+
+
+def test_a_turned_crop_is_the_picture_turned():
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[10:20, 10:20], pixels[10:20, 20:30], pixels[20:30, 10:20] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    picture, box = Image.fromarray(pixels), (10, 10, 30, 30)
+    plain, quarter = np.asarray(crop_turned(picture, box, 0.0)), np.asarray(crop_turned(picture, box, 90.0))
+    np.testing.assert_array_equal(plain, pixels[10:30, 10:30])
+    # The right side of the picture is what lies at the top of a square turned clockwise.
+    np.testing.assert_allclose(np.rot90(plain)[4::10, 4::10], quarter[4::10, 4::10], atol=3)

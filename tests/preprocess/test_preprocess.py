@@ -18,7 +18,7 @@ from preprocess.tiny_models import tiny_blip, tiny_clip, tiny_mask2former
 from skimage import data
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY
+from facediffuser.preprocess.schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.preprocess.segments import decode_map
 from tasks import preprocess as stage
 
@@ -132,7 +132,7 @@ def test_the_files_are_of_the_schema_and_open_everywhere(prepared):
 
     for path in prepared.glob("t*/*.parquet"):
         assert pq.read_schema(path).remove_metadata().equals(PREPARED_SCHEMA.remove_metadata())
-        assert pq.read_schema(path).metadata[SCHEMA_KEY] == b"1"
+        assert pq.read_schema(path).metadata[SCHEMA_KEY] == SCHEMA_VERSION.encode()
         columns = pq.ParquetFile(path).metadata.row_group(0)
         kinds = {columns.column(i).path_in_schema: columns.column(i).compression for i in range(columns.num_columns)}
         assert kinds["image.bytes"] == kinds["segmentation"] == "UNCOMPRESSED" and kinds["caption"] == "ZSTD"
@@ -375,7 +375,8 @@ def test_ffhq_keeps_licence_and_author_and_rejects_what_is_not_as_described(tmp_
         "00000": ("train", "author 0", "CC BY 2.0"),
         "60000": ("test", "author 2", "CC BY 2.0"),
     }
-    assert found["00000"]["faces"]
+    (face,) = found["00000"]["faces"]
+    assert -10 < face["crop_turn"] < 10 and face["crop_turn"] != 0
     (rejected,) = rows(tmp_path / "out", "rejected")
     assert rejected["image_id"] == "00001" and rejected["reason"].startswith("does not match its metadata: ")
 

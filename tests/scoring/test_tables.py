@@ -109,3 +109,34 @@ def test_a_constant_lead_is_sure_where_the_means_alone_overlap():
     better, worse = (row for row in score_table(table) if row.category == "all" and row.metric == "ip")
     assert better.low < worse.high
     assert "| better − worse | 1 | 40 | **+0.050** (+0.050 to +0.050) |" in compare.markdown(compare.differences(table))
+
+
+def test_an_interval_holds_for_other_people_and_prompts_not_only_for_more_images_of_these():
+    generator = np.random.default_rng(2)
+    held = {"both": 0, "images alone": 0}
+    for _ in range(150):
+        people, prompts = generator.normal(0, 0.1, 15), generator.normal(0, 0.05, 20)
+        values = people[:, None, None] + prompts[None, :, None] + generator.normal(0, 0.05, (15, 20, 2))
+        person, prompt, _ = np.indices(values.shape)
+        both = mean_interval(values.ravel(), [person.ravel(), prompt.ravel()])
+        alone = mean_interval(values.ravel())
+        held["both"] += both.low <= 0 <= both.high
+        held["images alone"] += alone.low <= 0 <= alone.high
+    assert 132 <= held["both"] <= 150 and held["images alone"] < 80
+
+
+def test_the_limit_of_many_values_agrees_with_resampling_people_and_prompts():
+    generator = np.random.default_rng(3)
+    shape = (50, 40, NORMAL_FROM // 2000)
+    values = generator.normal(0, 1, (50, 1, 1)) + generator.normal(0, 0.5, (1, 40, 1)) + generator.normal(0, 1, shape)
+    factors = [part.ravel() for part in np.indices(shape)[:2]]
+    limit = mean_interval(values.ravel(), factors)
+    resampled = mean_interval(values.ravel()[:-1], [factor[:-1] for factor in factors])
+    assert limit.high - limit.low == pytest.approx(resampled.high - resampled.low, rel=0.1)
+
+
+def test_a_factor_of_one_level_is_left_out():
+    values = np.random.default_rng(0).random(30)
+    prompts = np.arange(30) % 6
+    assert mean_interval(values, [np.zeros(30), prompts]) == mean_interval(values, [prompts])
+    assert mean_interval(values, [np.zeros(30)]) == mean_interval(values)

@@ -41,7 +41,7 @@ def prepared_row(path: Path, split: str) -> dict:
         side = (x2 - x1) * 2 // 3
         left = (x1 + x2 - side) // 2
         box = [left, y1, left + side, y1 + side]
-        faces.append({"box": box, "prob": 1.0, "landmarks": [[0.0, 0.0]] * 5, "crop_box": box})
+        faces.append({"box": box, "prob": 1.0, "landmarks": [[0.0, 0.0]] * 5, "crop_box": box, "crop_turn": 0.0})
     return {
         "image_id": path.stem,
         "image": {"bytes": image.read_bytes(), "path": image.name},
