@@ -195,8 +195,8 @@ def _spent(started: tuple[float, float]) -> tuple[float, float]:
 def _plain_loop(generator, rows: list[dict], folder: Path) -> None:
     """The released test script's order: every batch made whole and saved, one after the other; then all is scored."""
     from facediffuser.dataset.subjects import load_references
+    from facediffuser.prompts import without_markers
     from facediffuser.scoring import subject_embedding
-    from facediffuser.subject import without_markers
 
     folder.mkdir()
     pipeline, scorers = generator.pipeline, generator.scorers

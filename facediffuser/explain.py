@@ -13,9 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.prompts import without_markers
 from facediffuser.stages import Stage, default_fusion_window, plan_stages
-from facediffuser.subject import to_rgb, without_markers
 
 logger = logging.getLogger(__name__)
 

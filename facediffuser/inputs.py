@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from facediffuser.errors import InputError
-from facediffuser.subject import count_markers
+from facediffuser.prompts import count_markers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 References = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]

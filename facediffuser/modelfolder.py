@@ -6,6 +6,7 @@ Weights are safetensors.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,16 +16,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import save_file
-from transformers import CLIPVisionModelWithProjection
 
 from facediffuser.errors import InputError
 from facediffuser.storage import local_copy
+
+# torch, diffusers and transformers take seconds to import, and most of this only looks at files.
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +82,12 @@ def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = Non
     return folder
 
 
-def load_image_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithProjection:
-    """Return the vision tower with its projection from a folder that holds it alone or a whole CLIP model."""
+def load_image_encoder(folder: Path, dtype: "torch.dtype | None" = None) -> "CLIPVisionModelWithProjection":
+    """Return the vision tower with its projection from a folder that holds it alone or a whole CLIP model (fp32)."""
+    import torch
+    from transformers import CLIPVisionModelWithProjection
+
+    dtype = dtype or torch.float32
     kind = read_json(Path(folder) / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise InputError(f"{folder}: holds a model of type {kind}; give the folder of a CLIP model")
@@ -199,6 +206,9 @@ def written_whole(output: Path) -> Iterator[Path]:
 
 def copy_component(source: Path, target: Path) -> None:
     """Copy a component's files; weights in a .bin file are read with weights_only and written as safetensors."""
+    import torch
+    from safetensors.torch import save_file
+
     target.mkdir(parents=True)
     has_safetensors = any(source.glob("*.safetensors"))
     for path in _files(source):
@@ -213,7 +223,7 @@ def copy_component(source: Path, target: Path) -> None:
             save_file(tensors, target / name, metadata={"format": "pt"})
 
 
-def save_component(module: torch.nn.Module, folder: Path) -> None:
+def save_component(module: "torch.nn.Module", folder: Path) -> None:
     """Write a diffusers or transformers model as safetensors, without the place it was once loaded from in its config.
 
     The same weights give the same files, and so the same digest, wherever their base lay.
@@ -231,7 +241,7 @@ def write_model_index(folder: Path, base: Path) -> None:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     classes = dict(PIPELINE_CLASSES, scheduler=["diffusers", scheduler])
     classes |= {name: base_index[name] for name in BASE_PARTS if base_index.get(name)}
-    version = base_index.get("_diffusers_version", diffusers.__version__)
+    version = base_index.get("_diffusers_version") or importlib.metadata.version("diffusers")
     index = {"_class_name": "FaceDiffuserPipeline", "_diffusers_version": version}
     (folder / "model_index.json").write_text(json.dumps(index | dict(sorted(classes.items())), indent=2) + "\n")
 

@@ -25,8 +25,9 @@ from facediffuser import subject
 from facediffuser.errors import InputError
 from facediffuser.inputs import References, as_list, check_references, check_sampling, repeat_rows
 from facediffuser.modelfolder import resolve_model
+from facediffuser.prompts import TokenizedPrompts, tokenize_with_markers
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
-from facediffuser.subject import SubjectFuser, TokenizedPrompts, tokenize_with_markers
+from facediffuser.subject import SubjectFuser
 
 logger = logging.getLogger(__name__)
 

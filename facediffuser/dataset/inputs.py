@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import to_rgb
+from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.storage import Store, local_copy, open_store
-from facediffuser.subject import IMAGE_MARKER, to_rgb
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_CLASS_WORD = "person"

@@ -31,9 +31,9 @@ from facediffuser.errors import InputError
 from facediffuser.generation.settings import SCHEDULER_CLASSES, GenerateSettings, Pool
 from facediffuser.miniature.parts import base_folder
 from facediffuser.modelfolder import model_digests, resolve_model
+from facediffuser.prompts import tokenize_with_markers
 from facediffuser.scoring import load_scorers
 from facediffuser.storage import Store, open_store
-from facediffuser.subject import tokenize_with_markers
 
 logger = logging.getLogger(__name__)
 

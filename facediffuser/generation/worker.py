@@ -21,7 +21,7 @@ from facediffuser.dataset.schema import RESULT_FIELDS
 from facediffuser.dataset.shards import encode_shard, shard_mark
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.job import GenerationJob
-from facediffuser.subject import without_markers
+from facediffuser.prompts import without_markers
 
 logger = logging.getLogger(__name__)
 

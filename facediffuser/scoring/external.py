@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.errors import InputError
+from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.storage import Store
-from facediffuser.subject import IMAGE_MARKER
 
 logger = logging.getLogger(__name__)
 

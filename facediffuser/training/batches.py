@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from facediffuser.subject import CLIP_MEAN, CLIP_STD, TokenizedPrompts, tokenize_with_markers
+from facediffuser.prompts import TokenizedPrompts, tokenize_with_markers
+from facediffuser.subject import CLIP_MEAN, CLIP_STD
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
 from facediffuser.training.conditioning import choose_told, mark_caption
 from facediffuser.training.frozen import CaptionEmbeddings, pixels_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from facediffuser.subject import IMAGE_MARKER
+from facediffuser.prompts import IMAGE_MARKER
 
 
 @dataclass(frozen=True)

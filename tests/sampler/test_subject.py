@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from facediffuser.errors import InputError
-from facediffuser.subject import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGE_MARKER,
-    SubjectFuser,
-    encode_references,
-    pad_to_square,
-    preprocess_references,
-    to_rgb,
-    tokenize_with_markers,
-    without_markers,
-)
+from facediffuser.pictures import pad_to_square, to_rgb
+from facediffuser.prompts import IMAGE_MARKER, tokenize_with_markers, without_markers
+from facediffuser.subject import CLIP_MEAN, CLIP_STD, SubjectFuser, encode_references, preprocess_references
 
 M = IMAGE_MARKER
 

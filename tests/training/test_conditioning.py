@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facediffuser.subject import IMAGE_MARKER, tokenize_with_markers, without_markers
+from facediffuser.prompts import IMAGE_MARKER, tokenize_with_markers, without_markers
 from facediffuser.training.conditioning import choose_told, mark_caption
 
 
