@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import threading
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray._private import ray_constants
 logger = logging.getLogger(__name__)
 
 START_TRIES = 3
+LOOPBACK = re.compile(r"localhost|127\.[\d.]+|\[?::1\]?")
 
 # Tasks of one flow may run side by side, and a process has one connection.
 _connecting = threading.Lock()
@@ -28,6 +30,8 @@ def connect_ray() -> None:
         address = os.environ.get("RAY_ADDRESS")
         quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
         if address and address != "local":
+            if LOOPBACK.fullmatch(address.split("://")[-1].rsplit(":", 1)[0]):
+                _stay_on_loopback()  # else Ray looks for that cluster at the machine's outer address
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
