@@ -34,6 +34,7 @@ class ClaimSettings(BaseModel):
     people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
     images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
     steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
+    guidance_scale: float = Field(2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out")
     seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images made together")
@@ -67,6 +68,7 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
             subject_sets=settings.people,
             images_per_prompt=settings.images_per_prompt,
             steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
             seed=settings.seed,
             workers=settings.workers,
             cpus_per_worker=1,

@@ -1,0 +1,45 @@
+"""The documentation's pictures of methods: right people, a cell for each, maps that say what was measured."""
+
+import pytest
+
+from facediffuser.miniature import methods
+from facediffuser.miniature.parts import models_folder
+from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.scoring import load_scorers
+
+
+@pytest.fixture(scope="module")
+def scorers():
+    return load_scorers("miniature", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trial():
+    pipeline = FaceDiffuserPipeline.from_pretrained(models_folder())
+    pipeline.set_progress_bar_config(disable=True)
+    return methods.Trial(pipeline, 2, 2.5)
+
+
+def test_the_sheet_has_a_reference_and_every_methods_pictures_of_each_person(trial, scorers):
+    people = methods.unseen_people(2, scorers)
+    sheet = methods.samples(trial, people)
+    cells = 1 + len(methods.METHODS) * len(methods.SHOWN)
+    assert sheet.height == methods.TITLE + 2 * methods.CELL and sheet.width >= cells * methods.CELL
+    for row in range(2):
+        bottom = methods.TITLE + (row + 1) * methods.CELL - 1
+        assert sheet.getpixel((sheet.width - 10, bottom)) != (255, 255, 255)  # the last picture is there, too
+
+
+def test_the_sweep_has_a_row_for_each_window_and_its_ends_are_the_methods(trial, scorers, monkeypatch):
+    monkeypatch.setattr(methods, "STARTS", (0, 3))
+    monkeypatch.setattr(methods, "ENDS", (0, 3))
+    people = methods.unseen_people(1, scorers)
+    rows = methods.sweep(trial, people, scorers)
+    assert [(row["fusion_start"], row["fusion_end"]) for row in rows] == [(0, 0), (0, 3), (3, 3)]
+    made = {name: trial.images(people, methods.SWEPT, method=name) for name in ("sdm", "tdm")}
+    for row, name in ((rows[0], "sdm"), (rows[2], "tdm")):
+        again = trial.images(people, methods.SWEPT, fusion_start=row["fusion_start"], fusion_end=row["fusion_end"])
+        assert [one.tobytes() for one in again] == [one.tobytes() for one in made[name]]
+    maps = methods.heat_maps(rows, 2).axes
+    assert [one.get_title() for one in maps] == ["IP (identity)", "PC (prompt)"]
+    assert [len(one.texts) for one in maps] == [3, 3]
