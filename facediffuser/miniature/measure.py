@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from facediffuser.miniature.captions import looks_phrase
 from facediffuser.miniature.embedder import load_identity_embedder
 from facediffuser.miniature.looks import SCENES, STYLES, Setting, sample_setting
 from facediffuser.miniature.parts import base_folder, scorers_folder
@@ -21,6 +22,7 @@ from facediffuser.miniature.render import Rendering, person, render
 from facediffuser.miniature.scorers import clip_normalised
 from facediffuser.miniature.tokenizer import token_ids
 from facediffuser.preprocess.faces import FaceDetector, crop_square, face_crop_box
+from facediffuser.scoring import load_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +83,17 @@ def measure_vae(count: int = 200) -> dict[str, float]:
     return {"VAE, PSNR dB": psnr, "VAE, photo": detection_rate(arrays, 1)}
 
 
-def measure_base(count: int = 64, steps: int = 50, guidance: float = 5.0) -> dict[str, float]:
-    """MTCNN's rate, and the image-text scorer's recall of the caption, of pictures sampled from captions."""
+def measure_base(count: int = 64, steps: int = 25, guidance: float = 2.5) -> dict[str, float]:
+    """Of pictures sampled from captions that tell the looks: MTCNN's rate, the image-text scorer's recall, likeness."""
     pipe = StableDiffusionPipeline.from_pretrained(
         base_folder(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+    pipe = pipe.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     drawn = unseen(count, first=2 * 10**6)
-    captions = [one.full_caption.text for one in drawn]
+    captions = [
+        f"a photo of a {who.class_word}{looks_phrase(who)} on the beach" for (who,) in (d.people for d in drawn)
+    ]
     images: list[np.ndarray] = []
     for start in range(0, count, 16):
         made = pipe(
@@ -101,7 +106,24 @@ def measure_base(count: int = 64, steps: int = 50, guidance: float = 5.0) -> dic
         ).images
         images += [np.asarray(image) for image in made]
     rate = detection_rate(images, 1)
-    return {"base, photo": rate, f"base, caption first of {count}": caption_recall(images, captions)}
+    likeness = told_likeness([one.image for one in drawn], images)
+    return {"base, photo": rate, f"base, caption first of {count}": caption_recall(images, captions)} | likeness
+
+
+def told_likeness(photographs: Sequence[np.ndarray], images: Sequence[np.ndarray]) -> dict[str, float]:
+    """The identity scorer's cosine of each image to the person whose looks it was told, and to the next one; 0 for no face."""
+    scorer = load_scorers("miniature", "cpu").identity
+
+    def vectors(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        found = scorer.embed_faces([Image.fromarray(picture) for picture in pictures])
+        width = next(len(one.vectors[0]) for one in found if len(one.vectors))
+        return torch.stack(
+            [torch.as_tensor(one.vectors[0]) if len(one.vectors) else torch.zeros(width) for one in found]
+        )
+
+    ours, theirs = F.normalize(vectors(images), dim=-1), F.normalize(vectors(photographs), dim=-1)
+    own, other = (ours * theirs).sum(-1).mean(), (ours * theirs.roll(1, 0)).sum(-1).mean()
+    return {"base, IP to the person told": float(own), "base, IP to another person": float(other)}
 
 
 @torch.no_grad()

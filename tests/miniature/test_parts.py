@@ -107,7 +107,7 @@ def test_the_identity_scorer_tells_unseen_people_apart(portraits: list[list[Rend
     with torch.no_grad():
         embeddings = embedder(_face_crops([one for takes in portraits for one in takes], margin=0.0))
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(len(who)), atol=1e-4)
-    assert _auc(embeddings, who) > 0.95
+    assert _auc(embeddings, who) > 0.98
 
 
 def test_the_image_encoder_tells_unseen_people_apart(portraits: list[list[Rendering]]):
@@ -129,7 +129,7 @@ def test_the_prompt_scorer_finds_the_caption_of_a_picture(photos: list[Rendering
         texts = model.text_projection(model.text_model(ids).pooler_output)
     cosine = F.normalize(pictures, dim=-1) @ F.normalize(texts, dim=-1).T
     best = cosine.argmax(1)
-    assert (best == torch.arange(len(photos))).float().mean() > 0.6
+    assert (best == torch.arange(len(photos))).float().mean() > 0.9
 
 
 def test_scorers_share_no_people_and_no_weights_with_the_models():

@@ -1,0 +1,45 @@
+"""The paper's ordering on a small fixed subset: six unseen people, eight prompts, one image of each and method."""
+
+import numpy as np
+import pytest
+
+from facediffuser.miniature import methods
+from facediffuser.miniature.parts import models_folder
+from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.prompts import without_markers
+from facediffuser.scoring import load_scorers
+
+
+@pytest.fixture(scope="module")
+def means() -> dict[str, dict[str, float]]:
+    """Mean IP, PC and share of pictures with one face, by method."""
+    scorers = load_scorers("miniature", "cpu")
+    pipeline = FaceDiffuserPipeline.from_pretrained(models_folder())
+    pipeline.set_progress_bar_config(disable=True)
+    trial, people = methods.Trial(pipeline, 12, 2.5), methods.unseen_people(6, scorers)
+    references = [[one.embedding] for one in people for _ in methods.SWEPT]
+    texts = [without_markers(prompt.format(one.word)) for one in people for prompt in methods.SWEPT]
+    found = {}
+    for name in ("tdm", "sdm", "face-diffuser"):
+        window = {"fusion_start": 4, "fusion_end": 7} if name == "face-diffuser" else {}
+        scores = scorers.score(trial.images(people, methods.SWEPT, method=name, **window), references, texts)
+        found[name] = {
+            "ip": float(np.mean([score.ip for score in scores])),
+            "pc": float(np.mean([score.pc for score in scores])),
+            "faces": float(np.mean([score.face_count == 1 for score in scores])),
+        }
+    print(found)
+    return found
+
+
+def test_the_sdm_knows_people_whom_the_tdm_does_not(means):
+    assert means["sdm"]["ip"] > 2 * means["tdm"]["ip"] and means["sdm"]["ip"] > means["tdm"]["ip"] + 0.2
+
+
+def test_fusion_has_more_of_the_prompt_than_the_sdm_and_more_of_the_person_than_the_tdm(means):
+    assert means["face-diffuser"]["pc"] > means["sdm"]["pc"]
+    assert means["face-diffuser"]["ip"] > means["tdm"]["ip"] + 0.15
+
+
+def test_faces_are_found(means):
+    assert means["face-diffuser"]["faces"] > 0.8
