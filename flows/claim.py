@@ -35,6 +35,8 @@ class ClaimSettings(BaseModel):
     images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
     steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
     guidance_scale: float = Field(2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out")
+    fusion_start: int = Field(2, ge=0, description="first step of both models")
+    fusion_end: int = Field(8, ge=0, description="first step of the SDM alone")
     seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images made together")
@@ -69,6 +71,8 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
             images_per_prompt=settings.images_per_prompt,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            fusion_start=settings.fusion_start,
+            fusion_end=settings.fusion_end,
             seed=settings.seed,
             workers=settings.workers,
             cpus_per_worker=1,

@@ -44,6 +44,8 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
                     seed=settings.seed,
                     steps=settings.steps,
                     guidance_scale=settings.guidance_scale,
+                    fusion_start=settings.fusion_start,
+                    fusion_end=settings.fusion_end,
                     workers=settings.workers,
                     cpus_per_worker=settings.cpus_per_worker,
                     shard_size=settings.shard_size,

@@ -25,6 +25,8 @@ class BenchmarkSettings(BaseModel):
     guidance_scale: float = Field(
         5.0, ge=0, le=100, allow_inf_nan=False, description="for --benchmark: as for generate"
     )
+    fusion_start: int | None = Field(None, ge=0, description="for --benchmark: as for generate")
+    fusion_end: int | None = Field(None, ge=0, description="for --benchmark: as for generate")
     workers: int | None = Field(None, ge=1, description="for --benchmark: Ray workers")
     cpus_per_worker: int | None = Field(None, ge=1, description="for --benchmark: CPU cores of a worker without a GPU")
     shard_size: int = Field(500, ge=1, le=100_000, description="for --benchmark: rows of a shard")
