@@ -23,7 +23,7 @@ claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT
 	$(BIN)/facediffuser miniature claim --models $(MODELS) --output $(OUTPUT)
 
 test: .venv/ready .swift/ready lint  ## lint and the quick tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready .swift/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -14,19 +14,6 @@ import pytest
 
 pytest_plugins = ["fixtures_s3"]
 
-SERVICES = {"ray_session", "prefect_harness"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of the workers of `make test` one has Ray and Prefect: two of each on two cores take more time than they save.
-
-    A file stays with one worker, since its tests share what they made.
-    """
-    of_services = {item.path for item in items if SERVICES & set(getattr(item, "fixturenames", ()))}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("services" if item.path in of_services else str(item.path)))
-
 
 @pytest.fixture(scope="session")
 def prefect_harness():
