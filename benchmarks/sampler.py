@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
 from facediffuser.pipeline import FaceDiffuserPipeline
-from facediffuser.stages import default_fusion_window
+from facediffuser.window import default_fusion_window
 
 
 def small_random_pipeline(width: int = 64) -> FaceDiffuserPipeline:

@@ -16,7 +16,8 @@ from facediffuser.errors import InputError
 from facediffuser.pictures import to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import without_markers
-from facediffuser.stages import Stage, default_fusion_window, plan_stages
+from facediffuser.stages import Stage, plan_stages
+from facediffuser.window import default_fusion_window
 
 logger = logging.getLogger(__name__)
 

@@ -163,7 +163,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             num_inference_steps: the scheduler's steps.
             guidance_scale: s of the paper.
             fusion_start, fusion_end: the TDM runs alone before index fusion_start of the scheduler's timesteps, the SDM
-                alone from fusion_end on. The defaults belong to 50 steps (`stages.default_fusion_window` scales them).
+                alone from fusion_end on. The defaults belong to 50 steps (`window.default_fusion_window` scales them).
             method: face-diffuser, tdm (first stage only), sdm (last stage only), or fastcomposer (SDM's UNet against
                 the null prompt, with the plain text for the first 1 - `alpha` of the steps).
             height, width: pixels; by default the UNet's own size.

@@ -96,11 +96,6 @@ def plan_stages(
     ]
 
 
-def default_fusion_window(steps: int) -> tuple[int, int]:
-    """Return (fusion_start, fusion_end) for a number of inference steps: the released 16 and 31 of 50, scaled."""
-    return round(16 * steps / 50), round(31 * steps / 50)
-
-
 def predict(
     stage: Stage,
     unet_text: Denoiser | None,

@@ -7,13 +7,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from facediffuser.miniature.render import write_subjects
 from facediffuser.scoring.claim import judge, markdown, ordering_holds
 from facediffuser.scoring.settings import EvaluateSettings
 from facediffuser.scoring.tables import from_arrow
 from facediffuser.storage import open_store
+from facediffuser.window import fusion_window
 from flows.evaluate import evaluate
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
@@ -34,12 +35,25 @@ class ClaimSettings(BaseModel):
     people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
     images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
     steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
-    guidance_scale: float = Field(2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out")
-    fusion_start: int = Field(2, ge=0, description="first step of both models")
-    fusion_end: int = Field(8, ge=0, description="first step of the SDM alone")
+    guidance_scale: float = Field(
+        2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out"
+    )
+    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 2 of 12)")
+    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 8 of 12)")
     seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images made together")
+
+    @property
+    def fusion_window(self) -> tuple[int, int]:
+        """First step of both models and first step of the SDM alone; what suits the miniature where none is given."""
+        suits = round(self.steps * 2 / 12), round(self.steps * 8 / 12)
+        return fusion_window(self.steps, self.fusion_start, self.fusion_end, suits)
+
+    @model_validator(mode="after")
+    def _has_a_window(self) -> "ClaimSettings":
+        _ = self.fusion_window
+        return self
 
 
 @task(name="render-unseen-people")
@@ -60,6 +74,7 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
     """Return the tables and the judgement as Markdown, and whether the paper's ordering holds; also `claim.md`."""
     output = settings.output.rstrip("/")
     open_store(output).require_writable()
+    fusion_start, fusion_end = settings.fusion_window
     tables = evaluate(
         EvaluateSettings(
             benchmark="miniature-30,miniature-pairs-8",
@@ -71,8 +86,8 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
             images_per_prompt=settings.images_per_prompt,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
-            fusion_start=settings.fusion_start,
-            fusion_end=settings.fusion_end,
+            fusion_start=fusion_start,
+            fusion_end=fusion_end,
             seed=settings.seed,
             workers=settings.workers,
             cpus_per_worker=1,

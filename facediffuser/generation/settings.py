@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from facediffuser.scoring.benchmarks import suite_prompts, suite_subjects
+from facediffuser.window import fusion_window
 
 SchedulerName = Literal["ddim", "pndm", "dpm", "euler", "euler-ancestral", "unipc"]
 SCHEDULER_CLASSES = {
@@ -114,17 +115,11 @@ class GenerateSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> "GenerateSettings":
-        start, end = self.fusion_window
+        fusion_window(self.steps, self.fusion_start, self.fusion_end)
         if self.workers and (self.min_workers or self.max_workers):
             raise ValueError("workers is a fixed number; give it, or min_workers and max_workers")
         if self.min_workers and self.min_workers > (self.max_workers or 0):
             raise ValueError(f"min_workers {self.min_workers}, max_workers {self.max_workers}; give a larger maximum")
-        if start > end:
-            raise ValueError(f"fusion window {start} to {end} of {self.steps} steps; let it start before it ends")
-        for name in ("fusion_start", "fusion_end"):
-            value = getattr(self, name)
-            if value is not None and value > self.steps:
-                raise ValueError(f"{name} {value} lies behind the {self.steps} steps; give at most {self.steps}")
         return self
 
     @property
@@ -140,12 +135,7 @@ class GenerateSettings(BaseModel):
     @property
     def fusion_window(self) -> tuple[int, int]:
         """First step of both models and first step of the SDM alone; the released window scaled where none is given."""
-        # The same rule as stages.default_fusion_window, which cannot be imported here without torch.
-        start, end = round(16 * self.steps / 50), round(31 * self.steps / 50)
-        return (
-            start if self.fusion_start is None else self.fusion_start,
-            end if self.fusion_end is None else self.fusion_end,
-        )
+        return fusion_window(self.steps, self.fusion_start, self.fusion_end)
 
 
 class _MendSettings(BaseModel):

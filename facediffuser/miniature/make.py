@@ -1,7 +1,7 @@
 """Make the miniature's shipped parts: `python -m facediffuser.miniature.make all --output DIR`.
 
 Each part is trained for a set number of steps on the CPU, on pictures rendered here; what a part needs is read from the output
-folder, so parts can be made one at a time, in the order of BUDGETS.
+folder, so parts can be made one at a time, in the order of BUDGETS. What rests on a part is to be made again after it.
 """
 
 import argparse
@@ -26,9 +26,9 @@ BUDGETS = {
     "tokenizer": 0,
     "vae": 1000,
     "vae-decoder": 1000,
-    "clip": 1500,
-    "base": 6000,
-    "identity": 1500,
+    "clip": 1300,
+    "base": 5000,
+    "identity": 800,
     "prompt": 1500,
 }
 """Steps of training per part."""
@@ -73,6 +73,9 @@ def make(part: str, output: Path, steps: int, cache: Path) -> None:
         logger.info("vae: %.2f dB on its own pictures", round_trip_psnr(vae, photos))
         save_fp16(vae, base / "vae")
     elif part == "base":
+        for needed, maker in (("vae", "vae"), ("text_encoder", "clip")):
+            if not (base / needed).is_dir():
+                raise SystemExit(f"{base / needed}: missing; make the part `{maker}` first")
         vae = AutoencoderKL.from_pretrained(base / "vae").float()
         unet, text = train_base(vae, photos, CLIPTokenizer.from_pretrained(base / "tokenizer"), steps, base)
         save_fp16(unet, base / "unet")

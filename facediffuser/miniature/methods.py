@@ -15,14 +15,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from facediffuser.miniature.looks import Outfit, Setting
+from facediffuser.miniature.measure import REFERENCE_MARGIN
 from facediffuser.miniature.render import person, render
+from facediffuser.modelfolder import resolve_model
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.preprocess.faces import crop_square, face_crop_box
 from facediffuser.prompts import IMAGE_MARKER, without_markers
-from facediffuser.scoring import load_scorers, subject_embedding
+from facediffuser.scoring import Scorers, load_scorers, subject_embedding
+from facediffuser.window import default_fusion_window
 
 FIRST_PERSON = 85_000_000
-MARGIN = 0.3
 METHODS = ("tdm", "sdm", "fastcomposer", "face-diffuser")
 SHOWN = (
     "a {} on the beach",
@@ -54,7 +56,7 @@ class Unseen:
     embedding: np.ndarray
 
 
-def unseen_people(count: int, scorers) -> list[Unseen]:
+def unseen_people(count: int, scorers: Scorers) -> list[Unseen]:
     """Return people with a bare-headed photograph in which one face is found."""
     found, number = [], FIRST_PERSON
     while len(found) < count:
@@ -62,7 +64,7 @@ def unseen_people(count: int, scorers) -> list[Unseen]:
         photo = Image.fromarray(render([who], number, 64, Setting("room"), [Outfit(shirt="white")]).image)
         faces = scorers.identity.embed_faces([photo])[0]
         if len(faces.faces) == 1:
-            square = crop_square(photo, face_crop_box(faces.faces[0].box, MARGIN))
+            square = crop_square(photo, face_crop_box(faces.faces[0].box, REFERENCE_MARGIN))
             found.append(Unseen(who.class_word, square, subject_embedding(faces.vectors[:1])))
     return found
 
@@ -94,8 +96,8 @@ class Trial:
 
 def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
     """A row per person: the reference, then for each method the prompts of SHOWN."""
-    window = _window(trial.steps)
-    columns = {name: trial.images(people, SHOWN, method=name, **window) for name in METHODS}
+    start, end = default_fusion_window(trial.steps)
+    columns = {name: trial.images(people, SHOWN, method=name, fusion_start=start, fusion_end=end) for name in METHODS}
     width = CELL * (1 + len(METHODS) * len(SHOWN)) + 8 * len(METHODS)
     paper = Image.new("RGB", (width, TITLE + CELL * len(people)), "white")
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(14)
@@ -113,7 +115,7 @@ def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
     return paper
 
 
-def sweep(trial: Trial, people: Sequence[Unseen], scorers) -> list[dict[str, float]]:
+def sweep(trial: Trial, people: Sequence[Unseen], scorers: Scorers) -> list[dict[str, float]]:
     """IP and PC, means over the prompts of SWEPT, for every start and end of fusion (in steps)."""
     references = [[one.embedding] for one in people for _ in SWEPT]
     texts = [without_markers(prompt.format(f"{one.word} {IMAGE_MARKER}")) for one in people for prompt in SWEPT]
@@ -150,13 +152,6 @@ def heat_maps(rows: Sequence[dict[str, float]], steps: int):
     return figure
 
 
-def _window(steps: int) -> dict[str, int]:
-    from facediffuser.stages import default_fusion_window
-
-    start, end = default_fusion_window(steps)
-    return {"fusion_start": start, "fusion_end": end}
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -169,8 +164,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: 25 for samples, 12 for the sweep)")
     parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
-    from facediffuser.modelfolder import resolve_model
-
     pipeline = FaceDiffuserPipeline.from_pretrained(resolve_model(args.models))
     pipeline.set_progress_bar_config(disable=True)
     trial = Trial(pipeline, args.steps or (25 if args.what == "samples" else 12), args.guidance)
@@ -178,7 +171,8 @@ def main() -> None:
     people = unseen_people(args.people, scorers)
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "samples":
-        samples(trial, people).save(args.folder / "miniature-methods.png", optimize=True)
+        sheet = samples(trial, people).quantize(256, dither=Image.Dither.NONE)
+        sheet.save(args.folder / "miniature-methods.png", optimize=True)
         return
     rows = sweep(trial, people, scorers)
     with open(args.folder / "miniature-sweep.csv", "w", newline="") as file:

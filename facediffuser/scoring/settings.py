@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from facediffuser.window import fusion_window
+
 METHODS = ("face-diffuser", "tdm", "sdm", "fastcomposer")
 
 
@@ -84,6 +86,8 @@ class EvaluateSettings(BenchmarkSettings):
         unknown = [name for name in several(self.methods) if name not in METHODS]
         if self.benchmark and unknown:
             raise ValueError(f"method {unknown[0]!r}: no such sampler; give some of {', '.join(METHODS)}")
+        if self.benchmark:
+            fusion_window(self.steps, self.fusion_start, self.fusion_end)
         if self.images and not self.subjects:
             raise ValueError("--images needs --subjects, the folder of reference pictures")
         if self.images and not (self.prompts or self.index):

@@ -3,9 +3,30 @@
 import pytest
 
 from facediffuser.storage import open_store
+from flows.claim import ClaimSettings
 from flows.cli import main
 
 METHODS = ("face-diffuser", "fastcomposer", "sdm", "tdm")
+
+
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [({}, (2, 8)), ({"steps": 2}, (0, 1)), ({"steps": 24}, (4, 16)), ({"fusion_start": 0, "fusion_end": 12}, (0, 12))],
+)
+def test_the_window_of_fusion_follows_the_steps_unless_it_is_given(given, window):
+    assert ClaimSettings(**given).fusion_window == window
+
+
+@pytest.mark.parametrize(
+    "command", [["miniature", "claim"], ["evaluate", "--benchmark", "miniature-30", "--models", "miniature"]]
+)
+def test_a_window_that_ends_before_it_begins_is_one_line_and_nothing_is_written(tmp_path, capfd, command):
+    options = ["--steps", "12", "--fusion-start", "9", "--fusion-end", "3", "--output", str(tmp_path / "out")]
+    more = ["--subjects", str(tmp_path)] if command[0] == "evaluate" else []
+    assert main([*command, *options, *more]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(said) == 1 and "fusion window 9 to 3 of 12 steps; let it start before it ends" in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 # Eight datasets through Ray, 272 images of the shipped models: minutes on two cores.

@@ -106,7 +106,7 @@ def test_prompts_and_benchmarks_that_do_not_go_together_are_refused(given, says)
 
 
 def test_the_fusion_window_scales_with_the_steps():
-    from facediffuser.stages import default_fusion_window
+    from facediffuser.window import default_fusion_window
 
     for steps in (1, 7, 20, 30, 50, 100):
         settings = GenerateSettings(models="m", subjects="s", prompts="p", output="o", steps=steps)

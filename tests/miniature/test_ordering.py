@@ -28,7 +28,6 @@ def means() -> dict[str, dict[str, float]]:
             "pc": float(np.mean([score.pc for score in scores])),
             "faces": float(np.mean([score.face_count == 1 for score in scores])),
         }
-    print(found)
     return found
 
 

@@ -14,7 +14,8 @@ from sampler.conftest import SCHEDULE, scheduler
 import facediffuser
 from facediffuser.errors import InputError
 from facediffuser.pipeline import FaceDiffuserPipeline
-from facediffuser.stages import Stage, default_fusion_window, plan_stages
+from facediffuser.stages import Stage, plan_stages
+from facediffuser.window import default_fusion_window
 
 ONE = "a man <|image|> reading a book"
 TWO = "a man <|image|> and a woman <|image|> in the park"
