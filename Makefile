@@ -35,7 +35,8 @@ clean:  ## remove the environments and the caches; datasets in out/ stay
 	rm -rf .venv .swift build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# uv installs in seconds what takes pip minutes, and shares the files of several environments on one disk.
+# uv installs in seconds what takes pip minutes, and shares the files of several environments on one disk. Bytecode is
+# made once, here: where PYTHONDONTWRITEBYTECODE is set, each of the many processes of a run would compile torch anew.
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON): not Python 3.11 or newer; name one, e.g. make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
@@ -45,11 +46,11 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 
 .venv/ready: pyproject.toml constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[test]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[test]'
 	@touch $@
 
 # The S3 server of the tests, apart: what it needs is none of the project's business.
 .swift/ready: tests/swift-constraints.txt | .venv/ready
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .swift
-	$(BIN)/uv pip install --python .swift/bin/python -c tests/swift-constraints.txt swift
+	$(BIN)/uv pip install --python .swift/bin/python --compile-bytecode -c tests/swift-constraints.txt swift
 	@touch $@
