@@ -10,6 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from facediffuser.miniature.render import write_subjects
+from facediffuser.schedulers import SchedulerName
 from facediffuser.scoring.claim import judge, markdown, ordering_holds
 from facediffuser.scoring.settings import EvaluateSettings
 from facediffuser.scoring.tables import from_arrow
@@ -37,6 +38,9 @@ class ClaimSettings(BaseModel):
     steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
     guidance_scale: float = Field(
         2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out"
+    )
+    scheduler: SchedulerName = Field(
+        "dpm", description="noise scheduler; at a change of models pndm, with a longer memory, mixes their noises"
     )
     fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 2 of 12)")
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 8 of 12)")
@@ -86,6 +90,7 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
             images_per_prompt=settings.images_per_prompt,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            scheduler=settings.scheduler,
             fusion_start=fusion_start,
             fusion_end=fusion_end,
             seed=settings.seed,

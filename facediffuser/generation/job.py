@@ -28,10 +28,11 @@ from facediffuser.dataset.schema import (
 from facediffuser.dataset.shards import shard_mark
 from facediffuser.dataset.subjects import encode_references, prepare_references, references_digest
 from facediffuser.errors import InputError
-from facediffuser.generation.settings import SCHEDULER_CLASSES, GenerateSettings, Pool
+from facediffuser.generation.settings import GenerateSettings, Pool
 from facediffuser.miniature.parts import base_folder
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.prompts import tokenize_with_markers
+from facediffuser.schedulers import SCHEDULER_CLASSES
 from facediffuser.scoring import load_scorers
 from facediffuser.storage import Store, open_store
 

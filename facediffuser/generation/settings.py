@@ -4,18 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from facediffuser.schedulers import SchedulerName
 from facediffuser.scoring.benchmarks import suite_prompts, suite_subjects
 from facediffuser.window import fusion_window
-
-SchedulerName = Literal["ddim", "pndm", "dpm", "euler", "euler-ancestral", "unipc"]
-SCHEDULER_CLASSES = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 
 
 class Pool(BaseModel):

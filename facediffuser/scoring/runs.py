@@ -44,6 +44,7 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
                     seed=settings.seed,
                     steps=settings.steps,
                     guidance_scale=settings.guidance_scale,
+                    scheduler=settings.scheduler,
                     fusion_start=settings.fusion_start,
                     fusion_end=settings.fusion_end,
                     workers=settings.workers,

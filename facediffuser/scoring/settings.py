@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from facediffuser.schedulers import SchedulerName
 from facediffuser.window import fusion_window
 
 METHODS = ("face-diffuser", "tdm", "sdm", "fastcomposer")
@@ -29,6 +30,7 @@ class BenchmarkSettings(BaseModel):
     )
     fusion_start: int | None = Field(None, ge=0, description="for --benchmark: as for generate")
     fusion_end: int | None = Field(None, ge=0, description="for --benchmark: as for generate")
+    scheduler: SchedulerName | None = Field(None, description="for --benchmark: as for generate")
     workers: int | None = Field(None, ge=1, description="for --benchmark: Ray workers")
     cpus_per_worker: int | None = Field(None, ge=1, description="for --benchmark: CPU cores of a worker without a GPU")
     shard_size: int = Field(500, ge=1, le=100_000, description="for --benchmark: rows of a shard")

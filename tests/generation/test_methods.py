@@ -40,6 +40,13 @@ def without_ray(monkeypatch):
     monkeypatch.setattr(flows.evaluate, "generate_dataset", generate)
 
 
+def test_every_run_samples_as_told(settings):
+    told = {"scheduler": "dpm", "guidance_scale": 2.5, "fusion_start": 0, "fusion_end": 1, "steps": 2, "seed": 7}
+    runs = benchmark_runs(settings.model_copy(update=told))
+    assert len(runs) == 4
+    assert all({name: getattr(run, name) for name in told} == told for run in runs)
+
+
 def test_methods_make_the_same_rows_and_meet_in_one_table(settings, without_ray, prefect_harness):
     text = evaluate(settings)
     store = open_store(settings.output)
