@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +22,7 @@ from facediffuser.modelfolder import resolve_model
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.preprocess.faces import crop_square, face_crop_box
 from facediffuser.prompts import IMAGE_MARKER, without_markers
+from facediffuser.schedulers import SCHEDULER_CLASSES, SchedulerName
 from facediffuser.scoring import Scorers, load_scorers, subject_embedding
 from facediffuser.window import default_fusion_window
 
@@ -42,8 +44,8 @@ SWEPT = (
     "a {} smiling, holding a balloon",
     "a {} reading a book",
 )
-# PNDM takes its second step twice: of 12 steps the last is number 12, and fusion to 13 leaves the SDM none alone.
-STARTS, ENDS = (0, 2, 4, 6, 8), (2, 4, 6, 8, 10, 13)
+# Of 12 steps the last is number 11: fusion to 12 leaves the SDM none alone.
+STARTS, ENDS = (0, 1, 2, 3, 4, 6, 8), (2, 4, 6, 7, 8, 10, 12)
 CELL, TITLE = 128, 22
 
 
@@ -94,6 +96,15 @@ class Trial:
         return made
 
 
+def load_trial(models: str, steps: int, guidance: float, scheduler: SchedulerName = "dpm") -> Trial:
+    """Return the model folder (or `miniature`) under trial, with the claim's scheduler if no other is named."""
+    pipeline = FaceDiffuserPipeline.from_pretrained(resolve_model(models))
+    pipeline.set_progress_bar_config(disable=True)
+    kind = getattr(diffusers, SCHEDULER_CLASSES[scheduler])
+    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config))
+    return Trial(pipeline, steps, guidance)
+
+
 def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
     """A row per person: the reference, then for each method the prompts of SHOWN."""
     start, end = default_fusion_window(trial.steps)
@@ -134,7 +145,7 @@ def heat_maps(rows: Sequence[dict[str, float]], steps: int):
     """The sweep as a figure: one map of IP and one of PC."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (name, title) in zip(
         figure.subplots(1, 2), (("ip", "IP (identity)"), ("pc", "PC (prompt)")), strict=True
     ):
@@ -163,10 +174,10 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--steps", type=int, help="denoising steps (default: 25 for samples, 12 for the sweep)")
     parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--scheduler", choices=SCHEDULER_CLASSES, default="dpm")
     args = parser.parse_args()
-    pipeline = FaceDiffuserPipeline.from_pretrained(resolve_model(args.models))
-    pipeline.set_progress_bar_config(disable=True)
-    trial = Trial(pipeline, args.steps or (25 if args.what == "samples" else 12), args.guidance)
+    steps = args.steps or (25 if args.what == "samples" else 12)
+    trial = load_trial(args.models, steps, args.guidance, args.scheduler)
     scorers = load_scorers("miniature", "cpu")
     people = unseen_people(args.people, scorers)
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 import pytest
 
 from facediffuser.miniature import methods
-from facediffuser.miniature.parts import models_folder
-from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.scoring import load_scorers
 
 
@@ -15,9 +13,13 @@ def scorers():
 
 @pytest.fixture(scope="module")
 def trial():
-    pipeline = FaceDiffuserPipeline.from_pretrained(models_folder())
-    pipeline.set_progress_bar_config(disable=True)
-    return methods.Trial(pipeline, 2, 2.5)
+    return methods.load_trial("miniature", 2, 2.5)
+
+
+def test_a_trial_samples_with_the_claims_scheduler_unless_another_is_named(trial):
+    assert type(trial.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    pndm = methods.load_trial("miniature", 2, 2.5, "pndm").pipeline.scheduler
+    assert type(pndm).__name__ == "PNDMScheduler" and pndm.config.beta_end == trial.pipeline.scheduler.config.beta_end
 
 
 def test_the_sheet_has_a_reference_and_every_methods_pictures_of_each_person(trial, scorers):

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from facediffuser.miniature import methods
-from facediffuser.miniature.parts import models_folder
-from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import without_markers
 from facediffuser.scoring import load_scorers
 
@@ -14,9 +12,7 @@ from facediffuser.scoring import load_scorers
 def means() -> dict[str, dict[str, float]]:
     """Mean IP, PC and share of pictures with one face, by method."""
     scorers = load_scorers("miniature", "cpu")
-    pipeline = FaceDiffuserPipeline.from_pretrained(models_folder())
-    pipeline.set_progress_bar_config(disable=True)
-    trial, people = methods.Trial(pipeline, 12, 2.5), methods.unseen_people(5, scorers)
+    trial, people = methods.load_trial("miniature", 12, 2.5), methods.unseen_people(5, scorers)
     references = [[one.embedding] for one in people for _ in methods.SWEPT]
     texts = [without_markers(prompt.format(one.word)) for one in people for prompt in methods.SWEPT]
     found = {}
