@@ -30,12 +30,15 @@ def test_loss_and_gradient_are_the_plain_ones(settings, tmp_path, given):
         assert other[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
-@pytest.mark.slow  # Tracing the UNet takes most of a minute.
-@pytest.mark.parametrize("given", [{"compile": True}, {"compile": True, "gradient_checkpointing": True}])
-def test_a_compiled_unet_has_the_plain_loss_and_gradient(settings, tmp_path, monkeypatch, given):
-    """With the graphs run as they were traced: making machine code of them takes minutes and is torch's own business."""
+@pytest.mark.slow  # Tracing the UNet takes most of a minute, making machine code of it some more.
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [("inductor", {"compile": True}), ("aot_eager", {"compile": True, "gradient_checkpointing": True})],
+)
+def test_a_compiled_unet_has_the_plain_loss_and_gradient(settings, tmp_path, monkeypatch, backend, given):
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
     plain, other = (first_step(settings, tmp_path, **options) for options in ({}, given))
     for name in ("loss", "localization", "grad_norm"):
         assert other[name] == pytest.approx(plain[name], rel=1e-3), name
