@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 BUDGETS = {
     "tokenizer": 0,
     "vae": 1000,
-    "vae-decoder": 1000,
+    "vae-decoder": 2200,
     "clip": 1300,
     "base": 5000,
     "identity": 800,

@@ -17,7 +17,7 @@ def means() -> dict[str, dict[str, float]]:
     texts = [without_markers(prompt.format(one.word)) for one in people for prompt in methods.SWEPT]
     found = {}
     for name in ("tdm", "sdm", "face-diffuser"):
-        window = {"fusion_start": 4, "fusion_end": 7} if name == "face-diffuser" else {}
+        window = {"fusion_start": 2, "fusion_end": 10} if name == "face-diffuser" else {}
         scores = scorers.score(trial.images(people, methods.SWEPT, method=name, **window), references, texts)
         found[name] = {
             "ip": float(np.mean([score.ip for score in scores])),
@@ -28,13 +28,18 @@ def means() -> dict[str, dict[str, float]]:
 
 
 def test_the_sdm_knows_people_whom_the_tdm_does_not(means):
-    assert means["sdm"]["ip"] > 2 * means["tdm"]["ip"] and means["sdm"]["ip"] > means["tdm"]["ip"] + 0.2
+    assert means["sdm"]["ip"] > 2 * means["tdm"]["ip"] and means["sdm"]["ip"] > means["tdm"]["ip"] + 0.3
 
 
 def test_fusion_has_more_of_the_prompt_than_the_sdm_and_more_of_the_person_than_the_tdm(means):
-    assert means["face-diffuser"]["pc"] > means["sdm"]["pc"]
-    assert means["face-diffuser"]["ip"] > means["tdm"]["ip"] + 0.15
+    assert means["face-diffuser"]["pc"] > means["sdm"]["pc"] + 0.04
+    assert means["face-diffuser"]["ip"] > means["tdm"]["ip"] + 0.3
+
+
+def test_fusion_keeps_most_of_what_each_model_is_best_at(means):
+    assert means["face-diffuser"]["ip"] > 0.9 * means["sdm"]["ip"]
+    assert means["face-diffuser"]["pc"] > 0.9 * means["tdm"]["pc"]
 
 
 def test_faces_are_found(means):
-    assert means["face-diffuser"]["faces"] > 0.8
+    assert means["face-diffuser"]["faces"] > 0.9
