@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -54,11 +54,13 @@ def machinery(args: argparse.Namespace) -> None:
     rows = (args.rows or [20_000])[0]
     print(f"{rows:,} rows of {args.size} px, {args.workers} workers, a generator that costs nothing; {_machine()}")
     print(f"{'to':<8}{'rows':>9}{'MB':>9}{'plan s':>9}{'shards s':>10}{'verify s':>10}{'rows/s':>9}{'MB/s':>8}")
-    with tempfile.TemporaryDirectory(prefix="facediffuser-bench-") as folder:
+    with ExitStack() as stack:
+        # The server first: Ray's workers have the environment, and so the credentials, of when Ray was started.
+        bucket = stack.enter_context(_bucket()) if args.s3 else None
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="facediffuser-bench-"))
         _print_machinery("local", f"{folder}/dataset", rows, args)
-    if args.s3:
-        with _bucket() as url:
-            _print_machinery("S3", f"{url}/dataset", rows, args)
+        if bucket:
+            _print_machinery("S3", f"{bucket}/dataset", rows, args)
 
 
 def _print_machinery(name: str, url: str, rows: int, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from facediffuser.dataset.survey import count_rows
 from facediffuser.scoring import load_scorers
 from facediffuser.scoring.adding import ScoreSettings, add_columns
 from facediffuser.scoring.columns import load_columns
-from facediffuser.scoring.copies import CopySettings, find_copies
+from facediffuser.scoring.copies import CopySettings, find_copies, scorers_of
 from facediffuser.scoring.evaluation import pick_device
 from facediffuser.scoring.settings import several
 from facediffuser.scoring.training_faces import count_training, training_faces
@@ -32,7 +32,7 @@ def flag_copies(settings: CopySettings) -> dict[str, int]:
     store = open_store(settings.url)
     total = count_rows(store)
     known = count_training(settings.training) if settings.training else 0
-    scorers = load_scorers(settings.scorers, pick_device(settings.device))
+    scorers = load_scorers(settings.scorers or scorers_of(store), pick_device(settings.device))
     training = None
     if settings.training:
         with Progress(known, "pictures", "training faces") as progress:

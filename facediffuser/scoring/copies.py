@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.survey import row_groups
 from facediffuser.errors import InputError
 from facediffuser.scoring.identity import IdentityScorer
@@ -31,8 +32,10 @@ class CopySettings(BaseModel):
         description="what the models were trained on: `preprocess`'s output, or a folder of pictures; without it no "
         "training faces are looked for",
     )
-    scorers: str = Field(
-        "paper", description="whose face network: paper, miniature, or a folder with identity/, prompt/"
+    scorers: str | None = Field(
+        None,
+        description="whose face network: paper, miniature, or a folder with identity/, prompt/ (default: what the "
+        "dataset was scored with)",
     )
     face_threshold: float = Field(0.9, ge=0, le=1, description="flag faces with a training face this alike (cosine)")
     paste_threshold: float = Field(
@@ -42,6 +45,12 @@ class CopySettings(BaseModel):
         0.99, ge=0, le=1, description="flag images with another this alike (correlation)"
     )
     device: str = Field("auto", description="where the face network runs: auto, cpu, cuda, ...")
+
+
+def scorers_of(store: Store) -> str:
+    """Return the scorers a finished dataset was made with, as its manifest remembers them; `paper` without a manifest."""
+    made_from = read_manifest(store).made_from if store.exists(MANIFEST_KEY) else {}
+    return made_from.get("scorers", "paper")
 
 
 def find_copies(

@@ -14,6 +14,7 @@ from facediffuser.errors import InputError
 from facediffuser.generation.repair import job_of_dataset, remake, sort_damage
 from facediffuser.generation.settings import RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.generation.worker import failed_row
+from facediffuser.scoring.copies import scorers_of
 from facediffuser.storage import open_store
 from flows.cli import main
 from flows.repair_dataset import repair_dataset, retry_failed
@@ -47,6 +48,16 @@ def damage(store, key) -> None:
     data = bytearray(store.get(key))
     data[len(data) // 2] ^= 1
     store.put(key, bytes(data))
+
+
+def test_copies_are_looked_for_with_the_scorers_the_dataset_was_made_with(finished):
+    job, store = finished
+    assert scorers_of(store) == job.scorers
+    store.delete("manifest.json")
+    assert scorers_of(store) == "paper"
+    store.put("manifest.json", b"{")
+    with pytest.raises(InputError, match="not a manifest"):
+        scorers_of(store)
 
 
 def test_verify_finds_a_changed_plan_lost_references_and_a_run_that_is_not_the_fingerprints(finished):
