@@ -76,7 +76,7 @@ def write_card(store: Store) -> None:
     """Write `README.md`, `card/contact_sheet.png`, `card/score_histograms.png`, `card/index.html` of a dataset.
 
     Reads `data/*.parquet`, `subjects.parquet` and the plan's metadata; the same dataset gives the same bytes. Memory
-    does not grow with the images, only with the number of rows (a few tens of bytes each). Raises InputError when there
+    does not grow with the images, only with the number of rows (0.4 KB each at its peak). Raises InputError when there
     is no dataset.
     """
     survey = survey_dataset(store)
