@@ -45,6 +45,7 @@ class RenderSettings(_Settings):
     seed: int = Field(0, ge=0, description="the same seed renders the same pictures")
     output: Path = Field(description="folder to write")
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
+    pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures on which two people stand")
 
 
 def demo(settings) -> None:
@@ -208,7 +209,7 @@ def render(settings: RenderSettings) -> None:
     """Render the photo set."""
     from facediffuser.miniature.render import render_set
 
-    render_set(settings.count, settings.seed, settings.output, settings.size)
+    render_set(settings.count, settings.seed, settings.output, settings.size, settings.pairs)
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
 
 

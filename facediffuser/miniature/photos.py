@@ -83,15 +83,24 @@ class PhotoSet:
         return crops, torch.from_numpy(self.who[index.numpy(), place.numpy()])
 
 
-def load_photos(count: int, first_person: int, cache: Path, workers: int = 2, photo_share: float = 0.8) -> PhotoSet:
+def load_photos(
+    count: int,
+    first_person: int,
+    cache: Path,
+    workers: int = 2,
+    photo_share: float = 0.8,
+    pair_share: float = PAIR_SHARE,
+) -> PhotoSet:
     """Render `count` pictures of people numbered from `first_person`, or read them from `cache` if they are there.
 
-    Sets with distant first persons share nobody.
+    Sets with distant first persons share nobody. `photo_share` of the pictures are in the style of a photograph, on
+    `pair_share` of them stand two people.
     """
     path = cache / f"photos-{first_person}-{count}.npz"
     if not path.exists():
         people = max(2, count // PER_PERSON)
-        jobs = [(start, min(start + 500, count), people, first_person, photo_share) for start in range(0, count, 500)]
+        shares = photo_share, pair_share
+        jobs = [(start, min(start + 500, count), people, first_person, *shares) for start in range(0, count, 500)]
         with ProcessPoolExecutor(workers) as pool:
             parts = list(pool.map(_render_some, jobs))
         cache.mkdir(parents=True, exist_ok=True)
@@ -106,13 +115,13 @@ def load_photos(count: int, first_person: int, cache: Path, workers: int = 2, ph
     return PhotoSet(images=held["images"], faces=held["faces"], who=held["who"], **texts)
 
 
-def _render_some(job: tuple[int, int, int, int, float]) -> dict[str, np.ndarray]:
-    start, stop, people, first, photo_share = job
+def _render_some(job: tuple[int, int, int, int, float, float]) -> dict[str, np.ndarray]:
+    start, stop, people, first, photo_share, pair_share = job
     columns = {name: [] for name in ("images", "captions", "full_captions", "faces", "who")}
     for index in range(start, stop):
         rng = np.random.default_rng((first, index, 19))
         numbers = [index % people]
-        if rng.random() < PAIR_SHARE:
+        if rng.random() < pair_share:
             numbers.append((index + 1 + int(rng.integers(people - 1))) % people)
         drawn = render(
             [person(first + number) for number in numbers], int(rng.integers(2**31)), photo_share=photo_share

@@ -83,12 +83,13 @@ def _face_box(who: Identity, pose: Pose, size: int) -> tuple[float, float, float
     return tuple(float((value + 1) * size / 2) for value in (cx - width, top, cx + width, bottom))
 
 
-def render_set(count: int, seed: int, output: Path, size: int = 64) -> None:
+def render_set(count: int, seed: int, output: Path, size: int = 64, pair_share: float = PAIR_SHARE) -> None:
     """Write `count` pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
-    Besides that layout's files each JSON names who is in the picture (`identity`). Few captions tell a person's looks, so that
-    a reference picture has something to add. `subjects/` has 15 people who are in no
-    picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed gives the same files.
+    On `pair_share` of them stand two people. Besides that layout's files each JSON names who is in the picture
+    (`identity`). Few captions tell a person's looks, so that a reference picture has something to add. `subjects/` has 15
+    people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed
+    gives the same files.
     Raises InputError when the folder exists and is not empty.
     """
     output = Path(output)
@@ -100,7 +101,7 @@ def render_set(count: int, seed: int, output: Path, size: int = 64) -> None:
     for index in range(count):
         rng = np.random.default_rng((seed, index, 13))
         numbers = [first + index % people]
-        if rng.random() < PAIR_SHARE:
+        if rng.random() < pair_share:
             numbers.append(first + (index + 1 + int(rng.integers(people - 1))) % people)
         drawn = render([person(number) for number in numbers], int(rng.integers(2**31)), size)
         image_id = f"{index:08d}"
