@@ -6,11 +6,9 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.dataset.survey import survey_dataset
 from facediffuser.generation import GenerateSettings
 from facediffuser.generation.job import Prepared
-from facediffuser.scoring.tables import markdown, score_table
-from facediffuser.storage import open_store
+from facediffuser.scoring.tables import markdown
 from tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
 
 logger = logging.getLogger(__name__)
@@ -28,17 +26,17 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     if settings.dry_run:
         return describe(prepared) | estimate_run(settings, prepared)
     run = generate_shards(prepared.job)
-    manifest = finish_dataset(prepared.job)
-    table = markdown(score_table(survey_dataset(open_store(settings.output)).scores))
+    finished = finish_dataset(prepared.job)
+    table = markdown(finished.table)
     create_markdown_artifact(f"`{prepared.job.output}`\n\n{table}\n", key="dataset-scores")
     return {
         "output": prepared.job.output,
-        **manifest.counts.model_dump(),
+        **finished.counts.model_dump(),
         "shards_kept": run["kept"],
         "shards_made": run["made"],
         "seconds": run["seconds"],
         "denoising_share": run["busy"],
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": prepared.job.fingerprint,
         "table": table,
     }
 

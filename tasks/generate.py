@@ -3,18 +3,19 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 from prefect import task
 
 from facediffuser.dataset.card import write_card
-from facediffuser.dataset.manifest import Manifest, build_manifest, object_entries, shard_entry, write_manifest
+from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.generation import GenerateSettings, GenerationJob
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
 from facediffuser.generation.job import Prepared, prepare, require_same_run
+from facediffuser.scoring.tables import ScoreRow
 from tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
 from tasks.progress import Progress
 from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
@@ -23,6 +24,13 @@ from tasks.spending import follow
 logger = logging.getLogger(__name__)
 
 READERS = 16
+
+
+class Finished(NamedTuple):
+    """What a finished dataset holds, and its means of IP and PC."""
+
+    counts: Counts
+    table: list[ScoreRow]
 
 
 class FailedRowsError(RuntimeError):
@@ -98,8 +106,8 @@ def generate_shards(job: GenerationJob, actor: type[ShardActor] = ShardActor) ->
 
 
 @task(name="finish-dataset", cache_policy=None, persist_result=False)
-def finish_dataset(job: GenerationJob) -> Manifest:
-    """Write the card and, last, the manifest; raise when shards are missing or too many rows failed."""
+def finish_dataset(job: GenerationJob) -> Finished:
+    """Write the card and, last, the manifest. Raise when shards are missing or too many rows failed."""
     layout, store = job.layout, job.store()
     require_same_run(store, job.fingerprint, job.run)
     finished = finished_shards(store, layout, job.fingerprint)
@@ -114,7 +122,7 @@ def finish_dataset(job: GenerationJob) -> Manifest:
         job.fingerprint, job.run, layout, entries, object_entries(store, layout),
         {"models": job.models, "scorers": job.scorers},
     )  # fmt: skip
-    write_card(store)
+    table = write_card(store)
     write_manifest(store, manifest)
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
@@ -124,4 +132,4 @@ def finish_dataset(job: GenerationJob) -> Manifest:
             f"{store.url}: {counts.failed} of {counts.rows} rows failed, more than --max-failed "
             f"{job.max_failed:g}; their errors are in the column `error`"
         )
-    return manifest
+    return Finished(counts, table)

@@ -6,8 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
@@ -19,11 +17,9 @@ from facediffuser.dataset.survey import Located, Survey, fetch_images, survey_da
 from facediffuser.scoring.external import without_markers
 from facediffuser.scoring.plots import image_plane, score_histograms
 from facediffuser.scoring.tables import (
-    NO_CATEGORY,
     OVERALL,
     ScoreRow,
     markdown,
-    score_table,
     title,
     value_with_interval,
 )
@@ -53,15 +49,21 @@ class Card:
 
     name: str
     survey: Survey
-    table: list[ScoreRow]
-    added: list[ScoreRow]
     run: dict[str, Any]
     images: dict[str, bytes]
     references: dict[str, Image.Image]
 
     @property
     def rows(self) -> int:
-        return self.survey.scores.num_rows
+        return self.survey.rows
+
+    @property
+    def table(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric not in self.survey.added]
+
+    @property
+    def added(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric in self.survey.added]
 
     @property
     def failed(self) -> int:
@@ -69,15 +71,15 @@ class Card:
 
     @property
     def subjects(self) -> int:
-        return len(pc.unique(pc.list_flatten(self.survey.scores["subject_ids"])))
+        return self.survey.subjects
 
 
-def write_card(store: Store) -> None:
+def write_card(store: Store) -> list[ScoreRow]:
     """Write `README.md`, `card/contact_sheet.png`, `card/score_histograms.png`, `card/index.html` of a dataset.
 
     Reads `data/*.parquet`, `subjects.parquet` and the plan's metadata; the same dataset gives the same bytes. Memory
-    does not grow with the images, only with the number of rows (0.4 KB each at its peak). Raises InputError when there
-    is no dataset.
+    does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
+    table of scores. Raises InputError when there is no dataset.
     """
     survey = survey_dataset(store)
     shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
@@ -85,13 +87,11 @@ def write_card(store: Store) -> None:
     card = Card(
         name=store.url.rstrip("/").rsplit("/", 1)[-1],
         survey=survey,
-        table=score_table(survey.scores),
-        added=_added(survey),
         run=_run_facts(store),
         images=fetch_images(store, shown),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
     )
-    groups = plane_groups(survey.scores)
+    groups = survey.sample.groups(MAX_LINES, OTHERS)
     pictures = {
         "card/contact_sheet.png": _sheet(card),
         "card/score_histograms.png": score_histograms(groups),
@@ -103,24 +103,7 @@ def write_card(store: Store) -> None:
     store.put("card/index.html", card_page(card, pictures, facts, settings, RIGHTS).encode())
     store.put("README.md", readme(card, facts, settings).encode())
     logger.info("%s: card of %d rows written", store.url, card.rows)
-
-
-def plane_groups(scores: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return category -> (ip, pc) of the rows that are ok; beyond seven categories the smallest are taken together."""
-    scores = scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_valid(scores["ip"])))
-    categories = pc.fill_null(scores["category"], NO_CATEGORY)
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(categories).to_pylist()}
-    largest = sorted(counts, key=lambda name: (-counts[name], name))
-    named = largest if len(largest) <= MAX_LINES + 1 else largest[:MAX_LINES]
-    ip, consistency = (scores[name].to_numpy() for name in ("ip", "pc"))
-    groups = {}
-    for name in sorted(named):
-        chosen = pc.equal(categories, name).to_numpy()
-        groups[name] = (ip[chosen], consistency[chosen])
-    if len(named) < len(largest):
-        rest = pc.invert(pc.is_in(categories, pa.array(named))).to_numpy()
-        groups[OTHERS] = (ip[rest], consistency[rest])
-    return groups
+    return card.table
 
 
 def summary(card: Card) -> list[tuple[str, str]]:
@@ -285,12 +268,6 @@ def _run_facts(store: Store) -> dict[str, Any]:
     metadata = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
     run = json.loads(metadata.get(RUN_KEY, b"{}"))
     return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
-
-
-def _added(survey: Survey) -> list[ScoreRow]:
-    if not survey.added:
-        return []
-    return [row for row in score_table(survey.scores, survey.added) if row.metric in survey.added]
 
 
 def _people(count: int) -> str:

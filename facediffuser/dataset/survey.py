@@ -1,6 +1,5 @@
 """One pass over a dataset's rows, without their images: scores, failures, and which images to show on the card."""
 
-import hashlib
 import heapq
 import logging
 from collections import Counter
@@ -9,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.added import read_added
 from facediffuser.errors import InputError
-from facediffuser.scoring.tables import NO_CATEGORY, SCORE_COLUMNS
+from facediffuser.scoring.sample import ScoreSample, rank
+from facediffuser.scoring.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,16 @@ class Flagged:
 class Survey:
     """What one pass over a dataset found.
 
-    `scores`: the narrow columns of every row, with those that were added; `settings`: the different values of each
-    setting column (at most eight); `sheet`: rows for the contact sheet, subject set by subject set; `best`, `worst`:
-    rows by IP, ties by PC; `flags`: what the checks for copies raised, empty where they were not made; `added`: the
-    names of other columns of numbers.
+    `table`: the means of the rows' scores and of numbers that were added, whose names are in `added`; `sample`: scores
+    for plots; `settings`: the different values of each setting column (at most eight); `sheet`: rows for the contact
+    sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC; `flags`: what the checks for copies
+    raised, empty where they were not made.
     """
 
-    scores: pa.Table
+    rows: int
+    table: list[ScoreRow]
+    sample: ScoreSample
+    subjects: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     settings: dict[str, list] = field(default_factory=dict)
     prompts: int = 0
@@ -92,24 +96,28 @@ class Survey:
 
 
 def survey_dataset(store: Store) -> Survey:
-    """Return what one pass over `data/*.parquet` finds; only scores and a few chosen rows stay in memory.
+    """Return what one pass over `data/*.parquet` finds; only sums, a sample of scores and a few chosen rows stay in memory.
 
     The choice of rows depends on their ids alone, not on how they lie in shards.
     """
     infos = [info for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
     if not infos:
         raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
-    tables, failures, prompts = [], Counter(), set()
+    rows, failures, prompts, subjects = 0, Counter(), set(), set()
     settings: dict[str, set] = {}
     added = read_added(store)
     flags = {name: _Flag(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
-    choice, extremes = _SheetChoice(), _Extremes()
+    numbers = [name for name in added.schema.names if is_score(added.schema.field(name))]
+    sums, sample, choice, extremes = ScoreSums(numbers), ScoreSample(), _SheetChoice(), _Extremes()
     for file, group, table in row_groups(store, [info.key for info in infos]):
         beside = added.of(table["sample_id"])
         narrow = table.select([name for name in (*SCORE_COLUMNS, "face_count") if name in table.column_names])
         for name in beside.column_names:
             narrow = narrow.append_column(name, beside[name])
-        tables.append(narrow)
+        rows += narrow.num_rows
+        sums.add(narrow)
+        _sample(sample, table)
+        subjects.update(table["subject_ids"].combine_chunks().flatten().unique().to_pylist())
         for name in set(SETTING_COLUMNS) & set(table.column_names):
             settings.setdefault(name, set()).update(table[name].unique().to_pylist())
         table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
@@ -126,7 +134,10 @@ def survey_dataset(store: Store) -> Survey:
                 flag.offer(located, others[name])
     best, worst = extremes.taken()
     return Survey(
-        scores=pa.concat_tables(tables, promote_options="permissive"),
+        rows=rows,
+        table=sums.table(),
+        sample=sample,
+        subjects=len(subjects),
         failures=failures,
         settings={name: _few(values) for name, values in sorted(settings.items())},
         prompts=len(prompts),
@@ -134,7 +145,7 @@ def survey_dataset(store: Store) -> Survey:
         best=best,
         worst=worst,
         flags={name: flag.taken() for name, flag in flags.items()},
-        added=[name for name in added.schema.names if is_score(added.schema.field(name))],
+        added=numbers,
         bytes=sum(info.size for info in infos),
         files=len(infos),
     )
@@ -192,8 +203,11 @@ def _few(values: set) -> list:
     return ordered[:MAX_VALUES]
 
 
-def _rank(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _sample(sample: ScoreSample, table: pa.Table) -> None:
+    scored = table.filter(pc.and_kleene(pc.equal(table["status"], "ok"), pc.is_valid(table["ip"])))
+    categories = pc.fill_null(scored["category"], NO_CATEGORY).to_pylist()
+    ip, consistency = (scored[name].to_numpy() for name in ("ip", "pc"))
+    sample.add(scored["sample_id"].to_pylist(), categories, ip, consistency)
 
 
 class _SheetChoice:
@@ -212,20 +226,20 @@ class _SheetChoice:
             return
         prompts = self.sets[subjects].setdefault(located.category, {})
         prompt = str(located.values["prompt_id"])
-        item = (_rank(prompt), _rank(located.values["sample_id"]), located)
+        item = (rank(prompt), rank(located.values["sample_id"]), located)
         if prompt not in prompts or item[:2] < prompts[prompt][:2]:
             prompts[prompt] = item
         if len(prompts) > SHEET_COLUMNS:
             del prompts[max(prompts, key=lambda name: prompts[name][:2])]
 
     def _admit(self, subjects: tuple[str, ...]) -> bool:
-        rank = _rank("\x1f".join(subjects))
+        own = rank("\x1f".join(subjects))
         if len(self.sets) >= SHEET_ROWS:
             last = max(self.ranks, key=self.ranks.get)
-            if rank >= self.ranks[last]:
+            if own >= self.ranks[last]:
                 return False
             del self.sets[last], self.ranks[last]
-        self.sets[subjects], self.ranks[subjects] = {}, rank
+        self.sets[subjects], self.ranks[subjects] = {}, own
         return True
 
     def taken(self) -> list[list[Located]]:

@@ -7,58 +7,61 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from facediffuser.scoring.tables import OVERALL, ScoreRow
+from facediffuser.scoring.sample import Scores
+from facediffuser.scoring.tables import METRICS, OVERALL, ScoreRow
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D00", "#555555")
 AXES = ("IP, identity preservation", "PC, prompt consistency")
 MARKERS = "osD^vP*X"
 MANY_POINTS = 4000
-PlaneGroups = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
-def score_histograms(groups: PlaneGroups) -> bytes:
+def score_histograms(groups: Mapping[str, Scores]) -> bytes:
     """Return a PNG of the distributions of IP and PC: a line per category over the histogram of all images.
 
-    `groups`: category -> (ip, pc), arrays of the same length.
+    `groups`: category -> its scores. Counts and means are of all images, the shapes of those whose values are there.
     """
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
-    for index, (axis, name) in enumerate(zip(figure.subplots(1, 2), AXES, strict=True)):
-        everything = np.concatenate([values[index] for values in groups.values()]) if groups else np.zeros(0)
-        edges = _edges(everything, from_zero=index == 0)
+    count = sum(scores.count for scores in groups.values())
+    for metric, axis, name in zip(METRICS, figure.subplots(1, 2), AXES, strict=True):
+        everything = _all(groups, metric)
+        edges = _edges(everything, from_zero=metric == "ip")
         weights = np.full(len(everything), 100.0 / max(len(everything), 1))
-        axis.hist(everything, edges, weights=weights, color="#d8dde3", label=f"{OVERALL} ({len(everything)})")
-        for colour, (category, values) in zip(_cycle(COLOURS), groups.items(), strict=False):
-            shares = np.histogram(values[index], edges)[0] * 100.0 / max(len(values[index]), 1)
-            axis.stairs(shares, edges, color=colour, linewidth=1.8, label=f"{category} ({len(values[index])})")
-        if len(everything):
-            axis.axvline(everything.mean(), color="#333333", linewidth=1, linestyle="--")
+        axis.hist(everything, edges, weights=weights, color="#d8dde3", label=f"{OVERALL} ({count})")
+        for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
+            values = getattr(scores, metric)
+            shares = np.histogram(values, edges)[0] * 100.0 / max(len(values), 1)
+            axis.stairs(shares, edges, color=colour, linewidth=1.8, label=f"{category} ({scores.count})")
+        if count:
+            mean = sum(getattr(scores, f"{metric}_sum") for scores in groups.values()) / count
+            axis.axvline(mean, color="#333333", linewidth=1, linestyle="--")
             axis.annotate(
-                f" mean {everything.mean():.3f}",
-                (everything.mean(), 1),
+                f" mean {mean:.3f}",
+                (mean, 1),
                 xycoords=("data", "axes fraction"),
                 va="top",
                 fontsize=9,
                 color="#333333",
             )
-        _plain(axis, name, "images, %")
-        if index == 1 and groups:
+        drawn = "" if len(everything) == count else f" (shapes: {len(everything):,} of them)"
+        _plain(axis, name, f"images, %{drawn}")
+        if metric == "pc" and groups:
             axis.legend(frameon=False, fontsize=9, title="category (images)", title_fontsize=9)
     return _png(figure)
 
 
-def image_plane(groups: PlaneGroups) -> bytes:
-    """Return a PNG with a point per image: IP across, PC up, coloured by category; a density from 4,000 images on."""
+def image_plane(groups: Mapping[str, Scores]) -> bytes:
+    """Return a PNG with a point per image: IP across, PC up, coloured by category; a density from 4,000 points on."""
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")
     axis = figure.subplots()
-    count = sum(len(ip) for ip, _ in groups.values())
-    if count >= MANY_POINTS:
-        ip, pc = (np.concatenate([values[index] for values in groups.values()]) for index in (0, 1))
+    ip, pc = (_all(groups, metric) for metric in METRICS)
+    if len(ip) >= MANY_POINTS:
         cells = axis.hexbin(ip, pc, gridsize=45, mincnt=1, bins="log", cmap="viridis", linewidths=0)
-        figure.colorbar(cells, label="images")
+        figure.colorbar(cells, label="images" if len(ip) == sum(scores.count for scores in groups.values()) else f"of {len(ip):,} images")
     else:
-        for colour, (category, (ip, pc)) in zip(_cycle(COLOURS), groups.items(), strict=False):
-            axis.scatter(ip, pc, s=16, alpha=0.7, color=colour, linewidths=0, label=category)
+        for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
+            axis.scatter(scores.ip, scores.pc, s=16, alpha=0.7, color=colour, linewidths=0, label=category)
         if groups:
             axis.legend(frameon=False, fontsize=9)
     _plain(axis, *AXES)
@@ -95,6 +98,10 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
     axis.margins(0.15)
     _plain(axis, *AXES)
     return _png(figure)
+
+
+def _all(groups: Mapping[str, Scores], metric: str) -> np.ndarray:
+    return np.concatenate([getattr(scores, metric) for scores in groups.values()]) if groups else np.zeros(0)
 
 
 def _spread(row: ScoreRow) -> np.ndarray:

@@ -32,29 +32,77 @@ def mean_interval(values: np.ndarray, factors: Sequence[np.ndarray] = (), seed: 
     The same values and seed give the same interval. From 20,000 values on, the resampled means' limit is taken (mean
     plus and minus 1.96 standard errors), which differs by less than what is printed. One value has no width.
     """
-    values = np.asarray(values, np.float64)
-    known = ~np.isnan(values)
-    values = values[known]
-    count = len(values)
-    if count == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    mean = float(values.mean())
-    codes = [np.unique(np.asarray(factor)[known], return_inverse=True)[1] for factor in factors]
-    codes = [code for code in codes if code.max() > 0] or [np.arange(count)]
-    if count >= NORMAL_FROM:
-        half = NORMAL_95 * _standard_error(values - mean, codes)
-        return Interval(mean, mean - half, mean + half, count)
-    low, high = np.percentile(_resampled_means(values, codes, seed), [2.5, 97.5])
-    return Interval(mean, float(low), float(high), count)
+    running = RunningMean(len(factors), seed)
+    running.add(values, [np.unique(np.asarray(factor), return_inverse=True)[1] for factor in factors])
+    return running.interval()
 
 
-def _standard_error(residuals: np.ndarray, codes: Sequence[np.ndarray]) -> float:
-    """The standard error of a mean whose values share each factor's levels: the factors' variances add up."""
-    variance = 0.0
-    for code in codes:
-        sums = np.bincount(code, residuals)
-        variance += float((sums**2).sum()) * len(sums) / max(len(sums) - 1, 1)
-    return variance**0.5 / len(residuals)
+class RunningMean:
+    """The mean and interval of values that come piece by piece.
+
+    At most the 20,000 values from which on the limit holds are kept, of more there are sums: memory grows with the factors'
+    levels, not with the values.
+    """
+
+    def __init__(self, factors: int = 0, seed: int = 0):
+        self.count = 0
+        self._seed = seed
+        self._total = self._squares = 0.0
+        self._levels = [np.zeros((2, 0)) for _ in range(factors)]
+        self._pieces: list[tuple[np.ndarray, ...]] = []
+        self._held = 0
+
+    def add(self, values: np.ndarray, codes: Sequence[np.ndarray] = ()) -> None:
+        """Take values (n,), NaN for one that is missing, and for each factor the numbers (n,) of their levels, from 0 on."""
+        values = np.asarray(values, np.float64)
+        known = ~np.isnan(values)
+        self._pieces.append((values[known], *(code[known] for code in codes)))
+        self.count += int(known.sum())
+        self._held += int(known.sum())
+        if self._held >= NORMAL_FROM:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        values, *codes = self._together()
+        self._pieces, self._held = [], 0
+        self._total += float(values.sum())
+        self._squares += float((values**2).sum())
+        for factor, code in enumerate(codes):
+            known = self._levels[factor]
+            length = max(known.shape[1], int(code.max(initial=-1)) + 1)
+            sums = np.stack([np.bincount(code, values, length), np.bincount(code, minlength=length)])
+            sums[:, : known.shape[1]] += known
+            self._levels[factor] = sums
+
+    def _together(self) -> list[np.ndarray]:
+        return [np.concatenate(parts) for parts in zip(*self._pieces, strict=True)]
+
+    def interval(self) -> Interval:
+        """Return the mean of all values taken so far with its 95% interval."""
+        if self.count == 0:
+            return Interval(float("nan"), float("nan"), float("nan"), 0)
+        if self.count >= NORMAL_FROM:
+            if self._held:
+                self._sum_up()
+            mean = self._total / self.count
+            half = NORMAL_95 * self._standard_error(mean)
+            return Interval(mean, mean - half, mean + half, self.count)
+        values, *factors = self._together()
+        codes = [np.unique(factor, return_inverse=True)[1] for factor in factors]
+        codes = [code for code in codes if code.max() > 0] or [np.arange(self.count)]
+        low, high = np.percentile(_resampled_means(values, codes, self._seed), [2.5, 97.5])
+        return Interval(float(values.mean()), float(low), float(high), self.count)
+
+    def _standard_error(self, mean: float) -> float:
+        """The standard error of a mean whose values share each factor's levels: the factors' variances add up."""
+        present = [levels[:, levels[1] > 0] for levels in self._levels]
+        spread = [
+            float(((sums - counts * mean) ** 2).sum()) * len(sums) / (len(sums) - 1)
+            for sums, counts in present
+            if len(sums) > 1
+        ]
+        alone = max(self._squares - self.count * mean**2, 0.0) * self.count / (self.count - 1)
+        return (sum(spread) if spread else alone) ** 0.5 / self.count
 
 
 def _resampled_means(values: np.ndarray, codes: Sequence[np.ndarray], seed: int) -> np.ndarray:

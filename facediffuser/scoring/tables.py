@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facediffuser.scoring.statistics import Interval, coded, mean_interval
+from facediffuser.scoring.statistics import Interval, RunningMean, coded, mean_interval
 
 METRICS = ("ip", "pc")
 FACES = "faces"
@@ -65,30 +65,47 @@ def score_table(rows: pa.Table, others: Sequence[str] = ()) -> list[ScoreRow]:
     them; `others` names further columns of numbers. Failed rows and rows without a score count in no mean. Intervals
     hold for other people and other prompts: both are resampled.
     """
-    rows = _ok(rows)
-    methods = _codes(rows["method"], "unknown")
-    categories = _codes(rows["category"] if "category" in rows.column_names else None, NO_CATEGORY, rows.num_rows)
-    subjects = pc.list_value_length(rows["subject_ids"]).combine_chunks().to_numpy(zero_copy_only=False)
-    factors = [_codes(pc.binary_join(rows["subject_ids"], "\x1f"), "")[0], _codes(rows["prompt_id"], "")[0]]
-    values = {metric: _floats(rows[metric]) for metric in (*METRICS, *others)}
-    if "face_count" in rows.column_names:
-        counted = _floats(rows["face_count"])
-        values[FACES] = np.where(np.isnan(counted), np.nan, counted == subjects)
-    order = {metric: place for place, metric in enumerate([*METRICS, FACES, *others])}
-    return sorted(
-        (
-            ScoreRow(
-                methods[1][method],
-                int(count),
-                category,
-                metric,
-                **asdict(mean_interval(values[metric][chosen], [factor[chosen] for factor in factors])),
-            )
-            for method, count, category, chosen in _groups(methods, subjects, categories)
-            for metric in values
-        ),
-        key=lambda row: (row.method, row.subjects, row.category == OVERALL, row.category, order[row.metric]),
-    )
+    sums = ScoreSums(others)
+    sums.add(rows)
+    return sums.table()
+
+
+class ScoreSums:
+    """The sums a `score_table` is made of, for rows that come piece by piece.
+
+    Memory grows with the different people, prompts, methods and categories, not with the rows.
+    """
+
+    def __init__(self, others: Sequence[str] = ()):
+        self.others = tuple(others)
+        self._levels: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._means: dict[tuple[str, int, str, str], RunningMean] = {}
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows with the columns that `score_table` asks for."""
+        rows = _ok(rows)
+        methods = _codes(rows["method"], "unknown")
+        categories = _codes(rows["category"] if "category" in rows.column_names else None, NO_CATEGORY, rows.num_rows)
+        subjects = pc.list_value_length(rows["subject_ids"]).combine_chunks().to_numpy(zero_copy_only=False)
+        words = pc.binary_join(rows["subject_ids"], "\x1f"), rows["prompt_id"]
+        factors = [_numbered(_codes(word, ""), levels) for word, levels in zip(words, self._levels, strict=True)]
+        values = {metric: _floats(rows[metric]) for metric in (*METRICS, *self.others)}
+        if "face_count" in rows.column_names:
+            counted = _floats(rows["face_count"])
+            values[FACES] = np.where(np.isnan(counted), np.nan, counted == subjects)
+        for method, count, category, chosen in _groups(methods, subjects, categories):
+            for metric, numbers in values.items():
+                group = (methods[1][method], int(count), category, metric)
+                mean = self._means.setdefault(group, RunningMean(len(factors)))
+                mean.add(numbers[chosen], [factor[chosen] for factor in factors])
+
+    def table(self) -> list[ScoreRow]:
+        """Return the means of all rows taken so far, in the order of `score_table`."""
+        order = {metric: place for place, metric in enumerate([*METRICS, FACES, *self.others])}
+        return sorted(
+            (ScoreRow(*group, **asdict(mean.interval())) for group, mean in self._means.items()),
+            key=lambda row: (row.method, row.subjects, row.category == OVERALL, row.category, order[row.metric]),
+        )
 
 
 def subject_table(rows: pa.Table) -> list[SubjectRow]:
@@ -136,6 +153,12 @@ def _codes(column: pa.ChunkedArray | None, missing: str, length: int = 0) -> tup
         return np.zeros(length, np.int64), [missing]
     encoded = pc.fill_null(column.cast(pa.string()), missing).combine_chunks().dictionary_encode()
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _numbered(coded: tuple[np.ndarray, list[str]], levels: dict[str, int]) -> np.ndarray:
+    """A column's codes in the numbers that `levels` gives its words; words it has not seen yet are counted on."""
+    codes, words = coded
+    return np.array([levels.setdefault(word, len(levels)) for word in words], np.int64)[codes]
 
 
 def _groups(methods, subjects: np.ndarray, categories) -> Iterable[tuple[int, int, str, np.ndarray]]:

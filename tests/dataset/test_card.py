@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scoring.made import row, write_dataset
 
-from facediffuser.dataset.card import plane_groups, write_card
+from facediffuser.dataset.card import MAX_LINES, OTHERS, write_card
 from facediffuser.dataset.sheet import SheetRow, Tile, contact_sheet, font, wrap
 from facediffuser.dataset.survey import EXTREMES, SHEET_COLUMNS, SHEET_ROWS, fetch_images, survey_dataset
 from facediffuser.errors import InputError
@@ -120,9 +120,9 @@ def test_a_dataset_whose_every_row_failed_still_gets_a_card(tmp_path):
 def test_small_categories_are_taken_together_in_the_plots(tmp_path):
     rows = [row(number, GREEN, category=f"c{number % 12:02d}") for number in range(60)]
     survey = survey_dataset(open_store(write_dataset(tmp_path / "d", rows, {})))
-    groups = plane_groups(survey.scores)
-    assert len(groups) == 8 and len(groups["others"][0]) == 25
-    assert sum(len(ip) for ip, _ in groups.values()) == 60
+    groups = survey.sample.groups(MAX_LINES, OTHERS)
+    assert len(groups) == 8 and len(groups["others"].ip) == groups["others"].count == 25
+    assert sum(len(scores.ip) for scores in groups.values()) == 60
 
 
 def test_what_is_no_dataset_is_refused_by_name(tmp_path):

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from facediffuser.scoring import compare
-from facediffuser.scoring.statistics import NORMAL_FROM, mean_interval, paired_difference
-from facediffuser.scoring.tables import as_arrow, markdown, score_table
+from facediffuser.scoring.statistics import NORMAL_FROM, RunningMean, mean_interval, paired_difference
+from facediffuser.scoring.tables import ScoreSums, as_arrow, markdown, score_table
 
 
 def scored(*rows: tuple) -> pa.Table:
@@ -140,3 +140,42 @@ def test_a_factor_of_one_level_is_left_out():
     prompts = np.arange(30) % 6
     assert mean_interval(values, [np.zeros(30), prompts]) == mean_interval(values, [prompts])
     assert mean_interval(values, [np.zeros(30)]) == mean_interval(values)
+
+
+@pytest.mark.parametrize("count", [50, NORMAL_FROM + 3000])
+def test_values_that_come_piece_by_piece_give_the_interval_of_them_all(count):
+    generator = np.random.default_rng(4)
+    factors = [generator.integers(0, 40, count), generator.integers(0, 7, count)]
+    values = np.where(generator.random(count) < 0.1, np.nan, generator.random(count) + factors[0] / 40)
+    whole, pieces = mean_interval(values, factors), RunningMean(2)
+    for part in np.array_split(np.arange(count), 9):
+        pieces.add(values[part], [factor[part] for factor in factors])
+    found = pieces.interval()
+    assert found.n == whole.n == (~np.isnan(values)).sum()
+    assert (found.mean, found.low, found.high) == pytest.approx((whole.mean, whole.low, whole.high), abs=1e-12)
+
+
+def test_the_limit_is_the_textbooks_standard_error_of_each_factors_levels():
+    generator = np.random.default_rng(5)
+    codes = generator.integers(0, 30, NORMAL_FROM)
+    values = generator.random(NORMAL_FROM) * 3 + codes
+    residuals = np.array([(values[codes == level] - values.mean()).sum() for level in range(30)])
+    error = np.sqrt((residuals**2).sum() * 30 / 29) / NORMAL_FROM
+    assert mean_interval(values, [codes]).high == pytest.approx(values.mean() + 1.959964 * error, rel=1e-9)
+    alone = mean_interval(values)
+    assert alone.high - alone.mean == pytest.approx(1.959964 * values.std(ddof=1) / NORMAL_FROM**0.5, rel=1e-9)
+
+
+def test_of_many_values_only_sums_are_kept():
+    pieces = RunningMean(1)
+    for number in range(100):
+        pieces.add(np.full(1000, number / 100), [np.arange(1000) % 5])
+    assert pieces.count == 100_000 and pieces._held < NORMAL_FROM
+    assert pieces.interval().mean == pytest.approx(0.495)
+
+
+def test_rows_that_come_piece_by_piece_give_the_same_table():
+    sums = ScoreSums()
+    for start in range(ROWS.num_rows):
+        sums.add(ROWS.slice(start, 1))
+    assert sums.table() == score_table(ROWS)
