@@ -6,6 +6,7 @@ a credential: what a server answered is told by its error code only.
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ from facediffuser.storage import ObjectInfo, StorageError, Store, safe_key
 _REQUEST_TIMEOUT_S = 60
 # With the waits between them about a minute of an outage is waited out; then the run ends and can be taken up again.
 _ATTEMPTS = 10
-_DENIED = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
-           "InvalidToken", "AuthorizationHeaderMalformed", "AllAccessDisabled"}  # fmt: skip
-_MISSING_KEY = {"404", "NoSuchKey", "NotFound"}
-_PRECONDITION_FAILED = {"412", "PreconditionFailed"}
+# Error codes without case and underscores: boto3 says AccessDenied, pyarrow ACCESS_DENIED.
+_DENIED = {"403", "accessdenied", "forbidden", "invalidaccesskeyid", "signaturedoesnotmatch", "expiredtoken",
+           "invalidtoken", "authorizationheadermalformed", "allaccessdisabled"}  # fmt: skip
+_MISSING_KEY = {"404", "nosuchkey", "notfound"}
+_PRECONDITION_FAILED = {"412", "preconditionfailed"}
+_ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during")
 
 
 class S3Store(Store):
@@ -31,10 +34,11 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str = ""):
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self._cached_client = None
+        self._cached_client = self._cached_arrow = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cached_client": None}  # a boto3 client cannot be pickled; it is made again when used
+        # A boto3 client cannot be pickled, and both take up the environment of where they are used.
+        return {**self.__dict__, "_cached_client": None, "_cached_arrow": None}
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> None:
         condition = {"IfNoneMatch": "*"} if if_absent else {}
@@ -90,6 +94,11 @@ class S3Store(Store):
             self._client.download_file(self.bucket, self._key(key), str(path))
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        if self._cached_arrow is None:
+            self._cached_arrow = self._new_arrow()
+        return self._cached_arrow, f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+
+    def _new_arrow(self) -> pyarrow.fs.S3FileSystem:
         options = {
             "request_timeout": _REQUEST_TIMEOUT_S,
             "connect_timeout": 10,
@@ -105,7 +114,18 @@ class S3Store(Store):
             options["region"] = region
         elif not endpoint:
             options["region"] = pyarrow.fs.resolve_s3_region(self.bucket)
-        return pyarrow.fs.S3FileSystem(**options), f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+        return pyarrow.fs.S3FileSystem(**options)
+
+    @contextmanager
+    def told(self, key: str = "") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            said = None if isinstance(error, StorageError) else _ARROW_ERROR.search(str(error))
+            if said is None:
+                raise
+            code, status = said.group(1), said.group(2)
+            raise self._answer(code, int(status) if status else None, self.url_of(key) if key else self.url) from None
 
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
@@ -148,7 +168,8 @@ class S3Store(Store):
         try:
             yield
         except ClientError as error:
-            raise self._client_error(error, url) from None
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            raise self._answer(code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"), url) from None
         except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
             raise InputError(f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
         except (BotoCoreError, Boto3Error) as error:
@@ -163,20 +184,23 @@ class S3Store(Store):
                 raise
             raise InputError(f"{url}: AWS_ENDPOINT_URL is not a URL; give http(s)://host:port") from None
 
-    def _client_error(self, error, url: str) -> Exception:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if code == "NoSuchBucket":
+    def _answer(self, code: str, status: int | None, url: str) -> Exception:
+        """The error for what a server answered: its error code, and its HTTP status if it gave one."""
+        plain = code.replace("_", "").lower()
+        if plain == "nosuchbucket":
             return InputError(f"s3://{self.bucket}: no such bucket; make it or give another")
-        if code == "InvalidBucketName":
+        if plain == "invalidbucketname":
             return InputError(f"s3://{self.bucket}: not a bucket name; use lower case letters, digits, '-' and '.'")
-        if code in _DENIED or status in (401, 403):
+        if plain in _DENIED or status in (401, 403):
             return InputError(f"{url}: access denied ({code or status}); check AWS_ACCESS_KEY_ID, "
                               "AWS_SECRET_ACCESS_KEY and the bucket's policy")  # fmt: skip
-        if code in _PRECONDITION_FAILED:
+        if plain in _PRECONDITION_FAILED:
             return FileExistsError(errno.EEXIST, "already there with other content", url)
-        if code in _MISSING_KEY:
+        if plain in _MISSING_KEY:
             return FileNotFoundError(errno.ENOENT, "no such object", url)
+        if status is None:
+            where = _without_userinfo(endpoint_url()) or "the S3 endpoint"
+            return StorageError(f"{url}: {where} did not answer as it should ({code})")
         return StorageError(f"{url}: S3 answered {status} ({code})")
 
 

@@ -12,6 +12,8 @@ import stat
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -72,7 +74,19 @@ class Store(ABC):
 
     @abstractmethod
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """Return the pyarrow file system and the path of this store in it, for pyarrow.dataset and parquet readers."""
+        """Return the pyarrow file system and the path of this store in it, for pyarrow.dataset; read inside `told`."""
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[pyarrow.NativeFile]:
+        """Yield an object as a file of which pyarrow reads what it needs; errors are told as `get` tells them."""
+        filesystem, base = self.arrow()
+        with self.told(key), filesystem.open_input_file(f"{base}/{safe_key(key)}") as source:
+            yield source
+
+    @contextmanager
+    def told(self, key: str = "") -> Iterator[None]:
+        """Tell the errors of what is read through `arrow` as `get` tells its own."""
+        yield
 
     @abstractmethod
     def require_readable(self) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -181,6 +182,61 @@ def test_refusals_become_one_line_without_what_the_server_said(aws, status, code
     with pytest.raises(kind, match=code) as caught:
         store.put("k", b"")
     assert SECRET not in str(caught.value)
+
+
+@pytest.fixture
+def refusing():
+    """A server on a free port that refuses every request with `status`; its endpoint is in `url`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            code = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}[self.server.status]
+            body = f"<Error><Code>{code}</Code><Message>you sent {SECRET}</Message></Error>".encode()
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET = refuse
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("status", "kind", "told"), [
+    (403, InputError, "s3://bucket/x/k: access denied"), (500, StorageError, "s3://bucket/x/k: S3 answered 500"),
+    (503, StorageError, "s3://bucket/x/k: S3 answered 503"), (404, FileNotFoundError, "bucket/x/k"),
+])  # fmt: skip
+def test_what_pyarrow_is_refused_is_told_as_what_boto3_is(aws, monkeypatch, refusing, status, kind, told):
+    monkeypatch.setattr("facediffuser.s3._ATTEMPTS", 1)
+    aws.setenv("AWS_ENDPOINT_URL", refusing.url)
+    refusing.status = status
+    store = open_store("s3://bucket/x")
+    with pytest.raises(kind, match=told) as caught, store.open("k") as source:
+        source.read()
+    assert SECRET not in str(caught.value) and caught.value.__cause__ is None
+    with pytest.raises(kind):
+        store.get("k")
+
+
+def test_an_endpoint_that_goes_away_while_pyarrow_reads_is_told(aws, monkeypatch):
+    monkeypatch.setattr("facediffuser.s3._ATTEMPTS", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        store = open_store("s3://bucket/x")
+        with pytest.raises(StorageError, match=r"s3://bucket/x/k: http://.* did not answer as it should"):
+            with store.open("k") as source:
+                source.read()
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", ""])

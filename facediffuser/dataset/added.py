@@ -70,9 +70,11 @@ class Added:
 
 def read_added(store: Store) -> Added:
     """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
-    filesystem, base = store.arrow()
-    keys = [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]
-    return Added({store.url_of(key): pq.read_table(f"{base}/{key}", filesystem=filesystem) for key in keys})
+    tables = {}
+    for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
+        with store.open(key) as source:
+            tables[store.url_of(key)] = pq.read_table(source)
+    return Added(tables)
 
 
 def write_added(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:

@@ -247,10 +247,8 @@ def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
     """The first reference picture of each named subject; none when there is no subjects.parquet."""
     if not names or not store.exists("subjects.parquet"):
         return {}
-    filesystem, base = store.arrow()
-    table = pq.read_table(
-        f"{base}/subjects.parquet", filesystem=filesystem, filters=pc.field("subject_id").isin(sorted(names))
-    )
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source, filters=pc.field("subject_id").isin(sorted(names)))
     pictures: dict[str, Image.Image] = {}
     for row in table.to_pylist():
         data = row["image"]["bytes"]
@@ -264,8 +262,8 @@ def _run_facts(store: Store) -> dict[str, Any]:
     plans = [info.key for info in store.list("plan/") if info.key.endswith(".parquet")]
     if not plans:
         return {}
-    filesystem, base = store.arrow()
-    metadata = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
+    with store.open(plans[0]) as source:
+        metadata = pq.read_schema(source).metadata or {}
     run = json.loads(metadata.get(RUN_KEY, b"{}"))
     return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
 

@@ -205,8 +205,7 @@ def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
 def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:
     """Return the planned rows of one shard; with `fingerprint`, InputError when the plan is another run's."""
     part, group = divmod(shard, layout.shards_per_part)
-    filesystem, base = store.arrow()
-    with filesystem.open_input_file(f"{base}/{layout.part_key(part)}") as source, pq.ParquetFile(source) as file:
+    with store.open(layout.part_key(part)) as source, pq.ParquetFile(source) as file:
         mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
         if fingerprint is not None and mark != fingerprint:
             raise InputError(f"{store.url}: another run took this output (its plan is {mark[:12]}'s); give another")
@@ -215,9 +214,8 @@ def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str |
 
 def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
     """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only."""
-    filesystem, base = store.arrow()
     for part in range(layout.parts):
-        with filesystem.open_input_file(f"{base}/{layout.part_key(part)}") as source, pq.ParquetFile(source) as file:
+        with store.open(layout.part_key(part)) as source, pq.ParquetFile(source) as file:
             for group in range(file.num_row_groups):
                 place = pc.index(file.read_row_group(group, columns=["sample_id"])["sample_id"], sample_id).as_py()
                 if place >= 0:

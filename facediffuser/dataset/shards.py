@@ -52,9 +52,8 @@ def _column_paths() -> tuple[str, ...]:
 
 def shard_mark(store: Store, key: str) -> str | None:
     """Return the fingerprint in a Parquet object's footer; None when it has none, is missing, or is not whole."""
-    filesystem, base = store.arrow()
     try:
-        with filesystem.open_input_file(f"{base}/{key}") as source:
+        with store.open(key) as source:
             metadata = pq.read_metadata(source).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):
         return None
@@ -83,5 +82,5 @@ def foreign_shards(store: Store, layout: Layout) -> list[str]:
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
     """Return some columns of a shard."""
-    filesystem, base = store.arrow()
-    return pq.read_table(f"{base}/{key}", filesystem=filesystem, columns=list(columns))
+    with store.open(key) as source:
+        return pq.read_table(source, columns=list(columns))

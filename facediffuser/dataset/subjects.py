@@ -96,11 +96,9 @@ def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, Refer
     wanted = sorted(set(subject_ids))
     if not wanted:
         return {}
-    filesystem, base = store.arrow()
-    table = pq.read_table(
-        f"{base}/{SUBJECTS_KEY}", filesystem=filesystem, columns=["subject_id", "image", "identity"],
-        filters=pc.field("subject_id").isin(wanted),
-    )  # fmt: skip
+    with store.open(SUBJECTS_KEY) as source:
+        chosen = pc.field("subject_id").isin(wanted)
+        table = pq.read_table(source, columns=["subject_id", "image", "identity"], filters=chosen)
     found = references_of(table, wanted)
     for name in wanted:
         if name not in found:

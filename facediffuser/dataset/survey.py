@@ -153,9 +153,8 @@ def survey_dataset(store: Store) -> Survey:
 
 def row_groups(store: Store, keys: list[str], columns: tuple[str, ...] | None = None) -> Iterator[tuple]:
     """Yield (key, row group, table) of Parquet objects, the columns the survey needs or `columns`."""
-    filesystem, base = store.arrow()
     for key in keys:
-        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
             names = columns or (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS)
             present = [name for name in names if name in file.schema_arrow.names]
             absent = [name for name in SCORE_COLUMNS if name in names and name not in present]
@@ -168,22 +167,26 @@ def row_groups(store: Store, keys: list[str], columns: tuple[str, ...] | None = 
 def count_rows(store: Store) -> int:
     """Return how many rows a dataset has, from its shards' footers; InputError when there is none."""
     store.require_readable()
-    filesystem, base = store.arrow()
     keys = [info.key for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
     if not keys:
         raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
-    return sum(pq.read_metadata(f"{base}/{key}", filesystem=filesystem).num_rows for key in keys)
+    return sum(read_footer(store, key).num_rows for key in keys)
+
+
+def read_footer(store: Store, key: str) -> pq.FileMetaData:
+    """Return the footer of a Parquet object."""
+    with store.open(key) as source:
+        return pq.read_metadata(source)
 
 
 def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
     """Return sample_id -> encoded image of rows found by the survey, reading only the row groups they lie in."""
-    filesystem, base = store.arrow()
     places: dict[str, dict[int, list[Located]]] = {}
     for located in wanted:
         places.setdefault(located.file, {}).setdefault(located.group, []).append(located)
     images = {}
     for key, groups in sorted(places.items()):
-        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
             for group, rows in sorted(groups.items()):
                 column = file.read_row_group(group, columns=["image"])["image"]
                 for located in rows:

@@ -243,9 +243,9 @@ def run_there(store: Store) -> tuple[str, dict[str, Any]] | None:
     plans = [info.key for info in store.list("plan/")]
     if not plans:
         return None
-    filesystem, base = store.arrow()
     try:
-        marks = pq.read_schema(f"{base}/{plans[0]}", filesystem=filesystem).metadata or {}
+        with store.open(plans[0]) as source:
+            marks = pq.read_schema(source).metadata or {}
         return marks[FINGERPRINT_KEY].decode(), json.loads(marks[RUN_KEY])
     except (pa.ArrowInvalid, KeyError, ValueError):
         raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None

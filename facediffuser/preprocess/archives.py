@@ -85,10 +85,11 @@ def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tupl
 @contextmanager
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
     parent, name = posixpath.split(url)
-    files, base = open_store(parent or ".").arrow()
+    store = open_store(parent or ".")
+    files, base = store.arrow()
     try:
         # compression=None: pyarrow would undo gzip by the name alone, tarfile finds out by the bytes.
-        with files.open_input_stream(f"{base}/{name}", compression=None) as stream:
+        with store.told(name), files.open_input_stream(f"{base}/{name}", compression=None) as stream:
             with tarfile.open(fileobj=stream, mode="r|*") as archive:
                 yield archive
     except FileNotFoundError as error:

@@ -53,10 +53,9 @@ def _sample(store: Store, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A few rows of each of some parts, spread over the set."""
     keys = [key for key in manifest["files"] if key.startswith((f"{TRAIN}/", f"{TEST}/"))]
     chosen = [keys[index] for index in np.unique(np.linspace(0, len(keys) - 1, min(len(keys), 6)).astype(int))]
-    files, base = store.arrow()
     for position, key in enumerate(chosen):
         count = CELLS // len(chosen) + (position < CELLS % len(chosen))
-        with files.open_input_file(f"{base}/{key}") as stream:
+        with store.open(key) as stream:
             batch = next(pq.ParquetFile(stream).iter_batches(batch_size=count), None)
             yield from batch.to_pylist()[:count] if batch is not None else ()
 

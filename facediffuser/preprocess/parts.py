@@ -135,10 +135,10 @@ def earlier_splits(url: str) -> dict[str, str]:
         keys = [key for key in json.loads(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there") from error
-    files, base = store.arrow()
     sides = {}
     for key in keys:
-        table = pq.read_table(f"{base}/{key}", columns=["image_id", "split"], filesystem=files)
+        with store.open(key) as source:
+            table = pq.read_table(source, columns=["image_id", "split"])
         sides.update(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))
     return sides
 

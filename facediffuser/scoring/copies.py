@@ -141,9 +141,10 @@ def reference_faces(store: Store, identity: IdentityScorer) -> dict[str, list[np
     """Return subject id -> the faces (24, 24, 3) of a dataset's reference pictures; empty without subjects.parquet."""
     if not store.exists("subjects.parquet"):
         return {}
-    filesystem, base = store.arrow()
     found: dict[str, list[np.ndarray]] = {}
-    for row in pq.read_table(f"{base}/subjects.parquet", filesystem=filesystem).to_pylist():
+    with store.open("subjects.parquet") as source:
+        rows = pq.read_table(source).to_pylist()
+    for row in rows:
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         for face in identity.detector.detect([picture])[0][:1]:
             found.setdefault(row["subject_id"], []).append(face_pixels(picture, face.box))

@@ -13,7 +13,7 @@ from PIL import Image
 from facediffuser.dataset.added import Added, read_added
 from facediffuser.dataset.inputs import Subject, open_picture, read_prompts, read_subjects
 from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
-from facediffuser.dataset.survey import row_groups
+from facediffuser.dataset.survey import read_footer, row_groups
 from facediffuser.errors import InputError
 from facediffuser.scoring.benchmarks import prompts_file
 from facediffuser.scoring.external import ExternalImage, from_fastcomposer_layout, from_index
@@ -59,8 +59,7 @@ def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -
     keys = [info.key for info in store.list("data/") if info.key.endswith(".parquet")]
     if not keys:
         raise InputError(f"{store.url}: no data/*.parquet there; give the URL that `generate` wrote to")
-    filesystem, base = store.arrow()
-    footers = [pq.read_metadata(f"{base}/{key}", filesystem=filesystem) for key in keys]
+    footers = [read_footer(store, key) for key in keys]
     recorded = json.loads((footers[0].metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
     if settings.rescore or settings.add:
@@ -152,8 +151,8 @@ def dataset_references(store: Store, scorers: Scorers) -> dict[str, np.ndarray]:
     What the dataset recorded of its references is used when the same scorers made it; other scorers look at the
     reference pictures that the dataset keeps.
     """
-    filesystem, base = store.arrow()
-    table = pq.read_table(f"{base}/subjects.parquet", filesystem=filesystem)
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source)
     same = recorded_digests(table.schema).get("identity") == scorers.digests["identity"]
     vectors: dict[str, list[np.ndarray]] = {}
     for row in table.to_pylist():
@@ -168,8 +167,8 @@ def dataset_references(store: Store, scorers: Scorers) -> dict[str, np.ndarray]:
 
 def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
     """Return subject id -> the reference pictures that a dataset keeps, as the model was shown them."""
-    filesystem, base = store.arrow()
-    table = pq.read_table(f"{base}/subjects.parquet", filesystem=filesystem, columns=["subject_id", "image"])
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source, columns=["subject_id", "image"])
     found: dict[str, list[Image.Image]] = {}
     for row in table.to_pylist():
         picture = open_image(row["image"]["bytes"], store.url_of("subjects.parquet"))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.inputs import PICTURE_SUFFIXES
+from facediffuser.dataset.survey import read_footer
 from facediffuser.errors import InputError
 from facediffuser.scoring.identity import IdentityScorer
 from facediffuser.storage import Store, open_store
@@ -52,10 +53,9 @@ def training_faces(
 def count_training(url: str) -> int:
     """Return how many pictures a training set holds; InputError when it holds none."""
     store, prepared, pictures = _training_keys(url)
-    filesystem, base = store.arrow()
     if not prepared:
         return len(pictures)
-    return sum(pq.read_metadata(f"{base}/{key}", filesystem=filesystem).num_rows for key in prepared)
+    return sum(read_footer(store, key).num_rows for key in prepared)
 
 
 def _training_keys(url: str) -> tuple[Store, list[str], list[str]]:
@@ -71,9 +71,8 @@ def _training_keys(url: str) -> tuple[Store, list[str], list[str]]:
 
 
 def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
-    filesystem, base = store.arrow()
     for key in keys:
-        with filesystem.open_input_file(f"{base}/{key}") as source, pq.ParquetFile(source) as file:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches(BATCH, columns=["image_id", "image", "faces"]):
                 yield [
                     (

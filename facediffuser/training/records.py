@@ -36,9 +36,10 @@ class Records:
         if not store.list(f"{split}/"):
             raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
         filesystem, root = store.arrow()
-        dataset = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem)
-        _require_schema(url, dataset.schema)
-        self.table = dataset.to_table(COLUMNS)
+        with store.told():
+            dataset = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem)
+            _require_schema(url, dataset.schema)
+            self.table = dataset.to_table(COLUMNS)
         if not len(self.table):
             raise InputError(f"{url}: {split}/ has no rows; prepare pictures with a person in them")
         self._described = self.table.drop_columns(["image"])
