@@ -96,7 +96,7 @@ def load_photos(
     Sets with distant first persons share nobody. `photo_share` of the pictures are in the style of a photograph, on
     `pair_share` of them stand two people.
     """
-    path = cache / f"photos-{first_person}-{count}.npz"
+    path = cache / f"photos-{first_person}-{count}-{photo_share}-{pair_share}.npz"
     if not path.exists():
         people = max(2, count // PER_PERSON)
         shares = photo_share, pair_share
