@@ -46,6 +46,7 @@ class RenderSettings(_Settings):
     output: Path = Field(description="folder to write")
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
     pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures on which two people stand")
+    actions: float = Field(0.3, ge=0, le=1, description="share of the people who do something")
 
 
 def demo(settings) -> None:
@@ -209,7 +210,7 @@ def render(settings: RenderSettings) -> None:
     """Render the photo set."""
     from facediffuser.miniature.render import render_set
 
-    render_set(settings.count, settings.seed, settings.output, settings.size, settings.pairs)
+    render_set(settings.count, settings.seed, settings.output, settings.size, settings.pairs, settings.actions)
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
 
 

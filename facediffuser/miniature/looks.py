@@ -30,6 +30,7 @@ ACTIONS = {
     "balloon": "holding a balloon",
     "book": "reading a book",
 }
+ACTION_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ class Pose:
     shoulders: float
 
 
-def sample_outfit(rng: np.random.Generator, hats: bool = True, actions: bool = True) -> Outfit:
-    """Random clothes and mood; about half wear a hat, a third do something."""
+def sample_outfit(rng: np.random.Generator, hats: bool = True, action_share: float = ACTION_SHARE) -> Outfit:
+    """Random clothes and mood; about half wear a hat, `action_share` do something."""
     colours = list(COLOURS)
     return Outfit(
         hat=str(rng.choice(HATS)) if hats and rng.random() < 0.45 else "none",
         hat_colour=str(rng.choice(colours)),
         shirt=str(rng.choice(colours)),
         expression=str(rng.choice(EXPRESSIONS, p=[0.55, 0.33, 0.12])),
-        action=str(rng.choice(list(ACTIONS)[1:])) if actions and rng.random() < 0.3 else "none",
+        action=str(rng.choice(list(ACTIONS)[1:])) if action_share and rng.random() < action_share else "none",
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from facediffuser.miniature.captions import looks_phrase
+from facediffuser.miniature.looks import ACTION_SHARE
 from facediffuser.miniature.render import person, render
 
 logger = logging.getLogger(__name__)
@@ -90,16 +91,17 @@ def load_photos(
     workers: int = 2,
     photo_share: float = 0.8,
     pair_share: float = PAIR_SHARE,
+    action_share: float = ACTION_SHARE,
 ) -> PhotoSet:
     """Render `count` pictures of people numbered from `first_person`, or read them from `cache` if they are there.
 
     Sets with distant first persons share nobody. `photo_share` of the pictures are in the style of a photograph, on
-    `pair_share` of them stand two people.
+    `pair_share` of them stand two people, and `action_share` of all people do something.
     """
-    path = cache / f"photos-{first_person}-{count}-{photo_share}-{pair_share}.npz"
+    path = cache / f"photos-{first_person}-{count}-{photo_share}-{pair_share}-{action_share}.npz"
     if not path.exists():
         people = max(2, count // PER_PERSON)
-        shares = photo_share, pair_share
+        shares = photo_share, pair_share, action_share
         jobs = [(start, min(start + 500, count), people, first_person, *shares) for start in range(0, count, 500)]
         with ProcessPoolExecutor(workers) as pool:
             parts = list(pool.map(_render_some, jobs))
@@ -115,8 +117,8 @@ def load_photos(
     return PhotoSet(images=held["images"], faces=held["faces"], who=held["who"], **texts)
 
 
-def _render_some(job: tuple[int, int, int, int, float, float]) -> dict[str, np.ndarray]:
-    start, stop, people, first, photo_share, pair_share = job
+def _render_some(job: tuple[int, int, int, int, float, float, float]) -> dict[str, np.ndarray]:
+    start, stop, people, first, photo_share, pair_share, action_share = job
     columns = {name: [] for name in ("images", "captions", "full_captions", "faces", "who")}
     for index in range(start, stop):
         rng = np.random.default_rng((first, index, 19))
@@ -124,7 +126,10 @@ def _render_some(job: tuple[int, int, int, int, float, float]) -> dict[str, np.n
         if rng.random() < pair_share:
             numbers.append((index + 1 + int(rng.integers(people - 1))) % people)
         drawn = render(
-            [person(first + number) for number in numbers], int(rng.integers(2**31)), photo_share=photo_share
+            [person(first + number) for number in numbers],
+            int(rng.integers(2**31)),
+            photo_share=photo_share,
+            action_share=action_share,
         )
         columns["images"].append(drawn.image)
         columns["captions"].append(drawn.caption.text)

@@ -12,7 +12,7 @@ from facediffuser.errors import InputError
 from facediffuser.miniature.canvas import Canvas
 from facediffuser.miniature.captions import Caption, write_captions
 from facediffuser.miniature.figure import draw_person
-from facediffuser.miniature.looks import Outfit, Pose, Setting, sample_outfit, sample_pose, sample_setting
+from facediffuser.miniature.looks import ACTION_SHARE, Outfit, Pose, Setting, sample_outfit, sample_pose, sample_setting
 from facediffuser.miniature.people import Identity, sample_identity
 from facediffuser.miniature.prompts import PAIR_PROMPTS, PROMPTS
 from facediffuser.miniature.scenes import draw_scene
@@ -56,13 +56,14 @@ def render(
     setting: Setting | None = None,
     outfits: list[Outfit] | None = None,
     photo_share: float = 0.8,
+    action_share: float = ACTION_SHARE,
 ) -> Rendering:
     """A picture of one or two people; what is not given (place, style, clothes, pose) follows from `seed`."""
     if size not in (64, 128):
         raise InputError(f"size {size}: the miniature world is rendered at 64 or 128 px")
     rng = np.random.default_rng((seed, 11))
     setting = setting or sample_setting(rng, photo_share)
-    outfits = outfits or [sample_outfit(rng) for _ in people]
+    outfits = outfits or [sample_outfit(rng, action_share=action_share) for _ in people]
     captions = write_captions(people, outfits, setting, rng)
     canvas = Canvas(size, rng)
     draw_scene(canvas, setting.scene)
@@ -83,13 +84,20 @@ def _face_box(who: Identity, pose: Pose, size: int) -> tuple[float, float, float
     return tuple(float((value + 1) * size / 2) for value in (cx - width, top, cx + width, bottom))
 
 
-def render_set(count: int, seed: int, output: Path, size: int = 64, pair_share: float = PAIR_SHARE) -> None:
+def render_set(
+    count: int,
+    seed: int,
+    output: Path,
+    size: int = 64,
+    pair_share: float = PAIR_SHARE,
+    action_share: float = ACTION_SHARE,
+) -> None:
     """Write `count` pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
-    On `pair_share` of them stand two people. Besides that layout's files each JSON names who is in the picture
-    (`identity`). Few captions tell a person's looks, so that a reference picture has something to add. `subjects/` has 15
-    people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed
-    gives the same files.
+    On `pair_share` of them stand two people, and `action_share` of all people do something. Besides that layout's files each
+    JSON names who is in the picture (`identity`). Few captions tell a person's looks, so that a reference picture has something
+    to add. `subjects/` has 15 people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl`
+    for two. The same seed gives the same files.
     Raises InputError when the folder exists and is not empty.
     """
     output = Path(output)
@@ -103,7 +111,7 @@ def render_set(count: int, seed: int, output: Path, size: int = 64, pair_share: 
         numbers = [first + index % people]
         if rng.random() < pair_share:
             numbers.append(first + (index + 1 + int(rng.integers(people - 1))) % people)
-        drawn = render([person(number) for number in numbers], int(rng.integers(2**31)), size)
+        drawn = render([person(number) for number in numbers], int(rng.integers(2**31)), size, action_share=action_share)
         image_id = f"{index:08d}"
         _write_picture(output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < LOOKS_SHARE))
         (test if index % people >= 0.9 * people else train).append(image_id)
@@ -129,7 +137,7 @@ def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJEC
         for number in range(REFERENCES):
             rng = np.random.default_rng((first + place, number, 17))
             for _ in range(TAKES):
-                outfit = sample_outfit(rng, hats=False, actions=False)
+                outfit = sample_outfit(rng, hats=False, action_share=0.0)
                 setting = sample_setting(rng, photo_share=1.0)
                 drawn = render([who], int(rng.integers(2**31)), size, setting, [outfit])
                 picture = Image.fromarray(drawn.image)

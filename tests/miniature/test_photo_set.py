@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from facediffuser.errors import InputError
+from facediffuser.miniature.looks import ACTIONS
 from facediffuser.miniature.render import render_set
 from facediffuser.preprocess.faces import FaceDetector
 
@@ -57,6 +58,15 @@ def test_segments_agree_with_map_and_caption(folder: Path):
             assert segment["coco_label"] == "person"
             assert record["caption"][segment["start"] : segment["end"]] in ("a man", "a woman")
     assert 0 < pairs < COUNT / 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_shares_say_how_many_pictures_have_two_people_and_how_many_people_do_something(share: float, tmp_path: Path):
+    render_set(COUNT, 4, tmp_path / "set", pair_share=share, action_share=share)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("set/00000/*.json")]
+    assert {len(record["segments"]) for record in records} == {1 + int(share)}
+    doing = np.mean([any(words in record["caption"] for words in ACTIONS.values() if words) for record in records])
+    assert doing == 0 if share == 0 else doing > 0.9
 
 
 def test_about_a_fifth_of_the_captions_tell_looks(folder: Path):
