@@ -1,7 +1,8 @@
 """Make the miniature's shipped parts: `python -m facediffuser.miniature.make all --output DIR`.
 
 Each part is trained for a set number of steps on the CPU, on pictures rendered here; what a part needs is read from the output
-folder, so parts can be made one at a time, in the order of BUDGETS. What rests on a part is to be made again after it.
+folder, so parts can be made one at a time, in the order of BUDGETS. What rests on a part is to be made again after it. `models`
+comes last, from two trainings on the base: `... make models --output DIR --tdm RUN --sdm RUN`.
 """
 
 import argparse
@@ -10,8 +11,8 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 
 from facediffuser.miniature.base import new_scheduler, save_fp16, train_base
 from facediffuser.miniature.embedder import save_identity_embedder
@@ -19,6 +20,8 @@ from facediffuser.miniature.photos import PhotoSet, load_photos
 from facediffuser.miniature.scorers import train_clip, train_identity_embedder, train_prompt_scorer
 from facediffuser.miniature.tokenizer import make_tokenizer
 from facediffuser.miniature.vae import round_trip_psnr, train_decoder, train_vae
+from facediffuser.modelfolder import assemble
+from facediffuser.subject import SubjectFuser
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,15 @@ MODEL_PAIR_SHARE = 0.3
 
 MODEL_ACTION_SHARE = 0.6
 """How many people do something in the pictures that words are learnt from: a balloon is drawn by whom it was learnt it often."""
+
+
+TRAINED_PARTS = {
+    "unet": UNet2DConditionModel,
+    "unet_text": UNet2DConditionModel,
+    "image_encoder": CLIPVisionModelWithProjection,
+    "subject_fuser": SubjectFuser,
+}
+"""What the model folder does not take from the base."""
 
 
 def make(part: str, output: Path, steps: int, cache: Path) -> None:
@@ -101,6 +113,21 @@ def make(part: str, output: Path, steps: int, cache: Path) -> None:
         tokenizer.save_pretrained(scorers / "prompt")
 
 
+def make_models(output: Path, tdm: str, sdm: str) -> Path:
+    """Make `output`/models, the package's model folder, from `output`/base and the URLs of two trainings on it; return it.
+
+    In fp16; the base's autoencoder and text encoder are links. Raises InputError as `assemble` does.
+    """
+    models = assemble(output / "base", tdm, sdm, output / "models")
+    for name, kind in TRAINED_PARTS.items():
+        save_fp16(kind.from_pretrained(models / name), models / name)
+    for name in ("vae", "text_encoder"):
+        for path in (models / name).glob("*.safetensors"):
+            path.unlink()
+            path.symlink_to(Path("../../base", name, path.name))
+    return models
+
+
 def _texts(photos: PhotoSet) -> list[str]:
     return [*photos.captions, *photos.full_captions, *photos.identity_texts]
 
@@ -108,14 +135,21 @@ def _texts(photos: PhotoSet) -> list[str]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m facediffuser.miniature.make", description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=[*BUDGETS, "all"])
-    parser.add_argument("--output", type=Path, required=True, help="folder for base/ and scorers/")
+    parser.add_argument("part", choices=[*BUDGETS, "all", "models"])
+    parser.add_argument("--output", type=Path, required=True, help="folder for base/, scorers/ and models/")
+    parser.add_argument("--tdm", help="models: folder or s3:// URL of the TDM's training")
+    parser.add_argument("--sdm", help="models: folder or s3:// URL of the SDM's training")
     parser.add_argument("--cache", type=Path, help="folder for rendered pictures (default: OUTPUT/photos)")
     parser.add_argument("--steps", type=int, help="training steps of a part (default: the table BUDGETS)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
+    if args.part == "models":
+        if not (args.tdm and args.sdm):
+            parser.error("models: give --tdm and --sdm")
+        print(make_models(args.output, args.tdm, args.sdm))
+        return
     for part in BUDGETS if args.part == "all" else [args.part]:
         make(
             part,

@@ -55,6 +55,25 @@ def test_two_trained_runs_and_their_base_make_a_pipeline(settings, base, tmp_pat
     assert pipeline.unet is not None and pipeline.unet_text is not None
 
 
+def test_the_miniatures_model_folder_is_made_from_two_runs_in_half_precision(settings, base, tmp_path):
+    from facediffuser import FaceDiffuserPipeline
+    from facediffuser.miniature.make import make_models
+
+    for role in ("tdm", "sdm"):
+        train_model(settings(role, steps=1, output=str(tmp_path / role)), lambda numbers: None)
+    shutil.copytree(base, tmp_path / "parts" / "base")
+    models = make_models(tmp_path / "parts", str(tmp_path / "tdm"), str(tmp_path / "sdm"))
+    pipeline = FaceDiffuserPipeline.from_pretrained(models)
+    for run, name, module in (("tdm", "unet", pipeline.unet_text), ("sdm", "unet", pipeline.unet)):
+        trained = load_file(tmp_path / run / "final" / name / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(trained[key].half().float(), value) for key, value in module.state_dict().items())
+    links = {path for path in models.rglob("*.safetensors") if path.is_symlink()}
+    assert {path.parent.name for path in links} == {"vae", "text_encoder"}
+    assert all(path.resolve().is_relative_to(tmp_path / "parts" / "base") for path in links)
+    own = [path for path in models.rglob("*.safetensors") if path not in links]
+    assert len(own) == 4 and all(value.dtype == torch.float16 for path in own for value in load_file(path).values())
+
+
 def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
     from facediffuser.checkpoints import assemble
 
