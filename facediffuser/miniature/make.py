@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 
+from facediffuser.errors import InputError
 from facediffuser.miniature.base import new_scheduler, save_fp16, train_base
 from facediffuser.miniature.embedder import save_identity_embedder
 from facediffuser.miniature.photos import PhotoSet, load_photos
@@ -58,8 +59,7 @@ MODEL_PAIR_SHARE = 0.3
 """How many of the models' pictures show two people: who of them is who takes more of them to learn than one face."""
 
 MODEL_ACTION_SHARE = 0.6
-"""How many people do something in the pictures that words are learnt from: a balloon is drawn by whom it was learnt it often."""
-
+"""How many people do something in the pictures that words are learnt from: a balloon seen seldom is drawn seldom."""
 
 TRAINED_PARTS = {
     "unet": UNet2DConditionModel,
@@ -148,7 +148,10 @@ def main() -> None:
     if args.part == "models":
         if not (args.tdm and args.sdm):
             parser.error("models: give --tdm and --sdm")
-        print(make_models(args.output, args.tdm, args.sdm))
+        try:
+            print(make_models(args.output, args.tdm, args.sdm))
+        except InputError as error:
+            raise SystemExit(str(error)) from None
         return
     for part in BUDGETS if args.part == "all" else [args.part]:
         make(

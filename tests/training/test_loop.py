@@ -74,6 +74,18 @@ def test_the_miniatures_model_folder_is_made_from_two_runs_in_half_precision(set
     assert len(own) == 4 and all(value.dtype == torch.float16 for path in own for value in load_file(path).values())
 
 
+def test_making_the_miniatures_model_folder_of_an_unfinished_run_is_refused_in_one_line(base, tmp_path, monkeypatch):
+    from facediffuser.miniature import make
+
+    shutil.copytree(base, tmp_path / "parts" / "base")
+    (tmp_path / "run").mkdir()
+    run = str(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["make", "models", "--output", str(tmp_path / "parts"), "--tdm", run, "--sdm", run])
+    with pytest.raises(SystemExit, match="run/final: no such file or folder; check the path"):
+        make.main()
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["base"]
+
+
 def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
     from facediffuser.checkpoints import assemble
 
