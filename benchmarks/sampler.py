@@ -1,8 +1,10 @@
 """How much work the sampler saves: UNet rows per stage, and time against simpler ways of running the same method.
 
     python -m benchmarks.sampler [--models miniature|DIR] [--steps 50] [--images 4] [--repeats 3] [--device cpu|cuda]
+    python -m benchmarks.sampler --full-size [--images 8]
 
-Without --models, small random models stand in, so the rows are exact and the times are this machine's. All ways run
+Without --models, small random models stand in, so the rows are exact and the times are this machine's; with --full-size they
+are of Stable Diffusion v1-5's size, in half precision on a GPU, with the peak of its memory. All ways run
 turn about in one process, from the same noise and embeddings, and the fastest repeat of each counts.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
+from benchmarks.training import Size, modules
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.window import default_fusion_window
 
@@ -30,10 +33,25 @@ def small_random_pipeline(width: int = 64) -> FaceDiffuserPipeline:
         ).eval()  # fmt: skip
 
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=32).eval()
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
     return FaceDiffuserPipeline(
-        vae=vae, text_encoder=None, tokenizer=None, scheduler=scheduler, unet=unet(), unet_text=unet()
+        vae=vae, text_encoder=None, tokenizer=None, scheduler=_scheduler(), unet=unet(), unet_text=unet()
     )
+
+
+def _scheduler() -> PNDMScheduler:
+    return PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+
+
+def full_size_pipeline(device: str) -> FaceDiffuserPipeline:
+    """Two UNets of Stable Diffusion v1-5's size with random weights, in half precision on a GPU; no text parts."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        first, second = modules(Size()), modules(Size())
+    pipe = FaceDiffuserPipeline(
+        vae=first["vae"].eval(), text_encoder=None, tokenizer=None, scheduler=_scheduler(),
+        unet=first["unet"].eval(), unet_text=second["unet"].eval(),
+    )  # fmt: skip
+    return pipe.to(device, torch.float16 if device == "cuda" else torch.float32)
 
 
 def count_rows(pipe: FaceDiffuserPipeline, run: Callable[[], None]) -> dict[str, int]:
@@ -72,6 +90,7 @@ def ways(pipe: FaceDiffuserPipeline, steps: int, images: int) -> dict[str, Calla
     null, text, fused = (torch.randn(images, 77, width, generator=generator) for _ in range(3))
     noise = torch.randn(images, channels, side, side, generator=generator)
     start, end = default_fusion_window(steps)
+    null, text, fused, noise = (one.to(pipe.unet.dtype) for one in (null, text, fused, noise))
 
     def sample(rows: slice, fusion_start: int, fusion_end: int, method: str = "face-diffuser") -> None:
         pipe(
@@ -98,12 +117,16 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", help="model folder or `miniature`; default: small random models")
+    parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
+    if options.full_size:
+        pipe = full_size_pipeline(options.device)
+    else:
+        pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(options.device)
     runs = ways(pipe, options.steps, options.images)
@@ -113,7 +136,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, run in runs.items():
             best[name] = min(best[name], seconds(run))
     base = best["face-diffuser"]
-    lines = [f"{options.images} images, {options.steps} steps, {options.device}"]
+    where = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+    lines = [f"{options.images} images, {options.steps} steps, {where}, {str(pipe.unet.dtype).removeprefix('torch.')}"]
+    if options.device == "cuda":
+        lines.append(f"peak of GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     lines.append(f"{'way':<32}{'TDM rows/image':>16}{'SDM rows/image':>16}{'s/image':>10}{'time ratio':>12}")
     for name in runs:
         text, subject = (rows[name][unet] / options.images for unet in ("unet_text", "unet"))

@@ -37,13 +37,13 @@ class ClaimSettings(BaseModel):
     images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
     steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
     guidance_scale: float = Field(
-        2.5, ge=0, le=100, description="strength of the guidance; more burns pictures of 64 px out"
+        5.0, ge=0, le=100, description="strength of the guidance, the paper's; less suits pictures of 64 px better"
     )
     scheduler: SchedulerName = Field(
         "dpm", description="noise scheduler; at a change of models pndm, with a longer memory, mixes their noises"
     )
-    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 2 of 12)")
-    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 10 of 12)")
+    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 3 of 12)")
+    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 11 of 12)")
     seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images made together")
@@ -51,7 +51,7 @@ class ClaimSettings(BaseModel):
     @property
     def fusion_window(self) -> tuple[int, int]:
         """First step of both models and first step of the SDM alone; what suits the miniature where none is given."""
-        suits = round(self.steps * 2 / 12), round(self.steps * 10 / 12)
+        suits = round(self.steps * 3 / 12), round(self.steps * 11 / 12)
         return fusion_window(self.steps, self.fusion_start, self.fusion_end, suits)
 
     @model_validator(mode="after")
