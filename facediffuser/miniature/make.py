@@ -116,11 +116,9 @@ def make(part: str, output: Path, steps: int, cache: Path) -> None:
 def make_models(output: Path, tdm: str, sdm: str) -> Path:
     """Make `output`/models, the package's model folder, from `output`/base and the URLs of two trainings on it; return it.
 
-    In fp16; the base's autoencoder and text encoder are links. Its sampler goes from the last timestep down, the base's starts
-    somewhat below, as Stable Diffusion's does: with few steps that costs prompt and faces. Raises InputError as `assemble` does.
+    In fp16; the base's autoencoder and text encoder are links. Raises InputError as `assemble` does.
     """
     models = assemble(output / "base", tdm, sdm, output / "models")
-    new_scheduler("trailing").save_pretrained(models / "scheduler")
     for name, kind in TRAINED_PARTS.items():
         save_fp16(kind.from_pretrained(models / name), models / name)
     for name in ("vae", "text_encoder"):

@@ -11,7 +11,7 @@ METHODS = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 
 @pytest.mark.parametrize(
     ("given", "window"),
-    [({}, (2, 10)), ({"steps": 2}, (0, 2)), ({"steps": 24}, (4, 20)), ({"fusion_start": 0, "fusion_end": 12}, (0, 12))],
+    [({}, (3, 11)), ({"steps": 2}, (0, 2)), ({"steps": 24}, (6, 22)), ({"fusion_start": 0, "fusion_end": 12}, (0, 12))],
 )
 def test_the_window_of_fusion_follows_the_steps_unless_it_is_given(given, window):
     assert ClaimSettings(**given).fusion_window == window
