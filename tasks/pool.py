@@ -24,23 +24,26 @@ CAUSES = 20
 
 
 class Foreman:
-    """Says to the workers whether to begin another shard, and counts those they begin; one small Ray actor a run."""
+    """Says to the workers whether to begin a shard, and counts those begun again; one small Ray actor a run."""
 
     def __init__(self):
-        self.stopping, self.begun = False, 0
+        self.stopping, self.again = False, 0
+        self._begun: set[int] = set()
 
-    def begin(self) -> bool:
-        """Return whether a worker may begin a shard, and count it if so."""
-        self.begun += not self.stopping
+    def begin(self, shard: int) -> bool:
+        """Return whether a worker may begin a shard, and note that it was begun if so."""
+        if not self.stopping:
+            self.again += shard in self._begun
+            self._begun.add(shard)
         return not self.stopping
 
     def stop(self) -> None:
         """Let nothing more be begun."""
         self.stopping = True
 
-    def count(self) -> int:
-        """Return how many shards were begun, those begun again after a worker died included."""
-        return self.begun
+    def count_again(self) -> int:
+        """Return how often a shard was begun that had been begun before, because its worker or its node died."""
+        return self.again
 
 
 class ShardActor:
@@ -66,7 +69,7 @@ class ShardActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         shard = int(row["shard"])
-        if not self._may_begin():
+        if not self._may_begin(shard):
             return self._told({"shard": shard, "rows": 0}, skipped=True)
         try:
             return self._told(self.make(shard))
@@ -74,9 +77,9 @@ class ShardActor:
             # Sent as a value: raised, it would reach the driver in Ray Data's words, and the shards in hand be lost.
             return self._told({"shard": shard, "rows": 0}, error=pickle.dumps(error))
 
-    def _may_begin(self) -> bool:
+    def _may_begin(self, shard: int) -> bool:
         try:
-            return ray.get(self.foreman.begin.remote())
+            return ray.get(self.foreman.begin.remote(shard))
         except ray.exceptions.RayError:
             return True  # the foreman's node is gone: nobody can ask for a stop any more, and the work goes on
 
@@ -124,14 +127,13 @@ class Work:
 
     @property
     def begun_again(self) -> int:
-        """How many shards were begun a second time, because a worker or its node died."""
+        """How often a shard was begun once more, because a worker or its node died."""
         if self._foreman is None:
             return 0
         try:
-            begun = ray.get(self._foreman.count.remote(), timeout=5)
+            return ray.get(self._foreman.count_again.remote(), timeout=5)
         except ray.exceptions.RayError:
             return 0
-        return max(0, begun - len(self.done) - self.most)
 
     def stop(self) -> None:
         """Ask the workers to begin nothing more."""

@@ -53,6 +53,7 @@ def test_a_pool_between_bounds_makes_every_shard_once_and_tells_what_operators_w
     assert sorted(kept) == list(range(12)) and progress.done == 24
     assert (spent.images, spent.failed, spent.bytes, spent.retries, spent.busy) == (24, 12, 120, 12, 0.75)
     assert told[0].startswith("workers busy 75%, 9 shards queued, 1 retries") and told[0].endswith("1 failed")
+    assert all(" 0 shards begun again" in note for note in told), "no worker died"
     assert "Test: 24/24 images" in caplog.text
 
 
@@ -79,9 +80,10 @@ def test_what_a_worker_cannot_store_is_raised_as_it_is(ray_session):
 
 def test_the_foreman_lets_nothing_begin_after_a_stop():
     foreman = Foreman()
-    assert foreman.begin() and foreman.begin()
+    assert foreman.begin(0) and foreman.begin(1) and foreman.count_again() == 0
+    assert foreman.begin(1)
     foreman.stop()
-    assert not foreman.begin() and foreman.count() == 2
+    assert not foreman.begin(0) and foreman.count_again() == 1
 
 
 @pytest.mark.parametrize(("pool", "gpus", "shards", "size"), [
