@@ -116,8 +116,9 @@ def ways(pipe: FaceDiffuserPipeline, steps: int, images: int) -> dict[str, Calla
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", help="model folder or `miniature`; default: small random models")
-    parser.add_argument("--full-size", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--models", help="model folder or `miniature`; default: small random models")
+    kind.add_argument("--full-size", action="store_true", help="Stable Diffusion v1-5's size, random weights")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
@@ -129,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(options.device)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # making the models takes more than they do
     runs = ways(pipe, options.steps, options.images)
     rows = {name: count_rows(pipe, run) for name, run in runs.items()}  # the first run of each, which also warms up
     best = dict.fromkeys(runs, float("inf"))
