@@ -173,7 +173,9 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             output_type: "pil", "np" (images, h, w, 3), "pt" (images, 3, h, w), both in [0, 1], or "latent".
             eta: passed to schedulers that know it (DDIM).
             text_temperature, subject_temperature: SNF's k_T and k_S.
-            negative_prompt: what stands for the null prompt.
+            negative_prompt: what images should not show, one text or one per prompt; it takes the place of the null
+                prompt in the guidance of the TDM's steps (alone and fused) and of FastComposer's. The SDM is guided
+                from the plain prompt, so method sdm and the last stage do not read it.
             prompt_embeds, subject_prompt_embeds, negative_prompt_embeds: what `encode_prompt`, `fuse` and
                 `encode_prompt("")` return, instead of prompt and references.
             callback_on_step_end: called as (pipe, i, t, tensors) after step i with the tensors named in

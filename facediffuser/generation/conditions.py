@@ -26,11 +26,17 @@ class ConditionCache:
     """
 
     def __init__(
-        self, pipeline, store: Store, fingerprint: str, with_subjects: bool, references: pa.Table | None = None
+        self,
+        pipeline,
+        store: Store,
+        fingerprint: str,
+        with_subjects: bool,
+        references: pa.Table | None = None,
+        negative_prompt: str = "",
     ):
         self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
         self.given = references
-        self.null = pipeline.encode_prompt("")
+        self.null = pipeline.encode_prompt(negative_prompt)
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._fused: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._references: dict[str, References] = {}

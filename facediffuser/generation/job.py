@@ -199,6 +199,9 @@ def run_document(
         "threads": threads,
         "provenance": settings.provenance,
     }
+    if settings.negative_prompt:
+        # Only where one is given: a run without keeps the fingerprint it had before there were negative prompts.
+        made["negative_prompt"] = settings.negative_prompt
     return {
         "settings": made,
         "models": models,

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.schedulers import SchedulerName
 from facediffuser.scoring.benchmarks import suite_prompts, suite_subjects
 from facediffuser.window import fusion_window
@@ -57,6 +58,11 @@ class GenerateSettings(BaseModel):
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
     width: int | None = Field(None, ge=8, le=4096, description="image width, px (default: the model's)")
     scheduler: SchedulerName | None = Field(None, description="noise scheduler (default: the model's own)")
+    negative_prompt: str = Field(
+        "",
+        description="what images should not show: takes the place of the empty text in the guidance of the TDM's steps "
+        "(alone and fused) and of FastComposer's; the SDM is guided from the plain text, so its part does not read it",
+    )
     workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
     min_workers: int | None = Field(None, ge=1, description="fewest workers of a pool that grows and shrinks by itself")
     max_workers: int | None = Field(None, ge=1, description="most workers of a pool that grows and shrinks by itself")
@@ -107,11 +113,26 @@ class GenerateSettings(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "GenerateSettings":
         fusion_window(self.steps, self.fusion_start, self.fusion_end)
+        self._require_use_of_negative_prompt()
         if self.workers and (self.min_workers or self.max_workers):
             raise ValueError("workers is a fixed number; give it, or min_workers and max_workers")
         if self.min_workers and self.min_workers > (self.max_workers or 0):
             raise ValueError(f"min_workers {self.min_workers}, max_workers {self.max_workers}; give a larger maximum")
         return self
+
+    def _require_use_of_negative_prompt(self) -> None:
+        text = self.negative_prompt
+        if not text:
+            return
+        if self.method == "sdm":
+            raise ValueError(
+                "negative_prompt: method sdm is guided from the plain text and does not read it; leave it out"
+            )
+        if not text.strip() or IMAGE_MARKER in text or "{subject" in text:
+            raise ValueError(
+                f"negative_prompt {text!r}: names a subject, or nothing; give plain words without {IMAGE_MARKER} and "
+                "{subject}"
+            )
 
     @property
     def prompts_url(self) -> str:

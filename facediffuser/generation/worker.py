@@ -50,7 +50,12 @@ class ShardGenerator:
         self.scorers = scorers
         _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
         self.conditions = ConditionCache(
-            self.pipeline, self.store, job.fingerprint, job.made["method"] != "tdm", references
+            self.pipeline,
+            self.store,
+            job.fingerprint,
+            with_subjects=job.made["method"] != "tdm",
+            references=references,
+            negative_prompt=job.made.get("negative_prompt", ""),
         )
 
     def __call__(self, shard: int) -> dict[str, Any]:

@@ -23,6 +23,27 @@ def test_what_does_not_change_pixels_does_not_change_the_fingerprint(made, world
     assert prepare(world.settings(tmp_path / "x", seed=1)).job.fingerprint != made[0].fingerprint
 
 
+def test_a_negative_prompt_makes_another_run_and_none_leaves_the_run_document_as_it_was(made, world, tmp_path):
+    plain = prepare(world.settings(tmp_path / "x", negative_prompt="")).job
+    assert plain.run == made[0].run and "negative_prompt" not in made[0].made
+    other = prepare(world.settings(tmp_path / "x", negative_prompt="a hat")).job
+    assert other.made == made[0].made | {"negative_prompt": "a hat"}
+    assert other.fingerprint != made[0].fingerprint and other.run["plan"] == made[0].run["plan"]
+    with pytest.raises(InputError, match="settings.negative_prompt None there, a hat here"):
+        prepare(world.settings(made[0].output, negative_prompt="a hat"))
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"negative_prompt": "a hat", "method": "sdm"}, "method sdm .* does not read it"),
+    ({"negative_prompt": "a man <|image|>"}, "names a subject"),
+    ({"negative_prompt": "{subject} with a hat"}, "names a subject"),
+    ({"negative_prompt": " "}, "names a subject, or nothing"),
+])  # fmt: skip
+def test_negative_prompts_that_cannot_be_used_are_refused(given, says):
+    with pytest.raises(ValidationError, match=says):
+        GenerateSettings(models="m", subjects="s", prompts="p", output="o", **given)
+
+
 def test_another_run_is_refused_with_the_difference(made, world):
     with pytest.raises(InputError) as caught:
         prepare(world.settings(made[0].output, steps=9))

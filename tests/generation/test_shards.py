@@ -193,6 +193,24 @@ def test_a_job_travels_to_workers_without_secrets(made, monkeypatch):
     assert pickle.loads(data).shard_schema.equals(made[0].shard_schema, check_metadata=True)
 
 
+def test_a_negative_prompt_takes_the_place_of_the_null_text(made, world, tmp_path):
+    prepared = prepare(world.settings(tmp_path / "negative", negative_prompt="a hat"))
+    prepared.write()
+    stored = read_shard_rows(prepared.job.store(), prepared.job.layout, 0)
+    plain = made[1].rows(stored[:1])[0]
+    generator = ShardGenerator(prepared.job, made[1].pipeline, made[1].scorers)
+    without = generator.rows(stored[:1])[0]
+    assert torch.equal(generator.conditions.of(stored[:1])[2], made[1].pipeline.encode_prompt("a hat"))
+    assert plain["image_sha256"] != without["image_sha256"]
+    row, fused = stored[0], generator.conditions.of(stored[:1])[1]
+    images = made[1].pipeline(
+        prompt_embeds=made[1].pipeline.encode_prompt(row["prompt"]), subject_prompt_embeds=fused,
+        negative_prompt="a hat", num_inference_steps=row["num_inference_steps"], guidance_scale=row["guidance_scale"],
+        fusion_start=row["fusion_start"], fusion_end=row["fusion_end"], generator=[torch.Generator().manual_seed(row["seed"])],
+    ).images  # fmt: skip
+    assert Image.open(io.BytesIO(without["image"]["bytes"])).tobytes() == images[0].tobytes()
+
+
 def test_pairs_are_made_and_scored_per_subject(world, tmp_path):
     prompts = save_prompts(tmp_path / "pairs.jsonl", [{"prompt": "{subject_2} and {subject_1} in the park"}])
     prepared = prepare(world.settings(tmp_path / "out", prompts=str(prompts), subjects_per_image=2))

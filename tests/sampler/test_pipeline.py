@@ -85,6 +85,19 @@ def test_each_stage_runs_only_the_passes_it_needs(pipeline, picture, rows):
 
 
 @pytest.mark.parametrize(
+    ("method", "reads"), [("face-diffuser", True), ("tdm", True), ("fastcomposer", True), ("sdm", False)]
+)
+def test_a_negative_prompt_guides_what_is_guided_from_the_null_text(pipeline, picture, method, reads):
+    how = {**SHORT, "method": method, "output_type": "latent"}
+    plain, negative, embedded = (
+        pipeline(ONE, [picture(0)], generator=seeded(1), **how, **null).images
+        for null in ({}, {"negative_prompt": "a hat"}, {"negative_prompt_embeds": pipeline.encode_prompt("a hat")})
+    )
+    assert torch.equal(negative, embedded)
+    assert torch.equal(plain, negative) != reads
+
+
+@pytest.mark.parametrize(
     ("method", "expected"),
     [("tdm", {"unet_text": 5}), ("sdm", {"unet": 5}), ("fastcomposer", {"unet": 5})],
 )
