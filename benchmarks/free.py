@@ -13,7 +13,8 @@ from PIL import Image
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.dataset.plan import Layout, Plan, RowSettings
 from facediffuser.dataset.schema import SUBJECTS_SCHEMA, canonical_json
-from facediffuser.generation.job import GenerationJob, Prepared, code_and_libraries
+from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.job import GenerationJob, Prepared
 from facediffuser.generation.settings import Pool
 from facediffuser.scoring import ImageScore
 from tasks.pool import ShardActor
@@ -74,7 +75,7 @@ def free_run(output: str, rows: int, shard_size: int, size: int, workers: int) -
     prompts = tuple(Prompt(f"p{n:05d}", "action", *template) for n in range(max(1, rows // SUBJECTS)))
     row = RowSettings(method="face-diffuser", num_inference_steps=50, guidance_scale=5.0, fusion_start=16,
                       fusion_end=31, scheduler="PNDMScheduler", height=size, width=size)  # fmt: skip
-    plan = Plan(people, prompts, 1, 1, 0, row)
+    plan = Plan(people, prompts, 1, 0, row)
     made = {"seed": 0, **row.model_dump(), "batch_size": 8, "shard_size": shard_size, "image_format": "png",
             "dtype": "float32", "device": "cpu", "threads": 1, "provenance": True}  # fmt: skip
     run = {"settings": made, "models": {}, "scorers": {"none": "0"}, "plan": plan.digest(), **code_and_libraries()}

@@ -27,7 +27,7 @@ def main() -> None:
     plan = Plan(
         tuple(Subject(f"person{n:05d}", "man" if n % 2 else "woman", ("1.png",)) for n in range(SUBJECTS)),
         tuple(Prompt(f"p{n:05d}", "action", *template) for n in range(max(1, args.rows // SUBJECTS))),
-        1, 1, 0,
+        1, 0,
         RowSettings(method="face-diffuser", num_inference_steps=50, guidance_scale=5.0, fusion_start=16, fusion_end=31,
                     scheduler="PNDMScheduler", height=512, width=512),
     )  # fmt: skip

@@ -48,11 +48,10 @@ def tokenize_with_markers(
     """
     import torch  # here: what only reads markers has no need of it
 
-    length = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else CLIP_TOKENS
+    length = _length(tokenizer)
     rows, masks = [], []
     for prompt in prompts:
-        ids, places = _ids_and_places(tokenizer, prompt)
-        ids, places = _cut(tokenizer, prompt, ids, places, length, lost)
+        ids, places = ids_and_places(tokenizer, prompt, lost)
         rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
         mask = torch.zeros(length, dtype=torch.bool)
         mask[places] = True
@@ -76,6 +75,18 @@ def without_markers(prompt: str) -> str:
 def count_markers(prompt: str) -> int:
     """Return how many subjects the prompt marks."""
     return prompt.count(IMAGE_MARKER)
+
+
+def ids_and_places(tokenizer, prompt: str, lost: Literal["error", "drop"] = "error") -> tuple[list[int], list[int]]:
+    """Return a prompt's ids, cut to the tokenizer's length but not padded, and the places of its subjects in them.
+
+    Raises InputError as `tokenize_with_markers` does; needs no torch.
+    """
+    return _cut(tokenizer, prompt, *_ids_and_places(tokenizer, prompt), _length(tokenizer), lost)
+
+
+def _length(tokenizer) -> int:
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else CLIP_TOKENS
 
 
 def _ids_and_places(tokenizer, prompt: str) -> tuple[list[int], list[int]]:

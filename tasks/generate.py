@@ -11,10 +11,11 @@ from prefect import task
 
 from facediffuser.dataset.card import write_card
 from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
+from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.generation import GenerateSettings, GenerationJob
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
-from facediffuser.generation.job import Prepared, prepare, require_same_run
+from facediffuser.generation.job import Prepared, prepare
 from facediffuser.scoring.tables import ScoreRow
 from tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
 from tasks.progress import Progress

@@ -26,6 +26,7 @@ DEFAULT_CLASS_WORD = "person"
 RESERVED = "+~/\\"
 PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
 SUBJECT_COLUMNS = ("subject_id", "class_word")
+MOST_SHOWN = 16
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SUBJECT_NAME = re.compile(r"subject(?:_([1-9]\d*))?")
 
@@ -47,6 +48,11 @@ class Prompt:
     category: str | None
     pieces: tuple[str, ...]
     order: tuple[int, ...]
+
+    @property
+    def subjects(self) -> int:
+        """How many subjects an image of the prompt shows."""
+        return len(self.order)
 
     def text(self, class_words: Iterable[str]) -> str:
         """Return the prompt with "<class word> <|image|>" in its places; class words in the order of the subjects."""
@@ -128,11 +134,12 @@ def open_picture(store: Store, key: str) -> tuple[Image.Image, str]:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(url: str, subjects_per_image: int) -> list[Prompt]:
+def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt]:
     """Return the prompts of a JSONL, CSV or Parquet file, in its order.
 
-    Raises InputError for a missing or empty file, unknown columns, ids that repeat, and templates that do not name each
-    of `subjects_per_image` subjects once.
+    Each prompt says by its places how many subjects it shows. Raises InputError for a missing or empty file, unknown
+    columns, ids that repeat, templates that do not name each of their subjects once, and, with `subjects_per_image`,
+    prompts that show another number.
     """
     path = local_copy(url)
     if not path.is_file():
@@ -163,7 +170,7 @@ def read_prompts(url: str, subjects_per_image: int) -> list[Prompt]:
     return prompts
 
 
-def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: int) -> Prompt:
+def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: int | None) -> Prompt:
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{name} row {number}: empty prompt; write one or remove the row")
@@ -177,37 +184,43 @@ def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: i
     return Prompt(identifier, category or None, pieces, order)
 
 
-def parse_template(text: str, subjects: int, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the pieces of text around a template's places, and whose each place is (from 0; -1: literal marker).
 
     A place is `{subject}` (of one), `{subject_1}`, `{subject_2}` ..., or the marker `<|image|>` after a word. Raises
-    InputError unless every subject is named exactly once.
+    InputError unless every subject is named exactly once, and, with `subjects`, unless there are so many.
     """
-    wanted = "{subject}" if subjects == 1 else ", ".join(f"{{subject_{n + 1}}}" for n in range(subjects))
     if IMAGE_MARKER in text:
         pieces = text.split(IMAGE_MARKER)
         if _PLACEHOLDER.search(text):
             raise InputError(f"{where}: {text!r} holds {IMAGE_MARKER} and a placeholder; use one of the two")
-        if len(pieces) - 1 != subjects:
+        if subjects is not None and len(pieces) - 1 != subjects:
             raise InputError(f"{where}: {text!r} holds {len(pieces) - 1} {IMAGE_MARKER} for {subjects} subjects an "
-                             "image; give as many markers, or another --subjects-per-image")  # fmt: skip
-        return tuple(pieces), (-1,) * subjects
-    order = []
-    for match in _PLACEHOLDER.finditer(text):
-        named = _SUBJECT_NAME.fullmatch(match[1].strip())
-        if not named:
-            raise InputError(f"{where}: {match[0]} in {text!r} is no subject; write {wanted}")
-        if named[1] is None and subjects > 1:
-            raise InputError(f"{where}: {text!r} says {{subject}} for {subjects} subjects; write {wanted}")
-        order.append(int(named[1] or 1) - 1)
-    if not order:
+                             "image; give as many markers, or leave --subjects-per-image out")  # fmt: skip
+        return tuple(pieces), (-1,) * (len(pieces) - 1)
+    names = [match[1].strip() for match in _PLACEHOLDER.finditer(text)]
+    wanted = _wanted(subjects or len(names))
+    for name in names:
+        if not _SUBJECT_NAME.fullmatch(name):
+            raise InputError(f"{where}: {{{name}}} in {text!r} is no subject; write {wanted}")
+    if not names:
         raise InputError(f"{where}: {text!r} names no subject; write {wanted} where the subject belongs")
-    if max(order) >= subjects:
+    if "subject" in names and (subjects or len(set(names))) > 1:
+        raise InputError(f"{where}: {text!r} says {{subject}} for {subjects or len(names)} subjects; write {wanted}")
+    order = [int(name.partition("_")[2] or 1) - 1 for name in names]
+    if subjects is not None and max(order) >= subjects:
         raise InputError(f"{where}: {text!r} names {{subject_{max(order) + 1}}} but an image has {subjects} "
-                         f"subject{'s' * (subjects > 1)}; raise --subjects-per-image or mend the prompt")  # fmt: skip
-    if sorted(order) != list(range(subjects)):
-        raise InputError(f"{where}: {text!r} does not name each subject once; write {wanted}, each once")
+                         f"subject{'s' * (subjects > 1)}; leave --subjects-per-image out or mend the prompt")  # fmt: skip
+    if sorted(order) != list(range(subjects or len(order))):
+        needed = wanted if subjects else _wanted(max(*order, len(order) - 1) + 1)
+        raise InputError(f"{where}: {text!r} does not name each subject once; write {needed}, each once")
     return tuple(_PLACEHOLDER.sub("\0", text).split("\0")), tuple(order)
+
+
+def _wanted(subjects: int) -> str:
+    if subjects > MOST_SHOWN:
+        return "{subject_1}, {subject_2}, ..."
+    return "{subject}" if subjects < 2 else ", ".join(f"{{subject_{n + 1}}}" for n in range(subjects))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

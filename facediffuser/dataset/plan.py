@@ -1,5 +1,6 @@
 """The plan: every image of a dataset as a row, written before any pixel, the same rows for the same inputs."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -82,26 +83,50 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """Subjects x prompts x images: each unordered set of `subjects_per_image` subjects with each prompt.
+    """Subjects x prompts x images: each prompt with each unordered set of as many subjects as it shows.
 
-    With `most_sets`, only so many sets, in which every subject comes about equally often.
+    With `most_sets`, only so many sets of a size, in which every subject comes about equally often. Rows of images of
+    one subject stand first, then those of two, and so on; within a size the sets, within a set the prompts.
     """
 
     subjects: tuple[Subject, ...]
     prompts: tuple[Prompt, ...]
-    subjects_per_image: int
     images_per_prompt: int
     seed: int
     row: RowSettings
     most_sets: int | None = None
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of subjects that the prompts show, each once, ascending."""
+        return tuple(sorted({prompt.subjects for prompt in self.prompts}))
+
     @property
-    def subject_sets(self) -> int:
-        every = math.comb(len(self.subjects), self.subjects_per_image)
+    def subjects_per_image(self) -> int | list[int]:
+        """How many subjects an image shows; where that differs by prompt, the sizes."""
+        return self.sizes[0] if len(self.sizes) == 1 else list(self.sizes)
+
+    @property
+    def subject_sets(self) -> int | list[int]:
+        """How many sets of subjects there are; where prompts differ in size, of each size."""
+        counts = [self.count_sets(size) for size in self.sizes]
+        return counts[0] if len(counts) == 1 else counts
+
+    def count_sets(self, size: int) -> int:
+        """Return how many sets of `size` subjects are planned."""
+        every = math.comb(len(self.subjects), size)
         return every if self.most_sets is None else min(every, self.most_sets)
 
+    def of_size(self, size: int) -> tuple[Prompt, ...]:
+        """Return the prompts that show `size` subjects, in their order."""
+        return tuple(prompt for prompt in self.prompts if prompt.subjects == size)
+
+    def prompts_in_order(self) -> list[Prompt]:
+        """Return the prompts in the order in which their rows come."""
+        return [prompt for size in self.sizes for prompt in self.of_size(size)]
+
     def __len__(self) -> int:
-        return self.subject_sets * len(self.prompts) * self.images_per_prompt
+        return sum(self.count_sets(size) * len(self.of_size(size)) for size in self.sizes) * self.images_per_prompt
 
     def digest(self) -> str:
         """Return the sha256 of all that the rows are made of."""
@@ -114,22 +139,22 @@ class Plan:
             digest.update(b"\n" + canonical_json(line).encode())
         return digest.hexdigest()
 
-    def sets(self) -> Iterator[tuple[Subject, ...]]:
-        """Yield the sets of subjects, each in the order of the subjects."""
-        count = len(self.subjects)
-        every = itertools.combinations(range(count), self.subjects_per_image)
-        if self.subject_sets < math.comb(count, self.subjects_per_image):
+    def sets(self, size: int) -> Iterator[tuple[Subject, ...]]:
+        """Yield the sets of `size` subjects, each in the order of the subjects."""
+        count, wanted = len(self.subjects), self.count_sets(size)
+        every = itertools.combinations(range(count), size)
+        if wanted < math.comb(count, size):
             # Neighbours on a ring first, then every second one, and so on: each subject as often as any other.
             ring = (
-                {(start + stride * place) % count for place in range(self.subjects_per_image)}
+                {(start + stride * place) % count for place in range(size)}
                 for stride in range(1, count)
                 for start in range(count)
             )
             chosen: dict[tuple[int, ...], None] = {}
             for members in itertools.chain(ring, every):
-                if len(members) == self.subjects_per_image:
+                if len(members) == size:
                     chosen[tuple(sorted(members))] = None
-                if len(chosen) == self.subject_sets:
+                if len(chosen) == wanted:
                     break
             every = iter(sorted(chosen))
         for members in every:
@@ -137,17 +162,20 @@ class Plan:
 
     def rows(self) -> Iterator[tuple[str, str, str, str | None, tuple[str, ...], int]]:
         """Yield (sample_id, prompt_id, prompt, category, subject_ids, seed) of each image."""
-        for people in self.sets():
-            ids = tuple(person.subject_id for person in people)
-            words = tuple(person.class_word for person in people)
-            name = "+".join(ids)
-            for prompt in self.prompts:
-                text, ordered = prompt.text(words), prompt.subjects_in_order(ids)
-                for number in range(self.images_per_prompt):
-                    sample_id = f"{name}~{prompt.prompt_id}~{number}"
-                    yield (
-                        sample_id, prompt.prompt_id, text, prompt.category, ordered, row_seed(self.seed, sample_id),
-                    )  # fmt: skip
+        for size in self.sizes:
+            prompts = self.of_size(size)
+            for people in self.sets(size):
+                yield from self._rows_of(people, prompts)
+
+    def _rows_of(self, people: tuple[Subject, ...], prompts: tuple[Prompt, ...]):
+        ids = tuple(person.subject_id for person in people)
+        words = tuple(person.class_word for person in people)
+        name = "+".join(ids)
+        for prompt in prompts:
+            text, ordered = prompt.text(words), prompt.subjects_in_order(ids)
+            for number in range(self.images_per_prompt):
+                sample_id = f"{name}~{prompt.prompt_id}~{number}"
+                yield sample_id, prompt.prompt_id, text, prompt.category, ordered, row_seed(self.seed, sample_id)
 
     def tables(self, rows_per_table: int) -> Iterator[pa.Table]:
         """Yield the plan as tables of PLAN_SCHEMA, `rows_per_table` rows each, the last one what remains."""

@@ -9,12 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from facediffuser.dataset.manifest import Manifest, object_entry, read_manifest
+from facediffuser.dataset.other_run import differences
 from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.shards import read_columns
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
-from facediffuser.generation.job import GenerationJob, code_and_libraries, differences
+from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.job import GenerationJob
 from facediffuser.generation.settings import Pool, RemakeSettings
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.storage import Store, open_store

@@ -44,9 +44,14 @@ class GenerateSettings(BaseModel):
         "how many subjects an image shows",
     )
     output: str = Field(description="where the dataset goes: a folder or s3://bucket/prefix")
-    subjects_per_image: int = Field(1, ge=1, le=16, description="subjects in an image: every set of so many is made")
+    subjects_per_image: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="how many subjects every prompt must show (default: each prompt says by its places how many it shows)",
+    )
     subject_sets: int | None = Field(
-        None, ge=1, description="how many sets of subjects, chosen evenly (default: every set there is)"
+        None, ge=1, description="how many sets of subjects a prompt is made with, chosen evenly (default: every set there is)"
     )
     images_per_prompt: int = Field(1, ge=1, description="images of each prompt and set of subjects")
     seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
@@ -106,7 +111,7 @@ class GenerateSettings(BaseModel):
         if not benchmark:
             return given
         count = suite_subjects(benchmark)
-        if given.get("subjects_per_image", count) != count:
+        if given.get("subjects_per_image") not in (None, count):
             raise ValueError(f"benchmark {benchmark} shows {count} in an image; leave --subjects-per-image out")
         return given | {"subjects_per_image": count}
 

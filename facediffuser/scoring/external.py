@@ -35,16 +35,15 @@ class ExternalImage:
 
 
 def from_fastcomposer_layout(
-    store: Store, subjects: Sequence[Subject], prompts: Sequence[Prompt], subjects_per_image: int = 1
+    store: Store, subjects: Sequence[Subject], prompts: Sequence[Prompt]
 ) -> list[ExternalImage]:
     """Return the images of a folder named as FastComposer's evaluation names them, sorted by name.
 
     `subject_0003_prompt_0012_instance_0000.jpg`: the fourth subject (ids sorted), the thirteenth prompt of the file.
-    With several subjects an image, the first number counts their sets in the order `generate` makes them: 0 is the
+    For a prompt of several subjects the first number counts their sets in the order `generate` makes them: 0 is the
     first and second subject, 1 the first and third, and so on. Raises InputError for other names and for numbers beyond
     the subjects or prompts.
     """
-    sets = math.comb(len(subjects), subjects_per_image)
     found = []
     for key in _image_keys(store):
         match = FASTCOMPOSER_NAME.fullmatch(key.rsplit("/", 1)[-1])
@@ -55,10 +54,12 @@ def from_fastcomposer_layout(
         number, prompt, instance = (int(digits) for digits in match.groups())
         if prompt >= len(prompts):
             raise InputError(f"{store.url_of(key)}: prompt {prompt}, but there are {len(prompts)}; check --prompts")
+        size = prompts[prompt].subjects
+        sets = math.comb(len(subjects), size)
         if number >= sets:
-            what = "subjects" if subjects_per_image == 1 else f"sets of {subjects_per_image} subjects"
+            what = "subjects" if size == 1 else f"sets of {size} subjects"
             raise InputError(f"{store.url_of(key)}: subject {number}, but there are {sets} {what}; check --subjects")
-        people = next(itertools.islice(itertools.combinations(subjects, subjects_per_image), number, None))
+        people = next(itertools.islice(itertools.combinations(subjects, size), number, None))
         found.append(_image(key, people, prompts[prompt], instance))
     return found
 
@@ -132,9 +133,9 @@ def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], su
     if prompt_id not in by_id:
         raise InputError(f"{place}: prompt {prompt_id!r} is not in --prompts; add it there, or give a column prompt")
     known = by_id[prompt_id]
-    if len(known.order) != subjects:
+    if known.subjects != subjects:
         raise InputError(
-            f"{place}: prompt {prompt_id!r} names {len(known.order)} subjects, the line {subjects}; mend one of the two"
+            f"{place}: prompt {prompt_id!r} names {known.subjects} subjects, the line {subjects}; mend one of the two"
         )
     return replace(known, category=category or known.category)
 

@@ -8,8 +8,6 @@ from facediffuser.generation.settings import GenerateSettings
 from facediffuser.scoring.benchmarks import prompts_file, suites
 from facediffuser.scoring.settings import EvaluateSettings, several
 
-MOST_SUBJECTS = 4
-
 
 def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     """Return a run for each suite and method; their rows have the same ids and seeds, so the same first noise.
@@ -24,7 +22,7 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     runs = []
     for suite in suites_given:
         file = prompts_file(suite)
-        count = _subjects_of(file)
+        count = max(prompt.subjects for prompt in read_prompts(file))
         if subjects < count:
             raise InputError(
                 f"{settings.subjects}: {subjects} subjects, and {suite} shows {count} in an image; add some"
@@ -36,7 +34,6 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
                     models=settings.models,
                     subjects=settings.subjects,
                     prompts=file,
-                    subjects_per_image=count,
                     subject_sets=settings.subject_sets,
                     output=f"{settings.output.rstrip('/')}/images/{name}/{method}",
                     method=method,
@@ -58,15 +55,3 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     if len(set(places)) < len(places):
         raise InputError(f"--benchmark {settings.benchmark}: two suites of one name; rename a file")
     return runs
-
-
-def _subjects_of(file: str) -> int:
-    """How many subjects an image shows by a file of prompts: the number for which every prompt is right."""
-    complaints = []
-    for count in range(1, MOST_SUBJECTS + 1):
-        try:
-            read_prompts(file, count)
-            return count
-        except InputError as error:
-            complaints.append(error)
-    raise complaints[0]

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from facediffuser.errors import InputError
+from facediffuser.scoring.folder import PAPER, scorers_folder
 from facediffuser.scoring.identity import (
     IdentityScorer,
     detector_digest,
@@ -19,7 +18,6 @@ from facediffuser.scoring.identity import (
 )
 from facediffuser.scoring.matching import identity_preservation
 from facediffuser.scoring.prompt import PromptScorer, load_prompt, published_clip
-from facediffuser.storage import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -95,29 +93,15 @@ def load_scorers(name: str, device: str | torch.device = "cpu") -> Scorers:
     caches, downloaded when missing.
     Raises InputError at once, naming the file, when a weight is missing.
     """
-    if name == "paper":
+    if name == PAPER:
         # Both are looked for before either is loaded: the answer to a missing one comes within seconds.
         facenet, clip = published_facenet(), published_clip()
         identity, identity_digest = load_facenet(facenet, device)
         prompt, prompt_digest = load_prompt(clip, device)
     else:
-        folder = _scorers_folder(name)
-        for part in ("identity", "prompt"):
-            if not (folder / part).is_dir():
-                raise InputError(f"{folder}/{part}: missing; a scorers folder holds identity/ and prompt/")
+        folder = scorers_folder(name)
         identity, identity_digest = load_identity(folder / "identity", device)
         prompt, prompt_digest = load_prompt(folder / "prompt", device)
     digests = {"face_detector": detector_digest(), "identity": identity_digest, "prompt": prompt_digest}
     logger.info("scorers %s on %s: %s", name, device, {part: digest[:12] for part, digest in digests.items()})
     return Scorers(name, identity, prompt, digests)
-
-
-def _scorers_folder(name: str) -> Path:
-    if name == "miniature":
-        from facediffuser.miniature.parts import scorers_folder
-
-        return scorers_folder()
-    folder = local_copy(name)
-    if not folder.is_dir():
-        raise InputError(f"{name}: not a folder; give paper, miniature, or a folder with identity/ and prompt/")
-    return folder

@@ -54,8 +54,11 @@ class EvaluateSettings(BenchmarkSettings):
         None, description="for --images and --benchmark: the subjects' folder, as for generate"
     )
     prompts: str | None = Field(None, description="for --images: the prompts' file, as for generate, or a suite's name")
-    subjects_per_image: int = Field(
-        1, ge=1, le=4, description="for --images: how many subjects each prompt of --prompts names"
+    subjects_per_image: int | None = Field(
+        None,
+        ge=1,
+        le=4,
+        description="for --images: how many subjects every prompt of --prompts must name (default: each says it itself)",
     )
     index: str | None = Field(
         None, description="for --images: CSV with the columns image, subject_ids (joined by +), prompt_id or prompt"

@@ -101,7 +101,7 @@ def folder_source(method: str, url: str, settings: EvaluateSettings) -> Source:
     if settings.index:
         listed = from_index(store, _file(settings.index), settings.index, subjects, prompts)
     else:
-        listed = from_fastcomposer_layout(store, subjects, prompts, settings.subjects_per_image)
+        listed = from_fastcomposer_layout(store, subjects, prompts)
 
     def batches() -> Iterator[list[dict]]:
         for start in range(0, len(listed), settings.batch_size):

@@ -105,7 +105,23 @@ def test_prompts_without_ids_are_numbered(tmp_path):
     assert [prompt.prompt_id for prompt in read_prompts(path, 1)] == ["p00000", "p00001"]
 
 
+def test_each_prompt_says_how_many_subjects_it_shows(tmp_path):
+    texts = ["{subject}", "{subject_1}", "a man <|image|>", "{subject_2} and {subject_1}", "man <|image|>, woman <|image|>"]
+    path = prompts_file(tmp_path, "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert [prompt.subjects for prompt in read_prompts(path)] == [1, 1, 1, 2, 2]
+    with pytest.raises(InputError, match="prompts.jsonl row 4: .*{subject_2} but an image has 1 subject; leave"):
+        read_prompts(path, 1)
+
+
 @pytest.mark.parametrize(("row", "subjects", "says"), [
+    ({"prompt": "an empty beach"}, None, "names no subject; write {subject}"),
+    ({"prompt": "{subject} and {subject}"}, None, "write {subject_1}, {subject_2}, each once"),
+    ({"prompt": "{subject_1} and {subject_1}"}, None, "write {subject_1}, {subject_2}, each once"),
+    ({"prompt": "{subject} and {subject_2}"}, None, "write {subject_1}, {subject_2}"),
+    ({"prompt": "{subject_3} and {subject_1}"}, None, "write {subject_1}, {subject_2}, {subject_3}, each once"),
+    ({"prompt": "{subject_2} alone"}, None, "write {subject_1}, {subject_2}, each once"),
+    ({"prompt": "{subject_999999999}"}, None, "write {subject_1}, {subject_2}, ..., each once"),
+    ({"prompt": "{subject} <|image|>"}, None, "one of the two"),
     ({"prompt": "an empty beach"}, 1, "names no subject; write {subject}"),
     ({"prompt": "{subject_1} and {subject_2}"}, 1, "{subject_2} but an image has 1 subject"),
     ({"prompt": "{subject_3} and {subject_1} and {subject_2}"}, 2, "{subject_3}"),

@@ -16,6 +16,7 @@ from facediffuser.storage import open_store
 
 ROW = RowSettings(method="face-diffuser", num_inference_steps=50, guidance_scale=5.0, fusion_start=16, fusion_end=31,
                   scheduler="PNDMScheduler", height=512, width=512)  # fmt: skip
+TEMPLATES = {1: "{subject} reading", 2: "{subject_2} and {subject_1}"}
 MARKS = with_marks(PLAN_SCHEMA, "f" * 64, {"settings": {"steps": 50}}, False)
 
 
@@ -23,7 +24,7 @@ def plan_of(subjects=3, prompts=2, together=1, images=2, seed=0, sets=None) -> P
     people = tuple(Subject(f"person{n}", "man" if n % 2 else "woman", ("x.png",)) for n in range(subjects))
     template = "{subject} reading" if together == 1 else " and ".join(f"{{subject_{n + 1}}}" for n in range(together))
     texts = tuple(Prompt(f"p{n}", None, *parse_template(template, together, "row")) for n in range(prompts))
-    return Plan(people, texts, together, images, seed, ROW, sets)
+    return Plan(people, texts, images, seed, ROW, sets)
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,6 +50,28 @@ def test_of_the_sets_as_many_as_asked_are_planned_and_every_subject_comes_equall
     if sets % subjects == 0 and together <= 2:
         counts = Counter(person for group in groups for person in group)
         assert len(set(counts.values())) <= 1
+
+
+@given(st.integers(2, 6), st.lists(st.integers(1, 2), min_size=1, max_size=5), st.integers(1, 20))
+def test_each_prompt_is_planned_with_sets_of_as_many_subjects_as_it_shows(subjects, shown, sets):
+    people = plan_of(subjects).subjects
+    prompts = tuple(
+        Prompt(f"p{n}", None, *parse_template(TEMPLATES[size], None, "row")) for n, size in enumerate(shown)
+    )
+    plan = Plan(people, prompts, 1, 0, ROW, sets)
+    rows = list(plan.rows())
+    assert len(rows) == len(plan) == len({row[0] for row in rows})
+    for n, size in enumerate(shown):
+        groups = {frozenset(row[4]) for row in rows if row[1] == f"p{n}"}
+        assert len(groups) == min(sets, math.comb(subjects, size)) and {len(group) for group in groups} == {size}
+    assert [prompt.prompt_id for prompt in plan.prompts_in_order()] == list(dict.fromkeys(row[1] for row in rows))
+
+
+def test_a_plan_of_one_size_keeps_the_digest_that_earlier_code_gave_it():
+    assert plan_of().digest() == "038acfe3093f4aa83179b59d471b478c0df7cafc73013e65f43c63cd3245e374"
+    pairs = plan_of(together=2, sets=2)
+    assert pairs.digest() == "c1fd98aafa31e7987e87f4868bb7688ea9b7341b59d81144752c4e3f282fa6e8"
+    assert list(pairs.rows())[-1][0::5] == ("person1+person2~p1~1", 987102369301183384)
 
 
 def test_the_same_inputs_give_the_same_rows_and_seeds():

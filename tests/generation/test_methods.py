@@ -67,7 +67,8 @@ def test_methods_make_the_same_rows_and_meet_in_one_table(settings, without_ray,
 
 def test_every_suite_and_method_is_a_run_of_its_own(settings):
     runs = benchmark_runs(settings.model_copy(update={"subject_sets": 1}))
-    assert [(run.method, run.subjects_per_image) for run in runs] == [("sdm", 1), ("tdm", 1), ("sdm", 2), ("tdm", 2)]
+    places = [(run.output.rsplit("/", 2)[-2], run.method) for run in runs]
+    assert places == [("single", "sdm"), ("single", "tdm"), ("pairs", "sdm"), ("pairs", "tdm")]
     assert len({run.output for run in runs}) == 4 and {run.subject_sets for run in runs} == {1}
 
 

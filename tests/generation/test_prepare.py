@@ -10,6 +10,7 @@ from world import save_people, save_prompts
 from facediffuser.dataset.subjects import load_references
 from facediffuser.errors import InputError
 from facediffuser.generation import GenerateSettings, prepare
+from facediffuser.generation.check import check
 from facediffuser.generation.job import default_batch_size
 
 
@@ -90,6 +91,16 @@ def test_a_picture_without_a_face_is_told(world, tmp_path):
 def test_what_the_models_or_subjects_cannot_give_is_told(world, tmp_path, others, says):
     with pytest.raises(InputError, match=says):
         prepare(world.settings(tmp_path / "out", **others))
+
+
+@pytest.mark.parametrize(("prompt", "says"), [
+    ("{subject_1}, {subject_2} and {subject_3}", "prompt p00001 shows 3 subjects, .*subjects has 2; add subjects"),
+    ("a <|image|> b <|image|> c <|image|> d <|image|> e <|image|>", "prompt p00001 shows 5 subjects, this model takes up to 4"),
+])  # fmt: skip
+def test_a_prompt_of_more_subjects_than_can_be_shown_is_refused(world, tmp_path, prompt, says):
+    prompts = save_prompts(tmp_path / "many.jsonl", [{"prompt": "{subject}"}, {"prompt": prompt}])
+    with pytest.raises(InputError, match=says):
+        check(world.settings(tmp_path / "out", prompts=str(prompts)))
 
 
 def test_a_prompt_that_is_too_long_for_its_subject_is_told(world, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from world import PROMPTS, save_prompts
 
+from facediffuser.dataset.card import write_card
 from facediffuser.dataset.images import encode_image
 from facediffuser.dataset.manifest import build_manifest, shard_entry, write_manifest
 from facediffuser.dataset.plan import read_shard_rows
@@ -211,15 +212,21 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(made, world, tmp_pat
     assert Image.open(io.BytesIO(without["image"]["bytes"])).tobytes() == images[0].tobytes()
 
 
-def test_pairs_are_made_and_scored_per_subject(world, tmp_path):
-    prompts = save_prompts(tmp_path / "pairs.jsonl", [{"prompt": "{subject_2} and {subject_1} in the park"}])
-    prepared = prepare(world.settings(tmp_path / "out", prompts=str(prompts), subjects_per_image=2))
+def test_one_file_of_prompts_makes_images_of_one_and_of_two_scored_per_subject(world, tmp_path):
+    rows = [{"prompt": "{subject_2} and {subject_1} in the park"}, {"prompt": "{subject} reading"}]
+    prompts = save_prompts(tmp_path / "mixed.jsonl", rows)
+    settings = world.settings(tmp_path / "out", prompts=str(prompts), images_per_prompt=1, batch_size=3)
+    prepared = prepare(settings)
     prepared.write()
     ShardGenerator(prepared.job)(0)
     rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
-    assert [row["subject_ids"] for row in rows] == [["bob", "ada"]] * 2
-    assert rows[0]["prompt"] == "person <|image|> and woman <|image|> in the park"
-    assert all(len(row["ip_per_subject"]) == 2 and row["status"] == "ok" for row in rows)
+    assert [row["subject_ids"] for row in rows] == [["ada"], ["bob"], ["bob", "ada"]]
+    assert rows[2]["prompt"] == "person <|image|> and woman <|image|> in the park"
+    assert [len(row["ip_per_subject"]) for row in rows] == [1, 1, 2]
+    assert {row["status"] for row in rows} == {"ok"}
+    table = write_card(prepared.job.store())
+    assert {(row.subjects, row.metric) for row in table} >= {(1, "ip"), (2, "ip")}
+    assert prepare(settings).write() == 0
 
 
 def test_a_shard_of_another_run_or_cut_short_is_not_taken_for_finished(made, world, tmp_path):

@@ -91,10 +91,15 @@ def test_the_output_is_as_promised_and_twice_the_same(tmp_path, colours, people,
 
 def test_pairs_of_subjects_are_numbered_as_generate_makes_them(tmp_path, colours, people, subjects):
     prompts = tmp_path / "two.jsonl"
-    prompts.write_text('{"prompt": "{subject_2} behind {subject_1}"}\n')
+    prompts.write_text('{"prompt": "{subject} in oil"}\n{"prompt": "{subject_2} behind {subject_1}"}\n')
     (subjects / "subjects.csv").write_text("subject_id,class_word\nada,woman\nbob,man\n")
-    images = folder_of(tmp_path / "pairs", subject_0000_prompt_0000_instance_0000=beside(people["ada"], people["bob"]))
-    found = evaluate(images=images, subjects=subjects, prompts=prompts, subjects_per_image=2).images.to_pylist()[0]
+    images = folder_of(
+        tmp_path / "pairs",
+        subject_0000_prompt_0001_instance_0000=beside(people["ada"], people["bob"]),
+        subject_0001_prompt_0000_instance_0000=beside(people["bob"]),
+    )
+    found, single = evaluate(images=images, subjects=subjects, prompts=prompts).images.to_pylist()
+    assert (single["subject_ids"], single["prompt"]) == (["bob"], "man in oil")
     assert (found["subject_ids"], found["prompt"]) == (["bob", "ada"], "man behind woman")
     assert min(found["ip_per_subject"]) > 0.98
     left_edges = [found["face_boxes"][face][0] for face in found["subject_faces"]]

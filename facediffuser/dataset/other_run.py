@@ -1,0 +1,236 @@
+"""Which run an output holds, and in what words it differs from the run at hand: its own plan and subjects tell."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.dataset.inputs import Subject
+from facediffuser.dataset.plan import Plan
+from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
+from facediffuser.errors import InputError
+from facediffuser.storage import Store
+
+SHOWN_DIFFERENCES = 4
+SHOWN_NAMES = 3
+SHOWN_TEXT = 60
+# Parts of a run document whose values are digests by name: a reader wants to know which, not the digests.
+DIGESTS = {"models", "scorers"}
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt as an earlier run's plan shows it: in the row of one set of subjects, class words filled in."""
+
+    prompt_id: str
+    category: str | None
+    text: str
+    subject_ids: tuple[str, ...]
+
+
+def run_there(store: Store) -> tuple[str, dict[str, Any]] | None:
+    """Return fingerprint and run document of the run that the output holds, None when it holds none."""
+    plans = [info.key for info in store.list("plan/")]
+    if not plans:
+        return None
+    try:
+        with store.open(plans[0]) as source:
+            marks = pq.read_schema(source).metadata or {}
+        return marks[FINGERPRINT_KEY].decode(), json.loads(marks[RUN_KEY])
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None
+
+
+def require_same_run(
+    store: Store,
+    fingerprint: str,
+    run: Mapping[str, Any],
+    plan: Plan | None = None,
+    references: pa.Table | None = None,
+) -> None:
+    """Raise InputError, with the difference in words, when the output holds another run.
+
+    `plan` and `references` (a table of SUBJECTS_SCHEMA) are this run's: with them the error names the prompts and
+    subjects that differ.
+    """
+    there = run_there(store)
+    if there is not None and there[0] != fingerprint:
+        _refuse(store, there[1], run, plan, references)
+
+
+def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence[str], plan: Plan) -> None:
+    """Raise InputError when the output holds a run that differs in what is known before models and pictures are read.
+
+    `known` is a part of this run's document; `undecided` names settings that the document will have beside those.
+    """
+    there = run_there(store)
+    if there is None:
+        return
+    settings = {name: value for name, value in there[1]["settings"].items() if name not in undecided}
+    alike = {**{name: there[1].get(name) for name in known}, "settings": settings}
+    if alike != known:
+        _refuse(store, alike, known, plan, None)
+
+
+def _refuse(
+    store: Store, there: Mapping[str, Any], here: Mapping[str, Any], plan: Plan | None, references: pa.Table | None
+) -> None:
+    found = explain_differences(store, there, here, plan, references)
+    more = f"; {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+    shown = "; ".join(found[:SHOWN_DIFFERENCES]) + more
+    raise InputError(f"{store.url}: holds another run ({shown}); repeat that run's options or give another output")
+
+
+def explain_differences(
+    store: Store,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    plan: Plan | None = None,
+    references: pa.Table | None = None,
+) -> list[str]:
+    """Return how two run documents differ, one phrase each: prompts, subjects and models by name, settings by value."""
+    found = []
+    unlike = {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
+    if plan is not None and unlike & {"plan", "subjects"}:
+        recorded = recorded_subjects(store)
+        words = {subject.subject_id: subject.class_word for subject in plan.subjects}
+        words |= {row["subject_id"]: row["class_word"] for row in recorded}
+        found += prompt_differences(planned_prompts(store), plan, words) if "plan" in unlike else []
+        found += subject_differences(recorded, plan.subjects, references)
+    for name in sorted(unlike & DIGESTS):
+        one, two = there.get(name) or {}, here.get(name) or {}
+        parts = sorted(part for part in one.keys() | two.keys() if one.get(part) != two.get(part))
+        found.append(f"{name} differ in {', '.join(parts)}")
+    # The plan's digest is made of the settings, too, and says nothing that they do not.
+    told = {*DIGESTS, *(("plan", "subjects") if found or "settings" in unlike else ())}
+    return found + differences(*({k: v for k, v in run.items() if k not in told} for run in (there, here)))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return how two documents differ, as "settings.steps 30 there, 50 here"; long values are shortened."""
+    found = []
+    for name in sorted(there.keys() | here.keys()):
+        one, two = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += differences(one, two, f"{prefix}{name}.")
+        elif one != two:
+            found.append(f"{prefix}{name} {_short(one)} there, {_short(two)} here")
+    return found
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def planned_prompts(store: Store) -> list[PlannedPrompt]:
+    """Return the prompts of the plan in an output, in their order; memory holds one row group at a time."""
+    found: dict[str, PlannedPrompt] = {}
+    for rows in _groups(store, ["prompt_id", "category", "prompt", "subject_ids"]):
+        ids = rows["prompt_id"].to_pylist()
+        new = {name: place for place, name in reversed(list(enumerate(ids))) if name not in found}
+        for place in sorted(new.values()):
+            row = rows.slice(place, 1).to_pylist()[0]
+            found[row["prompt_id"]] = PlannedPrompt(
+                row["prompt_id"], row["category"], row["prompt"], tuple(row["subject_ids"])
+            )
+    return list(found.values())
+
+
+def _groups(store: Store, columns: list[str]) -> Iterator[pa.Table]:
+    for info in store.list("plan/"):
+        with store.open(info.key) as source, pq.ParquetFile(source) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+
+
+def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mapping[str, str]) -> list[str]:
+    """Return a phrase that says how many prompts there are on both sides and which is the first that differs.
+
+    `words`: the class words of the subjects there. With them a prompt of `plan` becomes the text it would have had
+    there, so that other class words make no other prompts.
+    """
+    here = plan.prompts_in_order()
+    for number, (one, two) in enumerate(zip_longest(there, here), 1):  # noqa: B007, used after the loop
+        if one is None or two is None or (one.prompt_id, one.category) != (two.prompt_id, two.category):
+            break
+        people = tuple(sorted(one.subject_ids))
+        if len(people) != two.subjects or two.subjects_in_order(people) != one.subject_ids:
+            break
+        if two.text([words.get(name, "") for name in people]) != one.text:
+            break
+    else:
+        return []
+    told = [] if one is None else [f"{one.prompt_id} {_shown(one.text)}{_of(one.category)} there"]
+    if two is not None:
+        text = two.text([subject.class_word for subject in plan.subjects[: two.subjects]])
+        told.append(f"{two.prompt_id} {_shown(text)}{_of(two.category)} here")
+    only = "the first only" if one is None or two is None else f"number {number}, the first that differs,"
+    return [f"prompts differ ({_counts(there, here)}): {only} is {', '.join(told)}"]
+
+
+def _of(category: str | None) -> str:
+    return f" of {category}" if category else ""
+
+
+def _counts(there: Sequence | Mapping, here: Sequence | Mapping) -> str:
+    return f"{len(there)} there, {len(here)} here"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}...")
+
+
+# --- subjects ---------------------------------------------------------------------------------------------------------
+
+
+def recorded_subjects(store: Store) -> list[dict[str, Any]]:
+    """Return id, class word, key and sha256 of each reference that an output keeps; empty where it keeps none yet."""
+    if not store.exists(SUBJECTS_KEY):
+        return []
+    with store.open(SUBJECTS_KEY) as source:
+        return pq.read_table(source, columns=["subject_id", "class_word", "reference", "source_sha256"]).to_pylist()
+
+
+def subject_differences(
+    rows: Sequence[Mapping[str, Any]], subjects: Sequence[Subject], references: pa.Table | None
+) -> list[str]:
+    """Return phrases for subjects that came or went, for other class words, and for reference pictures that changed.
+
+    `rows` as `recorded_subjects` returns them. With `references`, a table of SUBJECTS_SCHEMA, the pictures' contents are
+    compared too, else their names alone.
+    """
+    if not rows:
+        return []
+    words = {row["subject_id"]: row["class_word"] for row in rows}
+    ours = {subject.subject_id: subject.class_word for subject in subjects}
+    found = []
+    came, went = sorted(ours.keys() - words.keys()), sorted(words.keys() - ours.keys())
+    if came or went:
+        sides = [f"{_names(names)} only {side}" for names, side in ((went, "there"), (came, "here")) if names]
+        found.append(f"subjects differ ({_counts(words, ours)}): {', '.join(sides)}")
+    for name in sorted(words.keys() & ours.keys()):
+        if words[name] != ours[name]:
+            found.append(f"class word of {name}: {words[name]} there, {ours[name]} here")
+    pictures = {row["reference"]: row["source_sha256"] for row in rows if row["subject_id"] in ours}
+    mine = {key: None for subject in subjects if subject.subject_id in words for key in subject.references}
+    if references is not None:
+        digests = zip(references["reference"].to_pylist(), references["source_sha256"].to_pylist(), strict=True)
+        mine |= {key: digest for key, digest in digests if key in mine}
+    gone, new = sorted(pictures.keys() - mine.keys()), sorted(mine.keys() - pictures.keys())
+    changed = sorted(key for key in pictures.keys() & mine.keys() if mine[key] and pictures[key] != mine[key])
+    kinds = ((gone, "only there"), (new, "only here"), (changed, "with another content"))
+    parts = [f"{_names(names)} {what}" for names, what in kinds if names]
+    return found + ([f"reference pictures differ: {', '.join(parts)}"] if parts else [])
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:12]}..."

@@ -1,0 +1,203 @@
+"""What can be said of a run before anything is loaded: output, subjects, prompts, the model folder's configuration.
+
+Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
+"""
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from facediffuser import __version__
+from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
+from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.other_run import require_like_run
+from facediffuser.dataset.plan import Plan, RowSettings
+from facediffuser.errors import InputError
+from facediffuser.generation.settings import GenerateSettings, RepairSettings, RetrySettings
+from facediffuser.modelfolder import resolve_model
+from facediffuser.prompts import ids_and_places
+from facediffuser.schedulers import SCHEDULER_CLASSES
+from facediffuser.scoring.folder import require_scorers
+from facediffuser.storage import Store, open_store
+
+OURS = ("plan/", "data/", "stats/", "card/", "scores/", "subjects.parquet", "manifest.json", "README.md")
+LIBRARIES = ("torch", "diffusers", "transformers", "facenet-pytorch", "pillow", "numpy", "pyarrow")
+# Settings of a run document that depend on the device, which Ray knows.
+OF_THE_DEVICE = ("batch_size", "dtype", "device", "threads")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of a model folder."""
+
+    folder: Path
+    height: int
+    width: int
+    scheduler: str
+    max_subjects: int | None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Checked input: the output, the model folder's facts, and the plan of all images."""
+
+    store: Store
+    model: ModelFacts
+    plan: Plan
+
+
+def check(settings: GenerateSettings) -> Checked:
+    """Return the plan that the settings stand for; reads configuration and lists only, and writes nothing.
+
+    Raises InputError for an output that holds something else or another run, and for subjects, prompts and a model
+    folder that cannot be used. Weights and pictures are not opened: `facediffuser.generation.prepare` does that.
+    """
+    store = open_store(settings.output)
+    store.require_writable()
+    require_ours(store)
+    model = model_facts(settings)
+    subjects = read_subjects(settings.subjects)
+    if settings.subjects_per_image and len(subjects) < settings.subjects_per_image:
+        raise InputError(
+            f"{settings.subjects}: {len(subjects)} subjects for {settings.subjects_per_image} subjects an image; add "
+            "subjects or lower --subjects-per-image"
+        )
+    prompts = read_prompts(settings.prompts_url, settings.subjects_per_image)
+    _require_sizes(settings, model, len(subjects), prompts)
+    _require_room(model, subjects, prompts, settings)
+    if settings.scorers:
+        require_scorers(settings.scorers)
+    start, end = settings.fusion_window
+    plan = Plan(
+        tuple(subjects), tuple(prompts), settings.images_per_prompt, settings.seed,
+        RowSettings(
+            method=settings.method, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+            fusion_start=start, fusion_end=end, scheduler=model.scheduler,
+            height=settings.height or model.height, width=settings.width or model.width,
+        ),
+        settings.subject_sets,
+    )  # fmt: skip
+    require_like_run(store, known_document(settings, plan), OF_THE_DEVICE, plan)
+    return Checked(store, model, plan)
+
+
+def check_repair(settings: RepairSettings | RetrySettings) -> None:
+    """Raise InputError unless a finished dataset is there to be written to, and its models and scorers can be had."""
+    store = open_store(settings.url)
+    store.require_writable()
+    made_from = read_manifest(store).made_from
+    models, scorers = (getattr(settings, name) or made_from.get(name) for name in ("models", "scorers"))
+    if settings.models and models:
+        resolve_model(models)
+    if settings.scorers and scorers:
+        require_scorers(scorers)
+
+
+def known_document(settings: GenerateSettings, plan: Plan) -> dict[str, Any]:
+    """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
+    made = {
+        "subjects_per_image": plan.subjects_per_image,
+        "images_per_prompt": plan.images_per_prompt,
+        "subject_sets": plan.subject_sets,
+        "seed": plan.seed,
+        **plan.row.model_dump(),
+        "shard_size": settings.shard_size,
+        "image_format": settings.image_format,
+        "reference_crop": settings.reference_crop,
+        "reference_margin": settings.reference_margin,
+        "provenance": settings.provenance,
+    }
+    if settings.negative_prompt:
+        # Only where one is given: a run without keeps the fingerprint it had before there were negative prompts.
+        made["negative_prompt"] = settings.negative_prompt
+    return {"settings": made, "plan": plan.digest(), **code_and_libraries()}
+
+
+def code_and_libraries() -> dict[str, Any]:
+    """Return the versions of this code and of the libraries that pixels pass through."""
+    return {"libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}, "code": __version__}
+
+
+def require_ours(store: Store) -> None:
+    """Raise InputError when the output holds what no dataset holds, or a dataset without its plan."""
+    present = [info.key for info in store.list()]
+    foreign = [key for key in present if not key.startswith(OURS)]
+    if foreign:
+        raise InputError(f"{store.url}: holds {foreign[0]!r}, which is not of a dataset; give an empty output")
+    if present and not any(key.startswith("plan/") for key in present):
+        raise InputError(f"{store.url}: holds {present[0]!r} but no plan; give an empty output")
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def model_facts(settings: GenerateSettings) -> ModelFacts:
+    """Return what the model folder's configuration says; InputError when it cannot make what is asked for."""
+    folder = resolve_model(settings.models)
+    unet = _config(folder, "unet_text" if settings.method == "tdm" else "unet")
+    cell = 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
+    sample = unet["sample_size"]
+    rows, columns = (sample, sample) if isinstance(sample, int) else sample
+    for name in ("height", "width"):
+        value = getattr(settings, name)
+        if value is not None and value % cell:
+            raise InputError(f"--{name} {value}: this model makes multiples of {cell} px; give {value // cell * cell}")
+    own = _config(folder, "scheduler", "scheduler_config.json")["_class_name"]
+    fuser = folder / "subject_fuser" / "config.json"
+    needs_subject = settings.method != "tdm"
+    if needs_subject and not fuser.is_file():
+        raise InputError(f"{settings.models}: no subject_fuser there; give a whole model folder or --method tdm")
+    limit = json.loads(fuser.read_text()).get("max_subjects", 4) if needs_subject else None
+    if limit is not None and (settings.subjects_per_image or 0) > limit:
+        raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
+    scheduler = SCHEDULER_CLASSES[settings.scheduler] if settings.scheduler else own
+    return ModelFacts(folder, rows * cell, columns * cell, scheduler, limit)
+
+
+def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    try:
+        return json.loads((folder / part / name).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no {part}/{name}; give a whole model folder") from None
+    except ValueError:
+        raise InputError(f"{folder}/{part}/{name}: not JSON; give a whole model folder") from None
+
+
+# --- the prompts ------------------------------------------------------------------------------------------------------
+
+
+def _require_sizes(
+    settings: GenerateSettings, model: ModelFacts, subjects: int, prompts: Sequence[Prompt]
+) -> None:
+    """Raise InputError for a prompt that shows more subjects than there are, or than the model takes."""
+    for prompt in prompts:
+        if model.max_subjects is not None and prompt.subjects > model.max_subjects:
+            raise InputError(
+                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {prompt.subjects} subjects, this model takes up "
+                f"to {model.max_subjects}; name fewer in the prompt or remove it"
+            )
+        if prompt.subjects > subjects:
+            raise InputError(
+                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {prompt.subjects} subjects, {settings.subjects} "
+                f"has {subjects}; add subjects or remove the prompt"
+            )
+
+
+def _require_room(
+    model: ModelFacts, subjects: Sequence[Subject], prompts: Sequence[Prompt], settings: GenerateSettings
+) -> None:
+    """Raise InputError for a prompt whose subject would lie behind the text encoder's last token."""
+    from transformers import CLIPTokenizer
+
+    if settings.method == "tdm":
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(model.folder / "tokenizer")
+    longest = max({subject.class_word for subject in subjects}, key=len)
+    for prompt in prompts:
+        try:
+            ids_and_places(tokenizer, prompt.text([longest] * prompt.subjects))
+        except InputError as error:
+            raise InputError(f"prompt {prompt.prompt_id}: {error}") from None
