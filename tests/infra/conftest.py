@@ -1,30 +1,37 @@
 """What the infra tests share: a Prefect server and worker as processes of their own, and what Prefect can be told."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
+import httpx
 import prefect.settings
 import pytest
+from postgres import running_postgres
 from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
+WAIT_TIMEOUT_S = 120.0
+SERVER_ERROR = re.compile(r"\| (ERROR|CRITICAL) +\||^Traceback")
+
+T = TypeVar("T")
 
 
 class PrefectHouse:
     """A running server with a home of its own below `folder`; `command` runs the `prefect` command line against it."""
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path, port: int, database_url: str | None = None):
         self.folder = folder
         self.port = port
         self.api_url = f"http://127.0.0.1:{port}/api"
@@ -35,13 +42,17 @@ class PrefectHouse:
             "PREFECT_API_URL": self.api_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
             "PREFECT_LOGGING_COLORS": "false",
             "NO_COLOR": "1",
             "COLUMNS": "200",
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
         }
+        if database_url is not None:
+            self.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
 
     def command(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Run `prefect ARGUMENTS` in the repository's root and return what it said."""
@@ -58,6 +69,26 @@ class PrefectHouse:
     def log(self, name: str) -> str:
         """Return the end of a process's log."""
         return (self.folder / f"{name}.log").read_text(errors="replace")[-4000:]
+
+    def server_errors(self) -> list[str]:
+        """Return the lines of the server's log that report an error, from its start until now."""
+        lines = (self.folder / "server.log").read_text(errors="replace").splitlines()
+        return [line for line in lines if SERVER_ERROR.search(line)]
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request to the server's API and return its answer, None for an empty one."""
+        answer = httpx.request(method, f"{self.api_url}/{path}", json=body, timeout=20)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def wait_for(self, what: str, found: Callable[[], T | None], timeout: float = WAIT_TIMEOUT_S) -> T:
+        """Return what `found` returns once that is true; raise with the logs when it is not within the timeout."""
+        end = time.monotonic() + timeout
+        while not (value := found()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {what}; server:\n{self.log('server')}\nworker:\n{self.log('worker')}")
+            time.sleep(0.2)
+        return value
 
     @contextmanager
     def process(self, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -101,9 +132,12 @@ class PrefectHouse:
 
 
 @contextmanager
-def running_house(folder: Path) -> Iterator[PrefectHouse]:
-    """A server with the work pool of prefect.yaml and a worker on it; all of it ends on exit."""
-    house = PrefectHouse(folder, _free_port())
+def running_house(folder: Path, database_url: str | None = None) -> Iterator[PrefectHouse]:
+    """A server with the work pool of prefect.yaml and a worker on it; all of it ends on exit.
+
+    The server's database is SQLite in the house's folder unless a URL is given.
+    """
+    house = PrefectHouse(folder, _free_port(), database_url)
     with house.process("server", "server", "start", "--host", "127.0.0.1", "--port", str(house.port)) as server:
         house.wait_until_healthy(server)
         made = house.command("work-pool", "create", "face-diffuser", "--type", "process")
@@ -123,6 +157,13 @@ def _free_port() -> int:
 def prefect_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHouse]:
     """A real Prefect server and a real worker on the work pool of prefect.yaml, once per session."""
     with running_house(tmp_path_factory.mktemp("prefect")) as house:
+        yield house
+
+
+@pytest.fixture
+def prefect_house_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHouse]:
+    """The same with its database in a real PostgreSQL."""
+    with running_postgres() as url, running_house(tmp_path_factory.mktemp("prefect"), url) as house:
         yield house
 
 
