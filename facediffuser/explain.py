@@ -16,6 +16,7 @@ from facediffuser.errors import InputError
 from facediffuser.pictures import to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import without_markers
+from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName, choose_scheduler, set_scheduler
 from facediffuser.stages import Stage, plan_stages
 from facediffuser.window import default_fusion_window
 
@@ -40,6 +41,7 @@ class ExplainSettings(BaseModel):
     guidance_scale: float = Field(5.0, description="guidance scale s")
     fusion_start: int | None = Field(None, ge=0, description="first fused step; default 16 of 50, scaled")
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone; default 31 of 50, scaled")
+    scheduler: SchedulerName | None = Field(None, description=SCHEDULER_HELP)
     columns: int = Field(10, ge=2, description="steps to draw, spread evenly over the run")
     seed: int = Field(0, ge=0, description="the same seed draws the same picture on the same hardware")
     device: str = Field("auto", description="cpu, cuda, or auto: the GPU where there is one")
@@ -66,6 +68,7 @@ def explain(settings: ExplainSettings) -> Path:
     references = [_open(path) for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(desc="explain")
+    set_scheduler(pipe, choose_scheduler(settings.scheduler, type(pipe.scheduler).__name__, settings.steps))
     device = settings.device
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frames, result = record(pipe, settings, references)
@@ -153,7 +156,7 @@ def _alphas(scheduler) -> list[float]:
     kind = type(scheduler).__name__
     plain = scheduler.config.get("prediction_type", "epsilon") == "epsilon" and float(scheduler.init_noise_sigma) == 1
     if not plain or not hasattr(scheduler, "alphas_cumprod"):
-        raise InputError(f"scheduler {kind}: the estimate cannot be drawn; give a model with PNDM, DDIM or DPM-Solver")
+        raise InputError(f"scheduler {kind}: the estimate cannot be drawn; give pndm, ddim or dpm")
     return scheduler.alphas_cumprod.tolist()
 
 

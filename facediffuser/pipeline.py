@@ -26,6 +26,7 @@ from facediffuser.errors import InputError
 from facediffuser.inputs import References, as_list, check_references, check_sampling, repeat_rows
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import TokenizedPrompts, tokenize_with_markers
+from facediffuser.schedulers import warn_of_few_steps
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
 from facediffuser.subject import SubjectFuser
 
@@ -160,7 +161,8 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         Args:
             prompt: one prompt or b; `<|image|>` follows each word that names a subject. None with `prompt_embeds`.
             reference_images: the prompt's references, one per marker, in order; for a list of prompts, a list of lists.
-            num_inference_steps: the scheduler's steps.
+            num_inference_steps: the scheduler's steps. PNDM wants 50 or more and warns of fewer; for fewer give the
+                pipeline another, as `set_scheduler(pipe, "DPMSolverMultistepScheduler")` of facediffuser.schedulers does.
             guidance_scale: s of the paper.
             fusion_start, fusion_end: the TDM runs alone before index fusion_start of the scheduler's timesteps, the SDM
                 alone from fusion_end on. The defaults belong to 50 steps (`window.default_fusion_window` scales them).
@@ -194,6 +196,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         height, width = self._image_size(height, width, latents)
 
         # 2. Timesteps and the stage of each
+        warn_of_few_steps(type(self.scheduler).__name__, num_inference_steps)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         timesteps = self.scheduler.timesteps
         stages = plan_stages(method, len(timesteps), num_inference_steps, fusion_start, fusion_end, alpha)

@@ -19,7 +19,7 @@ from facediffuser.errors import InputError
 from facediffuser.generation.settings import GenerateSettings, RepairSettings, RetrySettings
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import ids_and_places
-from facediffuser.schedulers import SCHEDULER_CLASSES
+from facediffuser.schedulers import choose_scheduler
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
@@ -153,7 +153,7 @@ def model_facts(settings: GenerateSettings) -> ModelFacts:
     limit = json.loads(fuser.read_text()).get("max_subjects", 4) if needs_subject else None
     if limit is not None and (settings.subjects_per_image or 0) > limit:
         raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
-    scheduler = SCHEDULER_CLASSES[settings.scheduler] if settings.scheduler else own
+    scheduler = choose_scheduler(settings.scheduler, own, settings.steps)
     return ModelFacts(folder, rows * cell, columns * cell, scheduler, limit)
 
 

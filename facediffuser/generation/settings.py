@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from facediffuser.prompts import IMAGE_MARKER
-from facediffuser.schedulers import SchedulerName
+from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName
 from facediffuser.scoring.benchmarks import suite_prompts, suite_subjects
 from facediffuser.window import fusion_window
 
@@ -62,7 +62,7 @@ class GenerateSettings(BaseModel):
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 31 of 50)")
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
     width: int | None = Field(None, ge=8, le=4096, description="image width, px (default: the model's)")
-    scheduler: SchedulerName | None = Field(None, description="noise scheduler (default: the model's own)")
+    scheduler: SchedulerName | None = Field(None, description=SCHEDULER_HELP)
     negative_prompt: str = Field(
         "",
         description="what images should not show: takes the place of the empty text in the guidance of the TDM's steps "

@@ -22,6 +22,7 @@ from facediffuser.dataset.shards import encode_shard, shard_mark
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.job import GenerationJob
 from facediffuser.prompts import without_markers
+from facediffuser.schedulers import set_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +264,6 @@ def _require_same(what: str, here: dict[str, str], planned: dict[str, str]) -> N
 
 def load_pipeline(job: GenerationJob):
     """Return the pipeline of a run on the worker's device, with the run's scheduler and precision."""
-    import diffusers
-
     from facediffuser.modelfolder import model_digests, resolve_model
     from facediffuser.pipeline import FaceDiffuserPipeline
 
@@ -272,9 +271,7 @@ def load_pipeline(job: GenerationJob):
     _require_same("models", model_digests(folder), job.run["models"])
     made = job.run["settings"]
     pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, made["dtype"]))
-    if type(pipeline.scheduler).__name__ != made["scheduler"]:
-        scheduler = getattr(diffusers, made["scheduler"])
-        pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
+    set_scheduler(pipeline, made["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(job.device)
 

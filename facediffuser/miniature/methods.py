@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +21,7 @@ from facediffuser.modelfolder import resolve_model
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.preprocess.faces import crop_square, face_crop_box
 from facediffuser.prompts import IMAGE_MARKER, without_markers
-from facediffuser.schedulers import SCHEDULER_CLASSES, SchedulerName
+from facediffuser.schedulers import SCHEDULER_CLASSES, SchedulerName, set_scheduler
 from facediffuser.scoring import Scorers, load_scorers, subject_embedding
 from facediffuser.window import default_fusion_window
 
@@ -100,8 +99,7 @@ def load_trial(models: str, steps: int, guidance: float, scheduler: SchedulerNam
     """Return the model folder (or `miniature`) under trial, with the claim's scheduler if no other is named."""
     pipeline = FaceDiffuserPipeline.from_pretrained(resolve_model(models))
     pipeline.set_progress_bar_config(disable=True)
-    kind = getattr(diffusers, SCHEDULER_CLASSES[scheduler])
-    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config))
+    set_scheduler(pipeline, SCHEDULER_CLASSES[scheduler])
     return Trial(pipeline, steps, guidance)
 
 

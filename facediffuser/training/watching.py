@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
 from facediffuser.pipeline import FaceDiffuserPipeline
@@ -173,7 +173,7 @@ def _pipeline(parts: Parts, role: str) -> DiffusionPipeline:
         vae=parts.vae.to(parts.device),
         text_encoder=parts.text_encoder.to(parts.device),
         tokenizer=parts.tokenizer,
-        scheduler=PNDMScheduler.from_config(parts.schedule.config, skip_prk_steps=True),
+        scheduler=DPMSolverMultistepScheduler.from_config(parts.schedule.config),
         **trained,
     )
     pipeline.set_progress_bar_config(disable=True)

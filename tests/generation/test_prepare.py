@@ -24,6 +24,23 @@ def test_what_does_not_change_pixels_does_not_change_the_fingerprint(made, world
     assert prepare(world.settings(tmp_path / "x", seed=1)).job.fingerprint != made[0].fingerprint
 
 
+@pytest.mark.parametrize(("given", "scheduler"), [
+    ({"steps": 12}, "DPMSolverMultistepScheduler"),
+    ({"steps": 50}, "PNDMScheduler"),
+    ({"steps": 12, "scheduler": "pndm"}, "PNDMScheduler"),
+    ({"steps": 50, "scheduler": "ddim"}, "DDIMScheduler"),
+])  # fmt: skip
+def test_few_steps_get_a_scheduler_that_bears_them_and_a_named_one_is_kept(world, tmp_path, given, scheduler):
+    prepared = prepare(world.settings(tmp_path / "out", **given))
+    assert prepared.job.made["scheduler"] == scheduler
+    assert {scheduler} == set(next(prepared.plan.tables(3))["scheduler"].to_pylist())
+
+
+def test_a_run_with_another_scheduler_is_refused_with_the_difference(made, world):
+    with pytest.raises(InputError, match="scheduler DPMSolverMultistepScheduler there, PNDMScheduler here"):
+        prepare(world.settings(made[0].output, scheduler="pndm"))
+
+
 def test_a_negative_prompt_makes_another_run_and_none_leaves_the_run_document_as_it_was(made, world, tmp_path):
     plain = prepare(world.settings(tmp_path / "x", negative_prompt="")).job
     assert plain.run == made[0].run and "negative_prompt" not in made[0].made
