@@ -14,10 +14,10 @@ from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.dataset.plan import Layout, Plan, RowSettings
 from facediffuser.dataset.schema import SUBJECTS_SCHEMA, canonical_json
 from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.generate_settings import Pool
 from facediffuser.generation.job import GenerationJob, Prepared
-from facediffuser.generation.settings import Pool
-from facediffuser.scoring import ImageScore
-from tasks.pool import ShardActor
+from facediffuser.scoring.scorers import ImageScore
+from facediffuser.tasks.pool import ShardActor
 
 SUBJECTS = 100
 
@@ -58,7 +58,7 @@ class FreeActor(ShardActor):
 
 def free_generator(job: GenerationJob):
     """Return a ShardGenerator that costs nothing, in this process."""
-    from facediffuser.generation import ShardGenerator
+    from facediffuser.generation.shard_generator import ShardGenerator
 
     torch.set_num_threads(job.made["threads"])
     return ShardGenerator(job, FreePipeline(), FreeScorers(job.run["scorers"]))

@@ -77,8 +77,8 @@ def _print_machinery(name: str, url: str, rows: int, args: argparse.Namespace) -
 
 def _run_free(url: str, rows: int, args: argparse.Namespace, note: Callable[[str], None] = lambda stage: None) -> dict:
     from benchmarks.free import FreeActor, free_generator, free_run
-    from tasks.generate import finish_dataset, generate_shards
-    from tasks.ray_session import connect_ray
+    from facediffuser.tasks.generate import finish_dataset, generate_shards
+    from facediffuser.tasks.ray_session import connect_ray
 
     if args.workers:
         connect_ray()
@@ -150,7 +150,9 @@ def _peak_mib() -> float:
 
 def denoising(args: argparse.Namespace) -> None:
     """Print the share of the wall time in which one worker denoises, and images/s beside a plain loop."""
-    from facediffuser.generation import GenerateSettings, ShardGenerator, prepare
+    from facediffuser.generation.generate_settings import GenerateSettings
+    from facediffuser.generation.job import prepare
+    from facediffuser.generation.shard_generator import ShardGenerator
     from facediffuser.miniature.render import render_set
 
     torch.set_num_threads(1)
@@ -196,9 +198,9 @@ def _spent(started: tuple[float, float]) -> tuple[float, float]:
 
 def _plain_loop(generator, rows: list[dict], folder: Path) -> None:
     """The released test script's order: every batch made whole and saved, one after the other; then all is scored."""
-    from facediffuser.dataset.subjects import load_references
+    from facediffuser.dataset.references import load_references
     from facediffuser.prompts import without_markers
-    from facediffuser.scoring import subject_embedding
+    from facediffuser.scoring.identity import subject_embedding
 
     folder.mkdir()
     pipeline, scorers = generator.pipeline, generator.scorers

@@ -84,9 +84,9 @@ def _in_a_process(options: list[str], cheap: bool) -> dict:
 
 
 def _prepare(options: list[str], cheap: bool) -> dict:
-    import tasks.preprocess as stage
-    from facediffuser.preprocess import PreprocessSettings
-    from flows.cli import parse_settings
+    import facediffuser.tasks.preprocess as stage
+    from facediffuser.flows.cli import parse_settings
+    from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 
     settings = parse_settings(PreprocessSettings, options, "benchmarks.preprocess")
     stage.PartActor = _Cheap if cheap else _Watched
@@ -99,7 +99,7 @@ class _Watched:
     """The stage's actor, which also notes its highest memory."""
 
     def __init__(self, job, threads: int):
-        from tasks.preprocess import PartActor
+        from facediffuser.tasks.preprocess import PartActor
 
         self.actor = PartActor(job, threads)
         self.folder = Path(f"{job.settings.output}-memory")
@@ -127,7 +127,9 @@ def _tell(count: int, result: dict) -> None:
     for stage in STAGES:
         if spent.get(stage):
             print(f"    {stage:<10}{count / spent[stage]:>10.1f} images/s of one worker{spent[stage]:>10.1f} s")
-    print(f"    highest memory: driver {result['driver_mib']:.0f} MiB, worker {result['worker_mib']:.0f} MiB", flush=True)
+    print(
+        f"    highest memory: driver {result['driver_mib']:.0f} MiB, worker {result['worker_mib']:.0f} MiB", flush=True
+    )
 
 
 def _peak_mib() -> float:

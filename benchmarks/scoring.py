@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from facediffuser.dataset.images import encode_image
+from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.schema import DATASET_SCHEMA
+from facediffuser.evaluation.copies import CopySettings, find_copies
+from facediffuser.evaluation.evaluator import pick_device
+from facediffuser.evaluation.likeness import nearest
+from facediffuser.evaluation.training_faces import TrainingFaces
 from facediffuser.miniature.render import person, render
-from facediffuser.scoring import Scorers, load_scorers
 from facediffuser.scoring.columns import Sharpness
-from facediffuser.scoring.copies import CopySettings, find_copies
-from facediffuser.scoring.evaluation import pick_device
-from facediffuser.scoring.likeness import nearest
-from facediffuser.scoring.training_faces import TrainingFaces
+from facediffuser.scoring.scorers import Scorers, load_scorers
 from facediffuser.storage import open_store
 
 FIRST_PERSON = 70_000_000

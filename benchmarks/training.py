@@ -30,14 +30,14 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.miniature.parts import base_folder
 from facediffuser.miniature.render import render_set
 from facediffuser.preprocess.parts import encode_part
-from facediffuser.preprocess.schema import PREPARED_SCHEMA
-from facediffuser.training import TrainSettings
+from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
+from facediffuser.shipped import base_folder
 from facediffuser.training.loop import TrainingRun
 from facediffuser.training.speed import Speed
-from facediffuser.training.worker import Worker
+from facediffuser.training.train_settings import TrainSettings
+from facediffuser.training.worker_context import Worker
 
 WARM_UP, SLOTS = 2, 4
 RENDERED_PX = 128

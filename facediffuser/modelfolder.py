@@ -57,7 +57,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Raises InputError when it cannot be had or is no model folder (a local one must hold model_index.json).
     """
     if model == "miniature":
-        from facediffuser.miniature.parts import models_folder
+        from facediffuser.shipped import models_folder
 
         return models_folder()
     return _diffusers_folder(model, revision)
@@ -66,7 +66,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 def resolve_base(model: str, revision: str | None = None) -> Path:
     """Return the local folder of a base model; as `resolve_model`, but `miniature` is the miniature's base."""
     if model == "miniature":
-        from facediffuser.miniature.parts import base_folder
+        from facediffuser.shipped import base_folder
 
         return base_folder()
     return _diffusers_folder(model, revision)

@@ -5,6 +5,10 @@ from PIL import Image, ImageOps
 
 from facediffuser.errors import InputError
 
+# CLIP's own normalisation of RGB values in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the picture upright in 8-bit RGB: alpha over white, 16-bit grey scaled down, any other mode converted."""

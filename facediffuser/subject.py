@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import pad_to_square, to_rgb
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD, pad_to_square, to_rgb
 from facediffuser.prompts import IMAGE_MARKER, TokenizedPrompts, count_markers, tokenize_with_markers, without_markers
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "without_markers",
 ]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A picture whose short side is more than this many times the tower's is shrunk by a whole factor first, to save memory.
 HUGE = 16
 

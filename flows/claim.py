@@ -9,14 +9,14 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from facediffuser.evaluation.claim import judge, markdown, ordering_holds
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.tables import from_arrow
+from facediffuser.flows.evaluate import evaluate
 from facediffuser.miniature.render import write_subjects
 from facediffuser.schedulers import SchedulerName
-from facediffuser.scoring.claim import judge, markdown, ordering_holds
-from facediffuser.scoring.settings import EvaluateSettings
-from facediffuser.scoring.tables import from_arrow
 from facediffuser.storage import open_store
 from facediffuser.window import fusion_window
-from flows.evaluate import evaluate
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000

@@ -32,89 +32,96 @@ class Command:
 COMMANDS = {
     "demo": Command(
         "the whole factory at a small scale: photographs to scored dataset",
-        "flows.demo:DemoSettings",
-        "flows.commands:demo",
+        "facediffuser.flows.demo:DemoSettings",
+        "facediffuser.flows.commands:demo",
     ),
     "preprocess": Command(
         "photographs to prepared Parquet",
-        "facediffuser.preprocess.settings:PreprocessSettings",
-        "flows.commands:preprocess",
+        "facediffuser.preprocess.preprocess_settings:PreprocessSettings",
+        "facediffuser.flows.commands:preprocess",
     ),
     "train": Command(
         "train the TDM or the SDM from prepared Parquet",
-        "facediffuser.training:TrainSettings",
-        "flows.commands:train",
+        "facediffuser.training.train_settings:TrainSettings",
+        "facediffuser.flows.commands:train",
         ("role",),
     ),
     "assemble": Command(
         "two trained models and their base to one model folder",
-        "flows.commands:AssembleSettings",
-        "flows.commands:assemble_models",
+        "facediffuser.flows.commands:AssembleSettings",
+        "facediffuser.flows.commands:assemble_models",
     ),
     "convert": Command(
-        "released checkpoints to a model folder", "flows.commands:ConvertSettings", "flows.commands:convert_checkpoints"
+        "released checkpoints to a model folder",
+        "facediffuser.flows.commands:ConvertSettings",
+        "facediffuser.flows.commands:convert_checkpoints",
     ),
     "generate": Command(
         "subjects and prompts to a scored image dataset",
-        "facediffuser.generation:GenerateSettings",
-        "flows.commands:generate",
+        "facediffuser.generation.generate_settings:GenerateSettings",
+        "facediffuser.flows.commands:generate",
     ),
     "evaluate": Command(
         "IP and PC tables of datasets, of methods on a benchmark, of folders of images",
-        "facediffuser.scoring.settings:EvaluateSettings",
-        "flows.commands:evaluate_images",
+        "facediffuser.evaluation.evaluate_settings:EvaluateSettings",
+        "facediffuser.flows.commands:evaluate_images",
     ),
     "score": Command(
         "add the columns of other scorers to a dataset",
-        "facediffuser.scoring.adding:ScoreSettings",
-        "flows.commands:score_dataset",
+        "facediffuser.evaluation.add_columns:ScoreSettings",
+        "facediffuser.flows.commands:score_dataset",
         ("url",),
     ),
     "copies": Command(
         "flag copied training faces, pasted references and near-duplicates in a dataset",
-        "facediffuser.scoring.copies:CopySettings",
-        "flows.commands:flag_copies",
+        "facediffuser.evaluation.copies:CopySettings",
+        "facediffuser.flows.commands:flag_copies",
         ("url",),
     ),
     "verify": Command(
         "check every shard of a dataset against its manifest",
-        "flows.commands:DatasetSettings",
-        "flows.commands:verify_dataset",
+        "facediffuser.flows.commands:DatasetSettings",
+        "facediffuser.flows.commands:verify_dataset",
         ("url",),
     ),
     "repair": Command(
         "make again what verify finds missing or damaged, and nothing else",
-        "facediffuser.generation.settings:RepairSettings",
-        "flows.commands:repair",
+        "facediffuser.generation.generate_settings:RepairSettings",
+        "facediffuser.flows.commands:repair",
         ("url",),
     ),
     "retry-failed": Command(
         "make the shards that hold failed rows again",
-        "facediffuser.generation.settings:RetrySettings",
-        "flows.commands:retry",
+        "facediffuser.generation.generate_settings:RetrySettings",
+        "facediffuser.flows.commands:retry",
         ("url",),
     ),
     "remake": Command(
         "make one image again from its row and compare the bytes",
-        "facediffuser.generation.settings:RemakeSettings",
-        "flows.commands:remake_image",
+        "facediffuser.generation.generate_settings:RemakeSettings",
+        "facediffuser.flows.commands:remake_image",
         ("sample_id",),
     ),
-    "card": Command("rebuild a dataset's card", "flows.commands:DatasetSettings", "flows.commands:card", ("url",)),
+    "card": Command(
+        "rebuild a dataset's card",
+        "facediffuser.flows.commands:DatasetSettings",
+        "facediffuser.flows.commands:card",
+        ("url",),
+    ),
     "explain": Command(
         "draw what both models want and who wins, step by step",
         "facediffuser.explain:ExplainSettings",
-        "flows.commands:explain_picture",
+        "facediffuser.flows.commands:explain_picture",
     ),
     "miniature render": Command(
         "render a photo set of the miniature world, with subjects and prompts",
-        "flows.commands:RenderSettings",
-        "flows.commands:render",
+        "facediffuser.flows.commands:RenderSettings",
+        "facediffuser.flows.commands:render",
     ),
     "miniature claim": Command(
         "all methods on the miniature's benchmark; exit 1 when the paper's ordering fails on it",
-        "flows.claim:ClaimSettings",
-        "flows.commands:claim",
+        "facediffuser.flows.claim:ClaimSettings",
+        "facediffuser.flows.commands:claim",
     ),
 }
 
@@ -239,7 +246,7 @@ class _InputErrorsAreTold(logging.Filter):
 
 
 def _configure_logging() -> None:
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "facediffuser,tasks,flows")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "facediffuser")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -247,8 +254,7 @@ def _configure_logging() -> None:
 
     setup_logging()
     # Prefect leaves other packages at the root logger's level, WARNING; counts and rates are told at INFO.
-    for name in ("facediffuser", "tasks", "flows"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("facediffuser").setLevel(logging.INFO)
     loggers = [
         logging.getLogger(name)
         for name in (
@@ -258,8 +264,6 @@ def _configure_logging() -> None:
             "prefect.task_runs",
             "prefect.extra",
             "facediffuser",
-            "tasks",
-            "flows",
         )
     ]
     for handler in {handler for logger in loggers for handler in logger.handlers}:

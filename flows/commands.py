@@ -51,7 +51,7 @@ class RenderSettings(_Settings):
 
 def demo(settings) -> None:
     """Run the flow `demo`; print where its dataset is, its scores, and what to type next."""
-    from flows.demo import demo as flow
+    from facediffuser.flows.demo import demo as flow
 
     result = flow(settings)
     print(f"\nThe dataset is in {result['output']}: {_counts(result)}.\n\n{result['table']}\n")
@@ -65,14 +65,14 @@ def demo(settings) -> None:
 
 def preprocess(settings) -> None:
     """Run the flow `preprocess-ffhq`."""
-    from flows.preprocess_ffhq import preprocess_ffhq
+    from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
 
     _print_fields(preprocess_ffhq(settings))
 
 
 def train(settings) -> None:
     """Run the flow `train`."""
-    from flows.train import train as flow
+    from facediffuser.flows.train import train as flow
 
     for result in flow(settings).values():
         _print_fields(result)
@@ -80,7 +80,7 @@ def train(settings) -> None:
 
 def generate(settings) -> None:
     """Run the flow `generate-dataset`."""
-    from flows.generate_dataset import generate_dataset
+    from facediffuser.flows.generate_dataset import generate_dataset
 
     result = generate_dataset(settings)
     if settings.dry_run:
@@ -101,14 +101,14 @@ def _print_fields(result) -> None:
 
 def evaluate_images(settings) -> None:
     """Run the flow `evaluate` and print its table."""
-    from flows.evaluate import evaluate
+    from facediffuser.flows.evaluate import evaluate
 
     print(evaluate(settings))
 
 
 def score_dataset(settings) -> None:
     """Run the flow `score` and print what it wrote."""
-    from flows.score import score
+    from facediffuser.flows.score import score
 
     for key in score(settings):
         print(f"{settings.url}/{key}")
@@ -116,7 +116,7 @@ def score_dataset(settings) -> None:
 
 def flag_copies(settings) -> None:
     """Run the flow `copies` and print how many images each flag is raised on."""
-    from flows.score import copies
+    from facediffuser.flows.score import copies
 
     _print_fields(copies(settings))
 
@@ -152,7 +152,7 @@ def verify_dataset(settings: DatasetSettings) -> int:
 
 def repair(settings) -> int:
     """Run the flow `repair-dataset`; print what was found and what is left; return 1 when anything is."""
-    from flows.repair_dataset import repair_dataset
+    from facediffuser.flows.repair_dataset import repair_dataset
 
     result = repair_dataset(settings)
     for name in ("found", "left"):
@@ -164,7 +164,7 @@ def repair(settings) -> int:
 
 def retry(settings) -> int:
     """Run the flow `retry-failed`; print the counts; return 1 when rows are still failed."""
-    from flows.repair_dataset import retry_failed
+    from facediffuser.flows.repair_dataset import retry_failed
 
     result = retry_failed(settings)
     print(f"{settings.url}: {result['rows']} images, {result['ok']} ok, {result['failed']} failed")
@@ -193,7 +193,7 @@ def remake_image(settings) -> int:
 
 def card(settings: DatasetSettings) -> None:
     """Write the dataset's card again."""
-    from facediffuser.dataset.card import write_card
+    from facediffuser.cards.dataset_card import write_card
     from facediffuser.storage import open_store
 
     write_card(open_store(settings.url))
@@ -216,7 +216,7 @@ def render(settings: RenderSettings) -> None:
 
 def claim(settings) -> int:
     """Run the flow `claim`, print its tables and judgement; return 1 when the paper's ordering does not hold."""
-    from flows.claim import claim as flow
+    from facediffuser.flows.claim import claim as flow
 
     text, holds = flow(settings)
     print(text)

@@ -11,14 +11,14 @@ from prefect import flow, task
 from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.checkpoints import assemble, resolve_base
-from facediffuser.generation import GenerateSettings
+from facediffuser.flows.generate_dataset import generate_dataset
+from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
+from facediffuser.flows.train import train
+from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.miniature.render import render_set
-from facediffuser.preprocess.settings import PreprocessSettings
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
-from facediffuser.training import TrainSettings
-from flows.generate_dataset import generate_dataset
-from flows.preprocess_ffhq import preprocess_ffhq
-from flows.train import train
+from facediffuser.training.train_settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.scoring.runs import benchmark_runs
-from facediffuser.scoring.settings import EvaluateSettings
-from flows.generate_dataset import generate_dataset
-from tasks.evaluate import check_input, score_and_tabulate
+from facediffuser.evaluation.benchmark_runs import benchmark_runs
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.flows.generate_dataset import generate_dataset
+from facediffuser.tasks.score_images import check_input, score_and_tabulate
 
 
 @flow(name="evaluate")

@@ -6,10 +6,10 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.generation import GenerateSettings
+from facediffuser.evaluation.tables import markdown
+from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import Prepared
-from facediffuser.scoring.tables import markdown
-from tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
 
 logger = logging.getLogger(__name__)
 

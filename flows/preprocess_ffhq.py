@@ -5,8 +5,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.preprocess import PreprocessSettings
-from tasks.preprocess import prepare_photographs
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.tasks.preprocess import prepare_photographs
 
 
 @flow(name="preprocess-ffhq")

@@ -6,8 +6,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.generation.settings import RepairSettings, RetrySettings
-from tasks.repair import find_damage, repair_damage, retry_failed_rows
+from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
+from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from prefect import flow
 
-from facediffuser.scoring.adding import ScoreSettings
-from facediffuser.scoring.copies import CopySettings
-from tasks.score import add_scores, flag_copies, write_card_again
+from facediffuser.evaluation.add_columns import ScoreSettings
+from facediffuser.evaluation.copies import CopySettings
+from facediffuser.tasks.add_columns import add_scores, flag_copies, write_card_again
 
 
 @flow(name="score")

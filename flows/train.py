@@ -4,8 +4,8 @@ from typing import Any
 
 from prefect import flow
 
-from facediffuser.training import TrainSettings
-from tasks.train import train_on_ray
+from facediffuser.tasks.ray_train import train_on_ray
+from facediffuser.training.train_settings import TrainSettings
 
 
 @flow(name="train")

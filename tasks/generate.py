@@ -9,18 +9,18 @@ import pyarrow as pa
 import ray
 from prefect import task
 
-from facediffuser.dataset.card import write_card
+from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.shards import finished_shards
-from facediffuser.generation import GenerateSettings, GenerationJob
+from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
-from facediffuser.generation.job import Prepared, prepare
-from facediffuser.scoring.tables import ScoreRow
-from tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
-from tasks.progress import Progress
-from tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
-from tasks.spending import follow
+from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.job import GenerationJob, Prepared, prepare
+from facediffuser.tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
+from facediffuser.tasks.progress import Progress
+from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
+from facediffuser.tasks.spending import follow
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from facediffuser.errors import InputError, Stopped
-from tasks.ray_session import cluster_cpus, cluster_gpus
+from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus
 
 if TYPE_CHECKING:  # a worker's start is quicker without
-    from facediffuser.generation import GenerationJob
+    from facediffuser.generation.job import GenerationJob
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class ShardActor:
         """Return what makes the shards."""
         import torch
 
-        from facediffuser.generation.worker import ShardGenerator
+        from facediffuser.generation.shard_generator import ShardGenerator
 
         if job.device == "cpu":
             torch.set_num_threads(job.made["threads"])

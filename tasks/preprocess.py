@@ -13,11 +13,9 @@ from typing import Any
 import ray
 from prefect import task
 
+from facediffuser.cards.prepared_card import write_card
 from facediffuser.errors import InputError
 from facediffuser.preprocess.archives import read_records
-from facediffuser.preprocess.card import write_card
-from facediffuser.preprocess.manifest import build_manifest, write_manifest
-from facediffuser.preprocess.models import require_models
 from facediffuser.preprocess.parts import (
     MANIFEST,
     begin_run,
@@ -27,14 +25,16 @@ from facediffuser.preprocess.parts import (
     part_name,
     split_into_parts,
 )
+from facediffuser.preprocess.photo_stages import Job
 from facediffuser.preprocess.prepare import PartPreparer
-from facediffuser.preprocess.settings import PreprocessSettings
+from facediffuser.preprocess.prepared_manifest import build_manifest, write_manifest
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.preprocess.required_models import require_models
 from facediffuser.preprocess.sources import Listing, Record, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
-from facediffuser.preprocess.stages import Job
 from facediffuser.storage import Store, open_store
-from tasks.progress import Progress
-from tasks.ray_session import cluster_gpus, connect_ray
+from facediffuser.tasks.progress import Progress
+from facediffuser.tasks.ray_session import cluster_gpus, connect_ray
 
 logger = logging.getLogger(__name__)
 

@@ -5,16 +5,16 @@ from typing import Any
 
 from prefect import task
 
-from facediffuser.dataset.card import write_card
+from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
+from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.generation.repair import job_of_dataset, restore_plan_part, sort_damage
-from facediffuser.generation.settings import RepairSettings, RetrySettings
 from facediffuser.storage import open_store
-from tasks.pool import RepairActor, Work, stopped_by_sigterm
-from tasks.progress import Progress
-from tasks.ray_session import cluster_gpus, connect_ray
-from tasks.spending import follow
+from facediffuser.tasks.pool import RepairActor, Work, stopped_by_sigterm
+from facediffuser.tasks.progress import Progress
+from facediffuser.tasks.ray_session import cluster_gpus, connect_ray
+from facediffuser.tasks.spending import follow
 
 logger = logging.getLogger(__name__)
 

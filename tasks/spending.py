@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.pool import Work
-from tasks.progress import Progress
+from facediffuser.tasks.pool import Work
+from facediffuser.tasks.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ def ray_session():
     """One local Ray with two CPUs for the whole session."""
     import ray
 
-    from tasks.ray_session import connect_ray
+    from facediffuser.tasks.ray_session import connect_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     connect_ray()

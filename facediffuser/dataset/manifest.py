@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
-from facediffuser.dataset.shards import read_columns
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store
 

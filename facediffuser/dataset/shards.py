@@ -3,7 +3,7 @@
 import functools
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,9 +78,3 @@ def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int,
 def foreign_shards(store: Store, layout: Layout) -> list[str]:
     """Return the keys below data/ that are no shards of this layout."""
     return [info.key for info in store.list("data/") if layout.shard_of_key(info.key) is None]
-
-
-def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
-    """Return some columns of a shard."""
-    with store.open(key) as source:
-        return pq.read_table(source, columns=list(columns))

@@ -16,7 +16,7 @@ from facediffuser.dataset.manifest import read_manifest
 from facediffuser.dataset.other_run import require_like_run
 from facediffuser.dataset.plan import Plan, RowSettings
 from facediffuser.errors import InputError
-from facediffuser.generation.settings import GenerateSettings, RepairSettings, RetrySettings
+from facediffuser.generation.generate_settings import GenerateSettings, RepairSettings, RetrySettings
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import ids_and_places
 from facediffuser.schedulers import choose_scheduler
@@ -169,9 +169,7 @@ def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any
 # --- the prompts ------------------------------------------------------------------------------------------------------
 
 
-def _require_sizes(
-    settings: GenerateSettings, model: ModelFacts, subjects: int, prompts: Sequence[Prompt]
-) -> None:
+def _require_sizes(settings: GenerateSettings, model: ModelFacts, subjects: int, prompts: Sequence[Prompt]) -> None:
     """Raise InputError for a prompt that shows more subjects than there are, or than the model takes."""
     for prompt in prompts:
         if model.max_subjects is not None and prompt.subjects > model.max_subjects:

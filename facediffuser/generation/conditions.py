@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from facediffuser.dataset.references import References, load_references, references_of
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.shards import shard_mark
-from facediffuser.dataset.subjects import References, load_references, references_of
 from facediffuser.errors import InputError
-from facediffuser.scoring import subject_embedding
+from facediffuser.scoring.identity import subject_embedding
 from facediffuser.storage import Store
 
 KEPT = 512

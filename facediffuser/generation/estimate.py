@@ -40,7 +40,7 @@ def rate_of_dataset(url: str) -> Rate:
 def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -> Rate:
     """Return the rate of making a few rows here, in memory; on a GPU they are made twice and the second time counts."""
     from facediffuser.dataset.shards import encode_shard
-    from facediffuser.generation.worker import ShardGenerator, device_name
+    from facediffuser.generation.shard_generator import ShardGenerator, device_name
 
     generator = ShardGenerator(job, references=references)
     for _ in range(2 if job.device == "cuda" else 1):

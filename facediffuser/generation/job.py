@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from facediffuser.dataset.other_run import require_same_run, run_there
 from facediffuser.dataset.plan import Layout, Plan, write_plan
+from facediffuser.dataset.references import encode_references, references_digest
 from facediffuser.dataset.schema import (
     DATASET_SCHEMA,
     PLAN_SCHEMA,
@@ -19,13 +20,13 @@ from facediffuser.dataset.schema import (
     with_marks,
 )
 from facediffuser.dataset.shards import shard_mark
-from facediffuser.dataset.subjects import encode_references, prepare_references, references_digest
 from facediffuser.errors import InputError
 from facediffuser.generation.check import check, known_document
-from facediffuser.generation.settings import GenerateSettings, Pool
-from facediffuser.miniature.parts import base_folder
+from facediffuser.generation.generate_settings import GenerateSettings, Pool
+from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.modelfolder import model_digests
-from facediffuser.scoring import load_scorers
+from facediffuser.scoring.scorers import load_scorers
+from facediffuser.shipped import base_folder
 from facediffuser.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -118,9 +119,7 @@ def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None =
     height, width = plan.row.height, plan.row.width
     batch_size = min(settings.batch_size or default_batch_size(height, width, gpu), settings.shard_size)
     threads = settings.cpus_per_worker or _threads_of(store) or threads or _torch_threads()
-    run = run_document(
-        settings, plan, digests, scorers.digests, references, batch_size, gpu, None if gpu else threads
-    )
+    run = run_document(settings, plan, digests, scorers.digests, references, batch_size, gpu, None if gpu else threads)
     fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
     require_same_run(store, fingerprint, run, plan, references)
     job = GenerationJob(

@@ -11,13 +11,13 @@ import pyarrow as pa
 from facediffuser.dataset.manifest import Manifest, object_entry, read_manifest
 from facediffuser.dataset.other_run import differences
 from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
+from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
-from facediffuser.dataset.shards import read_columns
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
 from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.generate_settings import Pool, RemakeSettings
 from facediffuser.generation.job import GenerationJob
-from facediffuser.generation.settings import Pool, RemakeSettings
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.storage import Store, open_store
 
@@ -128,7 +128,7 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
 
     It is made in its batch's company first; where that gives other bytes, alone, as it was made when its batch failed.
     """
-    from facediffuser.generation.worker import ShardGenerator
+    from facediffuser.generation.shard_generator import ShardGenerator
 
     store = open_store(settings.dataset)
     manifest = read_manifest(store)

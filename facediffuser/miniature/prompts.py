@@ -2,7 +2,7 @@
 
 import json
 
-from facediffuser.scoring.benchmarks import suite_prompts
+from facediffuser.dataset.suites import suite_prompts
 
 
 def _rows(suite: str) -> tuple[dict[str, str], ...]:

@@ -111,7 +111,9 @@ def render_set(
         numbers = [first + index % people]
         if rng.random() < pair_share:
             numbers.append(first + (index + 1 + int(rng.integers(people - 1))) % people)
-        drawn = render([person(number) for number in numbers], int(rng.integers(2**31)), size, action_share=action_share)
+        drawn = render(
+            [person(number) for number in numbers], int(rng.integers(2**31)), size, action_share=action_share
+        )
         image_id = f"{index:08d}"
         _write_picture(output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < LOOKS_SHARE))
         (test if index % people >= 0.9 * people else train).append(image_id)
@@ -127,7 +129,7 @@ def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJEC
 
     A photograph in which MTCNN finds no face, or two, is taken again: `generate` would refuse it.
     """
-    from facediffuser.preprocess.faces import FaceDetector
+    from facediffuser.scoring.face_detector import FaceDetector
 
     detector, rows = FaceDetector(), []
     for place in range(count):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from facediffuser.preprocess.images import Rejection
 from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
+from facediffuser.preprocess.read_pictures import Rejection
 from facediffuser.preprocess.segments import PERSON_LABELS, Segment, segment_box
-from facediffuser.preprocess.subjects import Subject
+from facediffuser.preprocess.subject_segments import Subject
 
 MISMATCH = "annotation does not match"
 DAMAGED = "damaged annotation"
@@ -90,7 +90,9 @@ def annotated_segments(annotation: Annotation, ids: np.ndarray) -> list[Segment]
             raise Rejection(MISMATCH, f"segment {item['id']} is not in the segmentation map")
         said = item.get("bbox")
         if said is not None and not any(_touch(box, other) for other in (said, (said[1], said[0], said[3], said[2]))):
-            raise Rejection(MISMATCH, f"segment {item['id']} is in {list(box)} of the map, its bbox {said} is elsewhere")
+            raise Rejection(
+                MISMATCH, f"segment {item['id']} is in {list(box)} of the map, its bbox {said} is elsewhere"
+            )
         segments.append(Segment(item["id"], str(item.get("coco_label", PERSON_LABELS[0])), box))
     repeated = len({segment.id for segment in segments}) != len(segments)
     if repeated:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
-from facediffuser.preprocess.settings import PreprocessSettings
+from facediffuser.preprocess.prepared_schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.sources import Listing, Record
 from facediffuser.storage import Store, open_store
 

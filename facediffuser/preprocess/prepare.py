@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from facediffuser.errors import InputError
+from facediffuser.faces import Face, face_crop_box, ffhq_crop
 from facediffuser.preprocess.annotations import (
     annotated_segments,
     annotated_subjects,
@@ -20,14 +21,13 @@ from facediffuser.preprocess.annotations import (
     read_annotation,
     read_caption,
 )
-from facediffuser.preprocess.faces import Face, face_crop_box, ffhq_crop
-from facediffuser.preprocess.images import Rejection, read_picture
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
+from facediffuser.preprocess.photo_stages import STAGES, Findings, Item, Job
+from facediffuser.preprocess.read_pictures import Rejection, read_picture
 from facediffuser.preprocess.segments import encode_map, read_map, resize_map
 from facediffuser.preprocess.sources import FASTCOMPOSER, Record
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
-from facediffuser.preprocess.stages import STAGES, Findings, Item, Job
-from facediffuser.preprocess.subjects import tie_faces
+from facediffuser.preprocess.subject_segments import tie_faces
 from facediffuser.storage import open_store, safe_key
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from facediffuser.preprocess.images import Rejection
+from facediffuser.preprocess.read_pictures import Rejection
 
 PERSON_LABELS = ("person",)
 LARGEST_ID = 65_535

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.images import EXTENSIONS
+from facediffuser.preprocess.read_pictures import EXTENSIONS
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import TEMPORARY_SUFFIX, LocalStore, open_store
 

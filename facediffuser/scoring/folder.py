@@ -14,7 +14,7 @@ def scorers_folder(name: str) -> Path:
     Raises InputError unless it holds identity/ and prompt/.
     """
     if name == "miniature":
-        from facediffuser.miniature.parts import scorers_folder as shipped
+        from facediffuser.shipped import scorers_folder as shipped
 
         folder = shipped()
     else:

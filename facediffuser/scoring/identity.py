@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.faces import Face, FaceDetector, crop_square, face_crop_box
+from facediffuser.faces import Face, crop_square, face_crop_box
+from facediffuser.scoring.face_detector import FaceDetector
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def published_facenet() -> Path:
 def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}/model.safetensors: missing; give the whole identity/ folder of the scorers")
-    from facediffuser.miniature.embedder import load_identity_embedder
+    from facediffuser.scoring.miniature_embedder import load_identity_embedder
 
     network = load_identity_embedder(folder)
     detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 from facediffuser.scoring.identity import file_digest
 
 logger = logging.getLogger(__name__)
@@ -16,8 +17,6 @@ logger = logging.getLogger(__name__)
 PAPER_CLIP = "openai/clip-vit-large-patch14"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 64
 
 
@@ -83,7 +82,7 @@ def clip_crop(image: Image.Image, size: int) -> np.ndarray:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255.0
-    return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+    return ((pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
 
 
 def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer, str]:

@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from facediffuser.preprocess.faces import crop_turned
+from facediffuser.faces import crop_turned
 from facediffuser.training.recipe import Augmentation
 
 BLUR_PX, BLUR_SIGMA = 5, (0.1, 2.0)

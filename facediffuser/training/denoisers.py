@@ -24,7 +24,7 @@ from facediffuser.training.attention import AttentionMaps, record_cross_attentio
 from facediffuser.training.batches import Batch
 from facediffuser.training.frozen import encode_moments
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.settings import TrainSettings
+from facediffuser.training.train_settings import TrainSettings
 
 EAGER_SIDE = 32
 

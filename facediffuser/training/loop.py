@@ -12,18 +12,18 @@ import torch.distributed
 from torch import nn
 
 from facediffuser.storage import open_store
-from facediffuser.training import runs
+from facediffuser.training import training_run as runs
 from facediffuser.training.ahead import ahead
 from facediffuser.training.batches import Batch, image_seed
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss
 from facediffuser.training.parameters import select_trained
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.settings import TrainSettings
 from facediffuser.training.speed import Speed
-from facediffuser.training.splits import split_batches
+from facediffuser.training.train_settings import TrainSettings
+from facediffuser.training.validation import split_batches
 from facediffuser.training.watching import Watcher
-from facediffuser.training.worker import Worker
+from facediffuser.training.worker_context import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import SCHEMA_KEY, SCHEMA_VERSION
+from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import open_store
 
 COLUMNS = [

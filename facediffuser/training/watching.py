@@ -10,16 +10,16 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
+from facediffuser.faces import crop_turned
 from facediffuser.pipeline import FaceDiffuserPipeline
-from facediffuser.preprocess.faces import crop_turned
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
 from facediffuser.training.conditioning import mark_caption
 from facediffuser.training.denoisers import Parts
 from facediffuser.training.losses import noise_loss
 from facediffuser.training.records import Records
-from facediffuser.training.settings import TrainSettings
-from facediffuser.training.splits import split_batches
+from facediffuser.training.train_settings import TrainSettings
+from facediffuser.training.validation import split_batches
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from facediffuser.dataset.added import Added, read_added, write_added
+from facediffuser.dataset.added_columns import Added, read_added, write_added
 from facediffuser.storage import open_store
 
 TABLE = pa.table({"sample_id": [f"s{number}" for number in range(10)], "value": [float(n) for n in range(10)]})

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from scoring.made import row, write_dataset
 
-from facediffuser.dataset.card import MAX_LINES, OTHERS, write_card
-from facediffuser.dataset.sheet import SheetRow, Tile, contact_sheet, font, wrap
-from facediffuser.dataset.survey import EXTREMES, SHEET_COLUMNS, SHEET_ROWS, fetch_images, survey_dataset
+from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet, font, wrap
+from facediffuser.cards.dataset_card import MAX_LINES, OTHERS, write_card
+from facediffuser.cards.survey import EXTREMES, SHEET_COLUMNS, SHEET_ROWS, fetch_images, survey_dataset
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 

@@ -37,10 +37,12 @@ def test_subjects_come_sorted_with_their_words(people):
     ]
 
 
-@pytest.mark.parametrize("key", ["../1.png", "..\\evil/1.png", "a~b/1.png", "a+b/1.png", "a\nb/1.png", "x" * 121 + "/1.png"])
+@pytest.mark.parametrize(
+    "key", ["../1.png", "..\\evil/1.png", "a~b/1.png", "a+b/1.png", "a\nb/1.png", "x" * 121 + "/1.png"]
+)
 def test_a_subject_id_cannot_leave_its_folder(people, monkeypatch, key):
     # A bucket may hold any key; a folder could not.
-    monkeypatch.setattr("facediffuser.storage.LocalStore.list", lambda store, prefix="": [ObjectInfo(key, 1)])
+    monkeypatch.setattr("facediffuser.storage.base.base.LocalStore.list", lambda store, prefix="": [ObjectInfo(key, 1)])
     with pytest.raises(InputError, match="cannot be a name|no subjects there"):
         read_subjects(str(people))
 
@@ -106,7 +108,13 @@ def test_prompts_without_ids_are_numbered(tmp_path):
 
 
 def test_each_prompt_says_how_many_subjects_it_shows(tmp_path):
-    texts = ["{subject}", "{subject_1}", "a man <|image|>", "{subject_2} and {subject_1}", "man <|image|>, woman <|image|>"]
+    texts = [
+        "{subject}",
+        "{subject_1}",
+        "a man <|image|>",
+        "{subject_2} and {subject_1}",
+        "man <|image|>, woman <|image|>",
+    ]
     path = prompts_file(tmp_path, "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     assert [prompt.subjects for prompt in read_prompts(path)] == [1, 1, 1, 2, 2]
     with pytest.raises(InputError, match="prompts.jsonl row 4: .*{subject_2} but an image has 1 subject; leave"):

@@ -89,7 +89,9 @@ def test_a_seed_belongs_to_its_row_not_to_the_rows_around_it():
     assert row_seed(0, "person0~p0~0") == few["person0~p0~0"]
 
 
-@pytest.mark.parametrize("change", [{"subjects": 4}, {"prompts": 3}, {"images": 3}, {"seed": 1}, {"together": 2}, {"sets": 2}])
+@pytest.mark.parametrize(
+    "change", [{"subjects": 4}, {"prompts": 3}, {"images": 3}, {"seed": 1}, {"together": 2}, {"sets": 2}]
+)
 def test_whatever_changes_the_rows_changes_the_digest(change):
     assert plan_of(**change).digest() != plan_of().digest()
 

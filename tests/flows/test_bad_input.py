@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from flows.cli import main
+from facediffuser.flows.cli import main
 
 
 @pytest.fixture

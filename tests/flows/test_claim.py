@@ -2,9 +2,9 @@
 
 import pytest
 
+from facediffuser.flows.claim import ClaimSettings
+from facediffuser.flows.cli import main
 from facediffuser.storage import open_store
-from flows.claim import ClaimSettings
-from flows.cli import main
 
 METHODS = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 

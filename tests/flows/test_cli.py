@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.errors import InputError
-from flows.cli import COMMANDS, _load, main, parse_settings
+from facediffuser.flows.cli import COMMANDS, _load, main, parse_settings
 
 
 class Settings(BaseModel):

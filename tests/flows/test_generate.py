@@ -8,7 +8,7 @@ import ray.data
 from PIL import Image
 from skimage import data
 
-from flows.cli import main
+from facediffuser.flows.cli import main
 
 
 def test_a_real_photograph_becomes_rows_with_a_found_face_and_scores(tmp_path: Path, prefect_harness, ray_session):

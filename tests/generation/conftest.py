@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from world import World
 
-from facediffuser.generation import ShardGenerator, prepare
+from facediffuser.generation.job import prepare
+from facediffuser.generation.shard_generator import ShardGenerator
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import pytest
 
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
+from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.generation.estimate import estimate, rate_of_dataset
 from facediffuser.storage import open_store
-from flows.generate_dataset import generate_dataset
-from tasks.generate import FailedRowsError, finish_dataset
+from facediffuser.tasks.generate import FailedRowsError, finish_dataset
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ import pytest
 from pydantic import ValidationError
 from world import save_prompts
 
-import flows.evaluate
 from facediffuser.errors import InputError
-from facediffuser.generation import ShardGenerator, prepare
-from facediffuser.scoring.runs import benchmark_runs
-from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.evaluation.benchmark_runs import benchmark_runs
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.flows import evaluate as evaluate_flow
+from facediffuser.flows.evaluate import evaluate
+from facediffuser.generation.job import prepare
+from facediffuser.generation.shard_generator import ShardGenerator
 from facediffuser.storage import open_store
-from flows.evaluate import evaluate
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def without_ray(monkeypatch):
             generator(shard)
         return {"output": prepared.job.output}
 
-    monkeypatch.setattr(flows.evaluate, "generate_dataset", generate)
+    monkeypatch.setattr(evaluate_flow, "generate_dataset", generate)
 
 
 def test_every_run_samples_as_told(settings):

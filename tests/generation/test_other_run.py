@@ -9,8 +9,8 @@ from world import PROMPTS, save_people, save_prompts
 
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.errors import InputError
-from facediffuser.generation import prepare
 from facediffuser.generation.check import check
+from facediffuser.generation.job import prepare
 
 
 @pytest.fixture

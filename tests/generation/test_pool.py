@@ -10,12 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from facediffuser.errors import Stopped
-from facediffuser.generation import GenerateSettings
-from facediffuser.generation.settings import Pool
+from facediffuser.generation.generate_settings import GenerateSettings, Pool
 from facediffuser.storage import StorageError
-from tasks.pool import Foreman, ShardActor, Work, stopped_by_sigterm
-from tasks.progress import Progress
-from tasks.spending import follow
+from facediffuser.tasks.pool import Foreman, ShardActor, Work, stopped_by_sigterm
+from facediffuser.tasks.progress import Progress
+from facediffuser.tasks.spending import follow
 
 SECONDS = {"denoise": 3.0, "score": 1.0, "total": 4.0}
 

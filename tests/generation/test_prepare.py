@@ -7,11 +7,11 @@ from pydantic import ValidationError
 from skimage import data
 from world import save_people, save_prompts
 
-from facediffuser.dataset.subjects import load_references
+from facediffuser.dataset.references import load_references
 from facediffuser.errors import InputError
-from facediffuser.generation import GenerateSettings, prepare
 from facediffuser.generation.check import check
-from facediffuser.generation.job import default_batch_size
+from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.job import default_batch_size, prepare
 
 
 def test_preparing_writes_nothing(world, tmp_path):

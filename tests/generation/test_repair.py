@@ -11,13 +11,13 @@ from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.shards import encode_shard, finished_shards
 from facediffuser.dataset.verify import find_problems, verify
 from facediffuser.errors import InputError
+from facediffuser.evaluation.copies import scorers_of
+from facediffuser.flows.cli import main
+from facediffuser.flows.repair_dataset import repair_dataset, retry_failed
+from facediffuser.generation.generate_settings import RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.generation.repair import job_of_dataset, remake, sort_damage
-from facediffuser.generation.settings import RemakeSettings, RepairSettings, RetrySettings
-from facediffuser.generation.worker import failed_row
-from facediffuser.scoring.copies import scorers_of
+from facediffuser.generation.shard_generator import failed_row
 from facediffuser.storage import open_store
-from flows.cli import main
-from flows.repair_dataset import repair_dataset, retry_failed
 
 
 def finish(store, job) -> None:

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from world import PROMPTS, save_prompts
 
-from facediffuser.dataset.card import write_card
-from facediffuser.dataset.images import encode_image
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.manifest import build_manifest, shard_entry, write_manifest
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import DATASET_SCHEMA, DIGITAL_SOURCE_TYPE, PROVENANCE_KEY
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
-from facediffuser.generation import ShardGenerator, prepare
-from facediffuser.generation.worker import told
+from facediffuser.generation.job import prepare
+from facediffuser.generation.shard_generator import ShardGenerator, told
 
 
 class Stumbling:

@@ -10,10 +10,10 @@ from scoring.made import save_scorers
 from skimage import data
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.generation import GenerateSettings
-from facediffuser.miniature.tokenizer import make_tokenizer
+from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.subject import SubjectFuser
+from tools.miniature_weights.tokenizer import make_tokenizer
 
 PROMPTS = [
     {"prompt": "{subject} reading a book", "prompt_id": "book", "category": "action"},

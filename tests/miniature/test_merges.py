@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from facediffuser.miniature.merges import learn_merges
+from tools.miniature_weights.merges import learn_merges
 
 
 def test_the_most_frequent_neighbours_come_first():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from facediffuser.miniature import methods
-from facediffuser.scoring import load_scorers
+from facediffuser.scoring.scorers import load_scorers
+from tools.miniature_weights import methods
 
 
 @pytest.fixture(scope="module")

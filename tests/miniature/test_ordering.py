@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from facediffuser.miniature import methods
 from facediffuser.prompts import without_markers
-from facediffuser.scoring import load_scorers
+from facediffuser.scoring.scorers import load_scorers
+from tools.miniature_weights import methods
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from facediffuser import shipped as parts
 from facediffuser.errors import InputError
-from facediffuser.miniature import parts
-from facediffuser.miniature.embedder import load_identity_embedder
-from facediffuser.miniature.parts import base_folder, models_folder, scorers_folder
 from facediffuser.miniature.render import Rendering
-from facediffuser.miniature.scorers import clip_normalised
-from facediffuser.miniature.tokenizer import token_ids
-from facediffuser.preprocess.faces import FaceDetector
+from facediffuser.scoring.face_detector import FaceDetector
+from facediffuser.scoring.miniature_embedder import load_identity_embedder
+from facediffuser.shipped import base_folder, models_folder, scorers_folder
+from tools.miniature_weights.tokenizer import token_ids
+from tools.miniature_weights.train_scorers import clip_normalised
 
 BASE = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder"}
 MEGABYTE = 2**20
@@ -55,7 +55,7 @@ def test_all_parts_are_there_and_under_forty_megabytes():
 
 def test_a_missing_part_is_named_with_the_command_that_makes_it(monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "WEIGHTS", tmp_path)
-    with pytest.raises(InputError, match="facediffuser.miniature.make"):
+    with pytest.raises(InputError, match="tools.miniature_weights.make"):
         parts.base_folder()
 
 
@@ -134,8 +134,8 @@ def test_the_prompt_scorer_finds_the_caption_of_a_picture(photos: list[Rendering
 def test_scorers_share_no_people_and_no_weights_with_the_models():
     from safetensors.torch import load_file
 
-    from facediffuser.miniature.make import MODEL_PEOPLE, MODEL_PICTURES, SCORER_PEOPLE, SCORER_PICTURES
     from facediffuser.miniature.render import SET_PEOPLE, SUBJECT_PEOPLE
+    from tools.miniature_weights.make import MODEL_PEOPLE, MODEL_PICTURES, SCORER_PEOPLE, SCORER_PICTURES
 
     assert MODEL_PEOPLE + MODEL_PICTURES <= SCORER_PEOPLE
     assert SCORER_PEOPLE + SCORER_PICTURES <= SET_PEOPLE < SUBJECT_PEOPLE

@@ -12,7 +12,7 @@ from PIL import Image
 from facediffuser.errors import InputError
 from facediffuser.miniature.looks import ACTIONS
 from facediffuser.miniature.render import render_set
-from facediffuser.preprocess.faces import FaceDetector
+from facediffuser.scoring.face_detector import FaceDetector
 
 COUNT = 60
 

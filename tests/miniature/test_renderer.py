@@ -11,7 +11,7 @@ from facediffuser.errors import InputError
 from facediffuser.miniature.looks import SCENES, STYLES, Outfit, Setting
 from facediffuser.miniature.people import Identity, identity_words
 from facediffuser.miniature.render import Rendering, person, render
-from facediffuser.preprocess.faces import FaceDetector
+from facediffuser.scoring.face_detector import FaceDetector
 
 PLAIN = Outfit()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from facediffuser.miniature.parts import base_folder, scorers_folder
 from facediffuser.miniature.render import Rendering
-from facediffuser.miniature.tokenizer import make_tokenizer, token_ids
+from facediffuser.shipped import base_folder, scorers_folder
+from tools.miniature_weights.tokenizer import make_tokenizer, token_ids
 
 TEXTS = ["a photo of a man with curly red hair", "a woman wearing a blue beanie in the snow", "a man on the beach"] * 4
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from facediffuser.miniature.render import render_set
-from facediffuser.preprocess import PreprocessSettings
+from facediffuser.preprocess.photo_stages import Job
 from facediffuser.preprocess.prepare import PartPreparer
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.sources import Listing
-from facediffuser.preprocess.stages import Job
-from tasks import preprocess as stage
+from facediffuser.tasks import preprocess as stage
 
 COUNT = 20
 

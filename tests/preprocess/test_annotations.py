@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from facediffuser.faces import Face
 from facediffuser.preprocess.annotations import annotated_segments, annotated_subjects, identity_of, read_annotation
-from facediffuser.preprocess.faces import Face
-from facediffuser.preprocess.images import Rejection
 from facediffuser.preprocess.phrases import find_person_phrases
+from facediffuser.preprocess.read_pictures import Rejection
 from facediffuser.preprocess.segments import Segment, decode_map, encode_map, read_map, resize_map
-from facediffuser.preprocess.subjects import Subject, greedy_match, match_subjects, tie_faces
+from facediffuser.preprocess.subject_segments import Subject, greedy_match, match_subjects, tie_faces
 
 CAPTION = "an old man and a woman outside"
 IDS = np.array([[0, 1, 1, 0, 2, 2], [0, 1, 1, 0, 2, 2]])

@@ -17,11 +17,11 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess import sources
-from facediffuser.preprocess.images import read_picture
+from facediffuser.preprocess.photo_stages import Job
 from facediffuser.preprocess.prepare import PartPreparer
-from facediffuser.preprocess.settings import PreprocessSettings
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.preprocess.read_pictures import read_picture
 from facediffuser.preprocess.sources import Record, list_source
-from facediffuser.preprocess.stages import Job
 
 
 def rows(output: Path, *folders: str) -> list[dict]:
@@ -37,6 +37,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 def png(width: int, height: int, bits: int, packed: bytes) -> bytes:
     """An RGB PNG around rows that are compressed already."""
+
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 

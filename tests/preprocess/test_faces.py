@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from skimage import data
 
-from facediffuser.preprocess import faces as module
-from facediffuser.preprocess.faces import FaceDetector, crop_square, crop_turned, face_crop_box, ffhq_crop
+from facediffuser import faces as module
+from facediffuser.faces import crop_square, crop_turned, face_crop_box, ffhq_crop
+from facediffuser.scoring.face_detector import FaceDetector
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,8 @@ def test_killed_in_the_middle_and_run_again_it_gives_the_bytes_of_an_undisturbed
     assert 2 <= len(finished) < 20 and not (output / "manifest.json").exists()
     before = {name: os.stat(output / "parts" / name).st_mtime_ns for name in finished}
     assert start(photos, output, log).wait() == 0, log.read_text()[-3000:]
-    assert {name: os.stat(output / "parts" / name).st_mtime_ns for name in finished} == before, "finished parts are kept"
+    assert {name: os.stat(output / "parts" / name).st_mtime_ns for name in finished} == before, (
+        "finished parts are kept"
+    )
     prepare(photos, tmp_path / "undisturbed", **OPTIONS)
     assert contents(output) == contents(tmp_path / "undisturbed")

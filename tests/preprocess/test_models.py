@@ -8,12 +8,12 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess import segments as segments_module
-from facediffuser.preprocess.captions import Captioner
-from facediffuser.preprocess.models import require_models
+from facediffuser.preprocess.captioners import Captioner
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.preprocess.required_models import require_models
 from facediffuser.preprocess.segments import Segmenter, segment_box
-from facediffuser.preprocess.settings import PreprocessSettings
 from facediffuser.preprocess.sources import Listing, Record
-from facediffuser.preprocess.subjects import PhraseMatcher
+from facediffuser.preprocess.subject_segments import PhraseMatcher
 
 PICTURES = [Image.fromarray(data.astronaut()).resize(size) for size in ((64, 64), (96, 64), (64, 64))]
 

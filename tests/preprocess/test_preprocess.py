@@ -18,9 +18,9 @@ from preprocess.tiny_models import tiny_blip, tiny_clip, tiny_mask2former
 from skimage import data
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY, SCHEMA_VERSION
+from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.preprocess.segments import decode_map
-from tasks import preprocess as stage
+from facediffuser.tasks import preprocess as stage
 
 
 def rows(output: Path, *folders: str) -> list[dict]:
@@ -392,8 +392,8 @@ def test_a_set_of_only_bad_pictures_is_all_rejected(tmp_path, here):
 
 
 def test_the_flow_runs_and_a_bad_source_is_the_users_error(photos, tmp_path, here, prefect_harness):
-    from facediffuser.preprocess import PreprocessSettings
-    from flows.preprocess_ffhq import preprocess_ffhq
+    from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
+    from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 
     result = preprocess_ffhq(PreprocessSettings(source=str(photos), output=str(tmp_path / "out")))
     assert result["pictures"] == COUNT and (tmp_path / "out/manifest.json").exists()

@@ -12,8 +12,8 @@ from preprocess.tiny_models import tiny_blip, tiny_blip2, tiny_clip, tiny_mask2f
 from skimage import data
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess import stages
-from facediffuser.preprocess.stages import Captions, Faces, Segments, Subjects
+from facediffuser.preprocess import photo_stages as stages
+from facediffuser.preprocess.photo_stages import Captions, Faces, Segments, Subjects
 
 ASTRONAUT = Image.fromarray(data.astronaut()).crop((96, 0, 352, 256))
 
@@ -68,7 +68,12 @@ def test_a_run_with_another_captioner_needs_captions_and_subjects_only(folder, t
         pictures.clear()
     other = {**settings, "captioner": str(tiny_blip2(tmp_path / "blip2"))}
     prepare(folder, tmp_path / "second", **other, stages=str(tmp_path / "first/stages"))
-    assert ran == {"faces": [], "segments": [], "captions": ["0.png", "2.png", "3.png"], "subjects": every[:1] + every[2:]}
+    assert ran == {
+        "faces": [],
+        "segments": [],
+        "captions": ["0.png", "2.png", "3.png"],
+        "subjects": every[:1] + every[2:],
+    }
     prepare(folder, tmp_path / "alone", **other)
     one, two = (contents(tmp_path / name) for name in ("second", "alone"))
     assert one == {key: value for key, value in two.items() if not key.startswith("stages/")}

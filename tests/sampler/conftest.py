@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.miniature.tokenizer import make_tokenizer
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.subject import SubjectFuser
+from tools.miniature_weights.tokenizer import make_tokenizer
 
 WIDTH = 32
 SCHEDULE = {

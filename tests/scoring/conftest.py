@@ -8,7 +8,7 @@ from PIL import Image
 from scoring.made import ColourNetwork, save_scorers
 from skimage import data
 
-from facediffuser.preprocess.faces import FaceDetector
+from facediffuser.scoring.face_detector import FaceDetector
 from facediffuser.scoring.identity import IdentityScorer, facenet_normalise
 from facediffuser.scoring.prompt import load_prompt
 from facediffuser.scoring.scorers import Scorers

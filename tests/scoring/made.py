@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from facediffuser.dataset.schema import DATASET_SCHEMA, SUBJECTS_SCHEMA
-from facediffuser.miniature.embedder import IdentityEmbedder, save_identity_embedder
-from facediffuser.miniature.tokenizer import make_tokenizer
+from facediffuser.scoring.miniature_embedder import IdentityEmbedder, save_identity_embedder
+from tools.miniature_weights.tokenizer import make_tokenizer
 
 
 class ColourNetwork(torch.nn.Module):

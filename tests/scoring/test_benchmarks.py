@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from facediffuser.dataset.inputs import read_prompts
+from facediffuser.dataset.suites import prompts_file, suite_prompts, suite_subjects, suites
 from facediffuser.errors import InputError
 from facediffuser.miniature.render import person, render
-from facediffuser.scoring.benchmarks import prompts_file, suite_prompts, suite_subjects, suites
-from facediffuser.scoring.external import without_markers
+from facediffuser.prompts import without_markers
 
 SHAPES = {
     "single-30": (30, 1),
@@ -48,4 +48,6 @@ def test_the_miniatures_suites_use_words_its_models_have_learnt():
     known = {word.strip(",") for seed in range(300) for word in render([person(seed)], seed).caption.text.split()}
     for name in ("miniature-30", "miniature-pairs-8"):
         for prompt in read_prompts(str(suite_prompts(name)), suite_subjects(name)):
-            assert set(without_markers(prompt.text(["man", "woman"][: suite_subjects(name)])).split()) <= known | {"and"}
+            assert set(without_markers(prompt.text(["man", "woman"][: suite_subjects(name)])).split()) <= known | {
+                "and"
+            }

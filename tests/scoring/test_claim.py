@@ -2,8 +2,8 @@
 
 import pytest
 
-from facediffuser.scoring.claim import judge, markdown, ordering_holds
-from facediffuser.scoring.tables import ScoreRow
+from facediffuser.evaluation.claim import judge, markdown, ordering_holds
+from facediffuser.evaluation.tables import ScoreRow
 
 MEANS = {  # (ip, pc, share with the right number of faces): a table on which everything holds
     "face-diffuser": (0.58, 0.29, 0.95),

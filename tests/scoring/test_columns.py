@@ -7,13 +7,13 @@ import pytest
 from PIL import Image, ImageFilter
 from scoring.made import row, write_dataset
 
-from facediffuser.dataset.added import read_added
-from facediffuser.dataset.card import write_card
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.added_columns import read_added
 from facediffuser.errors import InputError
-from facediffuser.scoring.adding import add_columns
+from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluator import Evaluator
 from facediffuser.scoring.columns import Sharpness, column_scores, load_columns
-from facediffuser.scoring.evaluation import Evaluator
-from facediffuser.scoring.settings import EvaluateSettings
 from facediffuser.storage import open_store
 
 BRIGHTNESS = "scoring.plugins:Brightness"

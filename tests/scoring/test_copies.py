@@ -9,18 +9,18 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scoring.made import beside, row, write_dataset
 
-from facediffuser.dataset.added import write_added
-from facediffuser.dataset.card import write_card
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.added_columns import write_added
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import PREPARED_SCHEMA
-from facediffuser.scoring import likeness
-from facediffuser.scoring.copies import CopySettings, find_copies
-from facediffuser.scoring.evaluation import Evaluator
-from facediffuser.scoring.likeness import nearest, thumbnail
-from facediffuser.scoring.settings import EvaluateSettings
-from facediffuser.scoring.training_faces import training_faces
+from facediffuser.evaluation import likeness
+from facediffuser.evaluation.copies import CopySettings, find_copies
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.evaluation.likeness import nearest, thumbnail
+from facediffuser.evaluation.training_faces import training_faces
+from facediffuser.flows.cli import main
+from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 from facediffuser.storage import open_store
-from flows.cli import main
 
 
 def again(picture: Image.Image) -> Image.Image:

@@ -10,9 +10,9 @@ from scoring.made import beside, row, write_dataset
 
 from facediffuser.dataset.schema import RUN_KEY, canonical_json
 from facediffuser.errors import InputError
-from facediffuser.scoring import evaluation
-from facediffuser.scoring.evaluation import Evaluator
-from facediffuser.scoring.settings import EvaluateSettings
+from facediffuser.evaluation import evaluator as evaluation
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluator import Evaluator
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_an_image_folder_without_images_is_refused(tmp_path, subjects, prompts):
 def test_the_flow_scores_a_folder_with_the_scorers_of_a_folder(
     tmp_path, people, subjects, prompts, scorers_folder, prefect_harness
 ):
-    from flows.evaluate import evaluate as flow
+    from facediffuser.flows.evaluate import evaluate as flow
 
     images = folder_of(tmp_path / "any", subject_0000_prompt_0000_instance_0000=beside(people["ada"]))
     text = flow(

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from facediffuser.miniature.render import person, render
-from facediffuser.scoring import load_scorers
+from facediffuser.scoring.scorers import load_scorers
 
 PEOPLE = 12
 FIRST_PERSON = 40_000_000  # far from those the scorers were trained on

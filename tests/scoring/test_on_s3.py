@@ -3,14 +3,14 @@
 import pytest
 from scoring.made import beside, row, write_dataset
 
-from facediffuser.dataset.added import read_added, write_added
-from facediffuser.scoring import load_scorers
-from facediffuser.scoring.adding import add_columns
+from facediffuser.dataset.added_columns import read_added, write_added
+from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.copies import CopySettings, find_copies
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.evaluation.training_faces import count_training, training_faces
 from facediffuser.scoring.columns import load_columns
-from facediffuser.scoring.copies import CopySettings, find_copies
-from facediffuser.scoring.evaluation import Evaluator
-from facediffuser.scoring.settings import EvaluateSettings
-from facediffuser.scoring.training_faces import count_training, training_faces
+from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from facediffuser.scoring import plots
-from facediffuser.scoring.sample import ScoreSample
+from facediffuser.evaluation import plots
+from facediffuser.evaluation.score_sample import ScoreSample
 
 
 def filled(order: np.ndarray, limit: int, piece: int = 700) -> ScoreSample:

@@ -8,9 +8,9 @@ from PIL import Image, ImageEnhance
 from scoring.made import beside
 
 from facediffuser.errors import InputError
-from facediffuser.scoring import load_scorers, subject_embedding
-from facediffuser.scoring.identity import face_crop, load_identity
+from facediffuser.scoring.identity import face_crop, load_identity, subject_embedding
 from facediffuser.scoring.prompt import clip_crop
+from facediffuser.scoring.scorers import load_scorers
 
 
 @pytest.fixture(scope="module")

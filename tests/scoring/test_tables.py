@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from facediffuser.scoring import compare
-from facediffuser.scoring.statistics import NORMAL_FROM, RunningMean, mean_interval, paired_difference
-from facediffuser.scoring.tables import ScoreSums, as_arrow, markdown, score_table
+from facediffuser.evaluation import compare
+from facediffuser.evaluation.statistics import NORMAL_FROM, RunningMean, mean_interval, paired_difference
+from facediffuser.evaluation.tables import ScoreSums, as_arrow, markdown, score_table
 
 
 def scored(*rows: tuple) -> pa.Table:

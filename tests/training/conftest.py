@@ -8,7 +8,7 @@ import torch
 from training.made import prepared_row, write_prepared
 
 from facediffuser.miniature.render import render_set
-from facediffuser.training import TrainSettings
+from facediffuser.training.train_settings import TrainSettings
 
 TRAIN, TEST = 12, 4
 
@@ -54,7 +54,7 @@ def base(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from facediffuser.miniature.tokenizer import make_tokenizer
+    from tools.miniature_weights.tokenizer import make_tokenizer
 
     folder, width = tmp_path_factory.mktemp("base"), 24
     torch.manual_seed(7)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from facediffuser.preprocess.parts import encode_part
-from facediffuser.preprocess.schema import PREPARED_SCHEMA
+from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 
 
 def write_prepared(folder: Path, rows: list[dict], schema=PREPARED_SCHEMA) -> None:

@@ -9,8 +9,8 @@ from training.test_loop import same, weights
 from facediffuser.training.ahead import ahead
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
-from facediffuser.training.splits import split_batches
-from facediffuser.training.worker import Worker
+from facediffuser.training.validation import split_batches
+from facediffuser.training.worker_context import Worker
 
 
 def _tensors(batch) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ import pytest
 from training.made import write_prepared
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.schema import PREPARED_SCHEMA, SCHEMA_KEY
+from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, SCHEMA_KEY
 from facediffuser.storage import open_store
-from facediffuser.training import runs
+from facediffuser.training import training_run as runs
 from facediffuser.training.loop import train_model
-from facediffuser.training.settings import TrainSettings
+from facediffuser.training.train_settings import TrainSettings
 
 
 def refusal(settings: TrainSettings) -> str:

@@ -23,7 +23,7 @@ def test_a_marked_caption_without_its_markers_is_the_caption(places):
 def test_marked_captions_have_the_ids_of_plain_ones_so_cached_embeddings_fit():
     from transformers import CLIPTokenizer
 
-    from facediffuser.miniature.parts import base_folder
+    from facediffuser.shipped import base_folder
 
     tokenizer = CLIPTokenizer.from_pretrained(base_folder() / "tokenizer")
     caption = "a woman wearing a hat, and a man in the park"

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from facediffuser.training import curves
 from facediffuser.training.loop import train_model
+from tools import curves
 
 
 def test_curves_and_samples_of_a_run_that_was_gone_on_with(settings, tmp_path):

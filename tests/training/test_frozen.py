@@ -10,7 +10,7 @@ from facediffuser.storage import open_store
 from facediffuser.training import frozen
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
-from facediffuser.training.splits import split_batches
+from facediffuser.training.validation import split_batches
 
 
 def test_latents_and_text_embeddings_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):

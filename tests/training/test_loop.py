@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
-from facediffuser.training import TrainSettings, runs
+from facediffuser.training import training_run as runs
 from facediffuser.training.loop import DivergedError, train_model
+from facediffuser.training.train_settings import TrainSettings
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +58,7 @@ def test_two_trained_runs_and_their_base_make_a_pipeline(settings, base, tmp_pat
 
 def test_the_miniatures_model_folder_is_made_from_two_runs_in_half_precision(settings, base, tmp_path):
     from facediffuser import FaceDiffuserPipeline
-    from facediffuser.miniature.make import make_models
+    from tools.miniature_weights.make import make_models
 
     for role in ("tdm", "sdm"):
         train_model(settings(role, steps=1, output=str(tmp_path / role)), lambda numbers: None)
@@ -190,7 +191,7 @@ def test_two_workers_learn_from_what_one_with_the_doubled_batch_learns_from(sett
     """The images of a step, and all chance about them, do not depend on how many workers share them."""
     from facediffuser.training.batches import image_seed
     from facediffuser.training.denoisers import load_parts
-    from facediffuser.training.splits import split_batches
+    from facediffuser.training.validation import split_batches
 
     chosen = settings("sdm", batch_size=2)
     batches = split_batches(chosen, load_parts(chosen), "train")

@@ -9,9 +9,9 @@ import torch
 from training.test_loop import same, weights
 
 from facediffuser.errors import InputError
+from facediffuser.tasks import ray_train as train
+from facediffuser.tasks.ray_train import train_on_ray
 from facediffuser.training.loop import DivergedError, train_model
-from tasks import train
-from tasks.train import train_on_ray
 
 
 def test_two_workers_on_ray_train_the_weights_of_one_with_the_doubled_batch(
@@ -79,7 +79,7 @@ def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undistu
 
 @pytest.mark.slow  # Two trainings at once on Ray Train.
 def test_both_models_train_side_by_side(ray_session, prefect_harness, settings, tmp_path):
-    from flows.train import train as flow
+    from facediffuser.flows.train import train as flow
 
     results = flow(settings("both", steps=2, seed=3, loaders=1, output=str(tmp_path / "run")))
     assert {role: result["step"] for role, result in results.items()} == {"tdm": 2, "sdm": 2}

@@ -6,7 +6,7 @@ import pytest
 from training.test_loop import same, weights
 
 from facediffuser.storage import local_copy, open_store
-from facediffuser.training import runs
+from facediffuser.training import training_run as runs
 from facediffuser.training.loop import train_model
 
 

@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-from facediffuser.generation import GenerateSettings
-from flows.cli import exit_code
-from tasks.generate import finish_dataset, generate_shards, plan_dataset
-from tasks.pool import ShardActor
+from facediffuser.flows.cli import exit_code
+from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.pool import ShardActor
 
 POISON = "FACEDIFFUSER_TEST_POISON"
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.verify import verify
-from facediffuser.generation import GenerateSettings, ShardGenerator, prepare
+from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.job import prepare
+from facediffuser.generation.shard_generator import ShardGenerator
 from facediffuser.storage import Store, open_store
-from tasks.generate import finish_dataset
+from facediffuser.tasks.generate import finish_dataset
 
 DRIVER = Path(__file__).with_name("driver.py")
 WAIT_S = 1200.0

@@ -5,7 +5,8 @@ from faults import faults
 from faults.ground import Poller
 from faults.proxy import FaultyProxy
 
-from facediffuser.generation import ShardGenerator, prepare
+from facediffuser.generation.job import prepare
+from facediffuser.generation.shard_generator import ShardGenerator
 from facediffuser.storage import open_store
 
 # Several drivers in one test; on a machine that does other things, too, each takes minutes.

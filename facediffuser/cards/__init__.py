@@ -1,0 +1,1 @@
+"""What people look at: the cards of generated datasets and of prepared photographs."""

@@ -1,0 +1,280 @@
+"""The dataset card: README.md for readers and hubs, pictures and a page in card/, all from the Parquet alone."""
+
+import io
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from facediffuser.cards.card_page import card_page
+from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
+from facediffuser.cards.survey import Located, Survey, fetch_images, survey_dataset
+from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
+from facediffuser.evaluation.plots import image_plane, score_histograms
+from facediffuser.evaluation.tables import (
+    OVERALL,
+    ScoreRow,
+    markdown,
+    title,
+    value_with_interval,
+)
+from facediffuser.prompts import without_markers
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+MAX_LINES = 7
+FLAG_TITLES = {
+    "training_copy": "faces like one of the training set",
+    "pasted_reference": "faces with a reference's pixels",
+    "duplicate": "images like another of the dataset",
+}
+OTHERS = "others"
+SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+RIGHTS = (
+    "Every image in `data/` is synthetic: it was made by diffusion models and shows no event that took place. It may "
+    "show the likeness of the people in the reference pictures (`subjects.parquet`), whose consent and whose pictures' "
+    "licences are for the publisher of this dataset to secure; the licences of the models used apply as well. Scores "
+    "are recorded, not filtered on: choose your own thresholds."
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card shows, in the forms that both the README and the page use."""
+
+    name: str
+    survey: Survey
+    run: dict[str, Any]
+    images: dict[str, bytes]
+    references: dict[str, Image.Image]
+
+    @property
+    def rows(self) -> int:
+        return self.survey.rows
+
+    @property
+    def table(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric not in self.survey.added]
+
+    @property
+    def added(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric in self.survey.added]
+
+    @property
+    def failed(self) -> int:
+        return sum(self.survey.failures.values())
+
+    @property
+    def subjects(self) -> int:
+        return self.survey.subjects
+
+
+def write_card(store: Store) -> list[ScoreRow]:
+    """Write `README.md`, `card/contact_sheet.png`, `card/score_histograms.png`, `card/index.html` of a dataset.
+
+    Reads `data/*.parquet`, `subjects.parquet` and the plan's metadata; the same dataset gives the same bytes. Memory
+    does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
+    table of scores. Raises InputError when there is no dataset.
+    """
+    survey = survey_dataset(store)
+    shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
+    shown += [located for flagged in survey.flags.values() for located in flagged.shown]
+    card = Card(
+        name=store.url.rstrip("/").rsplit("/", 1)[-1],
+        survey=survey,
+        run=_run_facts(store),
+        images=fetch_images(store, shown),
+        references=_references(store, {name for located in shown for name in located.subject_ids}),
+    )
+    groups = survey.sample.groups(MAX_LINES, OTHERS)
+    pictures = {
+        "card/contact_sheet.png": _sheet(card),
+        "card/score_histograms.png": score_histograms(groups),
+        "card/ip_pc_plane.png": image_plane(groups),
+    }
+    for key, data in pictures.items():
+        store.put(key, data)
+    facts, settings = summary(card), run_lines(card.run)
+    store.put("card/index.html", card_page(card, pictures, facts, settings, RIGHTS).encode())
+    store.put("README.md", readme(card, facts, settings).encode())
+    logger.info("%s: card of %d rows written", store.url, card.rows)
+    return card.table
+
+
+def summary(card: Card) -> list[tuple[str, str]]:
+    """Return the card's facts as (name, value) lines: counts, sizes, sampling settings."""
+    survey, settings = card.survey, card.survey.settings
+    methods = sorted({row.method for row in card.table})
+    sizes = [f"{width} × {height}" for width in settings.get("width", []) for height in settings.get("height", [])]
+    facts = [
+        ("images", f"{card.rows - card.failed:,}"),
+        ("failed rows", f"{card.failed:,}"),
+        ("subjects", f"{card.subjects:,}"),
+        ("prompts", f"{survey.prompts:,}"),
+        ("method", ", ".join(methods) or "–"),
+        ("image size, px", ", ".join(sizes[:4]) or "–"),
+        ("files", f"{survey.files:,} ({_megabytes(survey.bytes)})"),
+    ]
+    for name, label in (
+        ("num_inference_steps", "denoising steps"),
+        ("guidance_scale", "guidance scale"),
+        ("fusion_start", "fusion starts at step"),
+        ("fusion_end", "fusion ends before step"),
+        ("scheduler", "scheduler"),
+    ):
+        if settings.get(name):
+            facts.append((label, ", ".join(_word(value) for value in settings[name])))
+    return facts
+
+
+def added_lines(card: Card) -> list[tuple[str, str]]:
+    """Return the means of what other scorers added as (name, value) lines."""
+    return [
+        (f"{title(row.metric)} ({row.method}, {_people(row.subjects)})", value_with_interval(row))
+        for row in card.added
+        if row.category == OVERALL
+    ]
+
+
+def flag_lines(survey: Survey) -> list[tuple[str, str]]:
+    """Return what was found of copies as (check, result) lines."""
+    return [
+        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.looked_at:,} images flagged")
+        for name, flagged in survey.flags.items()
+    ]
+
+
+def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return what the plan's metadata says of the run as (dotted name, value) lines."""
+    lines = []
+    for name, value in run.items():
+        if isinstance(value, dict):
+            lines += run_lines(value, f"{prefix}{name}.")
+        elif value is not None and value != []:
+            lines.append((f"{prefix}{name}", ", ".join(map(_word, value)) if isinstance(value, list) else _word(value)))
+    return lines
+
+
+def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, str]]) -> str:
+    """Return the text of README.md, with the front matter the Hugging Face Hub reads."""
+    tag = next((tag for limit, tag in SIZE_TAGS if card.rows < limit), "n>1M")
+    front = {
+        "pretty_name": card.name,
+        "license": "other",
+        "license_name": "see-rights-section",
+        "task_categories": ["text-to-image"],
+        "tags": ["synthetic", "faces", "subject-driven-generation", "face-diffuser", "parquet"],
+        "size_categories": [tag],
+        "configs": [{"config_name": "default", "data_files": "data/*.parquet"}],
+    }
+    # JSON is YAML, and needs no quoting rules of our own.
+    head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
+    parts = [
+        f"---\n{head}\n---\n\n# {card.name}\n",
+        "Person-centric synthetic images, made by Face-diffuser's two diffusion models (scene and person) and\n"
+        "scored for identity preservation (IP) and prompt consistency (PC). More on one page: `card/index.html`.\n",
+        "![Subjects, images made of them, prompts and scores](card/contact_sheet.png)\n",
+        "## Contents\n\n" + _two_columns(facts),
+        "## Scores\n\nMean and 95% bootstrap interval over people and prompts. IP: cosine of face embeddings of image and reference,\n"
+        "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
+        "image and prompt.\n\n" + markdown(card.table),
+        "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",
+        "## Reading it\n\n```python\nfrom datasets import load_dataset\n\n"
+        'rows = load_dataset("parquet", data_files="data/*.parquet", split="train")  # rows[0]["image"] is a picture\n'
+        'good = rows.filter(lambda row: row["status"] == "ok" and row["ip"] > 0.5)\n```\n\n'
+        "```sql\nselect category, avg(ip), avg(pc) from 'data/*.parquet' where status = 'ok' group by category;\n```\n",
+    ]
+    if card.added:
+        parts.append(
+            "## Other scores\n\nColumns of `scores/*.parquet`, keyed by `sample_id`.\n\n"
+            + _two_columns(added_lines(card))
+        )
+    if card.survey.flags:
+        parts.append(
+            "## Copies\n\nLooked for after generation; every row's values are in `scores/copies.parquet`.\n\n"
+            + _two_columns(flag_lines(card.survey))
+        )
+    if card.failed:
+        lines = "\n".join(f"- {count:,} × {error}" for error, count in card.survey.failures.most_common(10))
+        parts.append(f"## Failed rows\n\nThey are kept as rows with `status` = `failed` and no image.\n\n{lines}\n")
+    if settings:
+        parts.append("## Made with\n\n" + _two_columns(settings))
+    parts.append(f"## Rights\n\n{RIGHTS}\n")
+    return "\n".join(parts)
+
+
+def _two_columns(lines: list[tuple[str, str]]) -> str:
+    cells = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in lines)
+    return f"| | |\n|---|---|\n{cells}\n"
+
+
+def _sheet(card: Card) -> bytes:
+    rows = [
+        SheetRow(
+            subjects=[(name, card.references.get(name)) for name in row[0].subject_ids],
+            tiles=[tile(located, card.images) for located in row],
+        )
+        for row in card.survey.sheet
+        if row
+    ]
+    overall = [row for row in card.table if row.category == "all"]
+    means = ", ".join(f"{row.metric.upper()} {row.mean:.3f}" for row in overall[:2] if row.n)
+    counts = f"{card.rows - card.failed:,} images, {card.subjects:,} subjects, {card.survey.prompts:,} prompts"
+    buffer = io.BytesIO()
+    contact_sheet(rows, card.name, f"{counts}   {means}").save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def tile(located: Located, images: dict[str, bytes]) -> Tile:
+    """Return one image of the sheet with its prompt and scores."""
+    values = located.values
+    data = images.get(values["sample_id"])
+    return Tile(
+        image=Image.open(io.BytesIO(data)) if data else None,
+        prompt=without_markers(values["prompt"]),
+        category=values["category"] or "",
+        ip=values["ip"],
+        pc=values["pc"],
+    )
+
+
+def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
+    """The first reference picture of each named subject; none when there is no subjects.parquet."""
+    if not names or not store.exists("subjects.parquet"):
+        return {}
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source, filters=pc.field("subject_id").isin(sorted(names)))
+    pictures: dict[str, Image.Image] = {}
+    for row in table.to_pylist():
+        data = row["image"]["bytes"]
+        if row["subject_id"] not in pictures and data:
+            pictures[row["subject_id"]] = Image.open(io.BytesIO(data))
+    return pictures
+
+
+def _run_facts(store: Store) -> dict[str, Any]:
+    """The run's settings and digests as the plan's Parquet metadata tells them; empty without a plan."""
+    plans = [info.key for info in store.list("plan/") if info.key.endswith(".parquet")]
+    if not plans:
+        return {}
+    with store.open(plans[0]) as source:
+        metadata = pq.read_schema(source).metadata or {}
+    run = json.loads(metadata.get(RUN_KEY, b"{}"))
+    return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
+
+
+def _people(count: int) -> str:
+    return "one subject" if count == 1 else f"{count} subjects"
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,275 @@
+"""One pass over a dataset's rows, without their images: scores, failures, and which images to show on the card."""
+
+import heapq
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from facediffuser.dataset.added_columns import read_added
+from facediffuser.dataset.reading import list_shards, row_groups
+from facediffuser.evaluation.score_sample import ScoreSample, rank
+from facediffuser.evaluation.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SHEET_ROWS = 5
+SHEET_COLUMNS = 6
+EXTREMES = 10
+TEXT_COLUMNS = ("sample_id", "prompt_id", "prompt", "error")
+SETTING_COLUMNS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "fusion_start",
+    "fusion_end",
+    "scheduler",
+    "height",
+    "width",
+)
+SURVEY_COLUMNS = (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS)
+MAX_VALUES = 8
+# Columns that `copies` adds: the flag, how alike, and to what (None: the row's own references).
+FLAGS = {
+    "training_copy": ("training_similarity", "training_nearest"),
+    "pasted_reference": ("paste_similarity", None),
+    "duplicate": ("duplicate_similarity", "duplicate_of"),
+}
+
+
+@dataclass(frozen=True)
+class Located:
+    """A row of interest and where its image lies: file, row group, row within the group."""
+
+    file: str
+    group: int
+    row: int
+    values: dict[str, Any]
+
+    @property
+    def subject_ids(self) -> tuple[str, ...]:
+        return tuple(self.values["subject_ids"])
+
+    @property
+    def category(self) -> str:
+        return self.values["category"] or NO_CATEGORY
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """Images on which a flag is raised: of how many that were looked at, and those most alike to something."""
+
+    count: int
+    looked_at: int
+    shown: list[Located]
+
+
+@dataclass
+class Survey:
+    """What one pass over a dataset found.
+
+    `table`: the means of the rows' scores and of numbers that were added, whose names are in `added`; `sample`: scores
+    for plots; `settings`: the different values of each setting column (at most eight); `sheet`: rows for the contact
+    sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC; `flags`: what the checks for copies
+    raised, empty where they were not made.
+    """
+
+    rows: int
+    table: list[ScoreRow]
+    sample: ScoreSample
+    subjects: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    settings: dict[str, list] = field(default_factory=dict)
+    prompts: int = 0
+    sheet: list[list[Located]] = field(default_factory=list)
+    best: list[Located] = field(default_factory=list)
+    worst: list[Located] = field(default_factory=list)
+    flags: dict[str, Flagged] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    bytes: int = 0
+    files: int = 0
+
+
+def survey_dataset(store: Store) -> Survey:
+    """Return what one pass over `data/*.parquet` finds; only sums, a sample of scores and a few chosen rows stay in memory.
+
+    The choice of rows depends on their ids alone, not on how they lie in shards.
+    """
+    infos = list_shards(store)
+    rows, failures, prompts, subjects = 0, Counter(), set(), set()
+    settings: dict[str, set] = {}
+    added = read_added(store)
+    flags = {name: _Flag(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
+    numbers = [name for name in added.schema.names if is_score(added.schema.field(name))]
+    sums, sample, choice, extremes = ScoreSums(numbers), ScoreSample(), _SheetChoice(), _Extremes()
+    for file, group, table in row_groups(store, [info.key for info in infos], SURVEY_COLUMNS, SCORE_COLUMNS):
+        beside = added.of(table["sample_id"])
+        narrow = table.select([name for name in (*SCORE_COLUMNS, "face_count") if name in table.column_names])
+        for name in beside.column_names:
+            narrow = narrow.append_column(name, beside[name])
+        rows += narrow.num_rows
+        sums.add(narrow)
+        _sample(sample, table)
+        subjects.update(table["subject_ids"].combine_chunks().flatten().unique().to_pylist())
+        for name in set(SETTING_COLUMNS) & set(table.column_names):
+            settings.setdefault(name, set()).update(table[name].unique().to_pylist())
+        table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
+        more = beside.to_pylist() if flags else [{}] * table.num_rows
+        for row, (values, others) in enumerate(zip(table.to_pylist(), more, strict=True)):
+            prompts.add(values["prompt_id"])
+            if values["status"] != "ok":
+                failures[(values["error"] or "unknown error").strip().splitlines()[0][:200]] += 1
+                continue
+            located = Located(file, group, row, values | others)
+            choice.offer(located)
+            extremes.offer(located)
+            for name, flag in flags.items():
+                flag.offer(located, others[name])
+    best, worst = extremes.taken()
+    return Survey(
+        rows=rows,
+        table=sums.table(),
+        sample=sample,
+        subjects=len(subjects),
+        failures=failures,
+        settings={name: _few(values) for name, values in sorted(settings.items())},
+        prompts=len(prompts),
+        sheet=choice.taken(),
+        best=best,
+        worst=worst,
+        flags={name: flag.taken() for name, flag in flags.items()},
+        added=numbers,
+        bytes=sum(info.size for info in infos),
+        files=len(infos),
+    )
+
+
+def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
+    """Return sample_id -> encoded image of rows found by the survey, reading only the row groups they lie in."""
+    places: dict[str, dict[int, list[Located]]] = {}
+    for located in wanted:
+        places.setdefault(located.file, {}).setdefault(located.group, []).append(located)
+    images = {}
+    for key, groups in sorted(places.items()):
+        with store.open(key) as source, pq.ParquetFile(source) as file:
+            for group, rows in sorted(groups.items()):
+                column = file.read_row_group(group, columns=["image"])["image"]
+                for located in rows:
+                    images[located.values["sample_id"]] = column[located.row].as_py()["bytes"]
+    return images
+
+
+def is_score(column: pa.Field) -> bool:
+    """Return whether an added column is one a mean can be taken of, and no part of the checks for copies."""
+    checked = {name for flag, columns in FLAGS.items() for name in (flag, *columns)}
+    kind = column.type
+    return (pa.types.is_floating(kind) or pa.types.is_integer(kind)) and column.name not in checked
+
+
+def _few(values: set) -> list:
+    ordered = sorted((value for value in values if value is not None), key=repr)
+    return ordered[:MAX_VALUES]
+
+
+def _sample(sample: ScoreSample, table: pa.Table) -> None:
+    scored = table.filter(pc.and_kleene(pc.equal(table["status"], "ok"), pc.is_valid(table["ip"])))
+    categories = pc.fill_null(scored["category"], NO_CATEGORY).to_pylist()
+    ip, consistency = (scored[name].to_numpy() for name in ("ip", "pc"))
+    sample.add(scored["sample_id"].to_pylist(), categories, ip, consistency)
+
+
+class _SheetChoice:
+    """Keeps the subject sets whose ids hash lowest, and of each the prompts that hash lowest in every category.
+
+    Prompts rank alike in every subject set, so that the sheet's columns can be compared.
+    """
+
+    def __init__(self):
+        self.sets: dict[tuple[str, ...], dict[str, dict[str, tuple]]] = {}
+        self.ranks: dict[tuple[str, ...], bytes] = {}
+
+    def offer(self, located: Located) -> None:
+        subjects = located.subject_ids
+        if subjects not in self.sets and not self._admit(subjects):
+            return
+        prompts = self.sets[subjects].setdefault(located.category, {})
+        prompt = str(located.values["prompt_id"])
+        item = (rank(prompt), rank(located.values["sample_id"]), located)
+        if prompt not in prompts or item[:2] < prompts[prompt][:2]:
+            prompts[prompt] = item
+        if len(prompts) > SHEET_COLUMNS:
+            del prompts[max(prompts, key=lambda name: prompts[name][:2])]
+
+    def _admit(self, subjects: tuple[str, ...]) -> bool:
+        own = rank("\x1f".join(subjects))
+        if len(self.sets) >= SHEET_ROWS:
+            last = max(self.ranks, key=self.ranks.get)
+            if own >= self.ranks[last]:
+                return False
+            del self.sets[last], self.ranks[last]
+        self.sets[subjects], self.ranks[subjects] = {}, own
+        return True
+
+    def taken(self) -> list[list[Located]]:
+        rows = []
+        for subjects in sorted(self.sets):
+            queues = [
+                [item[2] for item in sorted(prompts.values(), key=lambda item: item[:2])]
+                for _, prompts in sorted(self.sets[subjects].items())
+            ]
+            mixed = [queue[turn] for turn in range(SHEET_COLUMNS) for queue in queues if turn < len(queue)]
+            rows.append(mixed[:SHEET_COLUMNS])
+        return rows
+
+
+class _Extremes:
+    """Keeps the rows with the highest and the lowest IP; PC, then the id, decide between equals."""
+
+    def __init__(self):
+        self.high: list[tuple] = []
+        self.low: list[tuple] = []
+
+    def offer(self, located: Located) -> None:
+        ip, pc = located.values["ip"], located.values["pc"]
+        if ip is None or pc is None:
+            return
+        name = located.values["sample_id"]
+        for heap, key in ((self.high, (ip, pc, name)), (self.low, (-ip, -pc, name))):
+            if len(heap) < EXTREMES:
+                heapq.heappush(heap, (key, located))
+            elif key > heap[0][0]:
+                heapq.heapreplace(heap, (key, located))
+
+    def taken(self) -> tuple[list[Located], list[Located]]:
+        high, low = (
+            [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
+        )
+        return high, low
+
+
+class _Flag:
+    """Counts the rows on which a flag is raised and keeps those most alike; the id decides between equals."""
+
+    def __init__(self, likeness: str, like: str | None):
+        self.likeness = likeness
+        self.count = self.looked_at = 0
+        self.highest: list[tuple] = []
+
+    def offer(self, located: Located, raised: bool | None) -> None:
+        self.looked_at += raised is not None
+        if not raised:
+            return
+        self.count += 1
+        item = ((located.values[self.likeness], located.values["sample_id"]), located)
+        if len(self.highest) < EXTREMES:
+            heapq.heappush(self.highest, item)
+        elif item[0] > self.highest[0][0]:
+            heapq.heapreplace(self.highest, item)
+
+    def taken(self) -> Flagged:
+        shown = [item[1] for item in sorted(self.highest, key=lambda item: item[0], reverse=True)]
+        return Flagged(self.count, self.looked_at, shown)

@@ -1,0 +1,54 @@
+"""Reading the Parquet of a dataset piece by piece: its shards, their row groups, footers and columns."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.errors import InputError
+from facediffuser.storage import ObjectInfo, Store
+
+DATA_PREFIX = "data/"
+
+
+def list_shards(store: Store) -> list[ObjectInfo]:
+    """Return the Parquet objects of a dataset's `data/`; InputError when there is none."""
+    store.require_readable()
+    shards = [info for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
+    if not shards:
+        raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
+    return shards
+
+
+def row_groups(
+    store: Store, keys: Sequence[str], columns: Sequence[str], needed: Sequence[str] = ()
+) -> Iterator[tuple[str, int, pa.Table]]:
+    """Yield (key, row group, table) of Parquet objects with those of `columns` that they have.
+
+    Raises InputError naming the object that lacks one of the `needed` columns.
+    """
+    for key in keys:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
+            present = [name for name in columns if name in file.schema_arrow.names]
+            absent = [name for name in needed if name not in present]
+            if absent:
+                raise InputError(f"{store.url_of(key)}: no column {absent[0]!r}; give a dataset that `generate` wrote")
+            for group in range(file.num_row_groups):
+                yield key, group, file.read_row_group(group, columns=present)
+
+
+def count_rows(store: Store) -> int:
+    """Return how many rows a dataset has, from its shards' footers; InputError when there is none."""
+    return sum(read_footer(store, info.key).num_rows for info in list_shards(store))
+
+
+def read_footer(store: Store, key: str) -> pq.FileMetaData:
+    """Return the footer of a Parquet object."""
+    with store.open(key) as source:
+        return pq.read_metadata(source)
+
+
+def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
+    """Return some columns of a shard."""
+    with store.open(key) as source:
+        return pq.read_table(source, columns=list(columns))

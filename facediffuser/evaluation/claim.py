@@ -1,0 +1,67 @@
+"""The paper's claim, judged on a table: both of what one model gives up for the other is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from facediffuser.evaluation.tables import FACES, ScoreRow, overall, title
+
+OURS, PERSON, SCENE, RIVAL = "face-diffuser", "sdm", "tdm", "fastcomposer"
+KEPT = 0.95
+FACES_GOAL = 0.9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One sentence of the claim with the two means it compares; `goal`: wished for, not part of the ordering."""
+
+    says: str
+    found: float
+    needed: float
+    holds: bool
+    goal: bool = False
+
+
+def judge(table: Sequence[ScoreRow]) -> list[Check]:
+    """Return the checks of the claim for each number of subjects in the table; ValueError when a method is missing.
+
+    The ordering, on means over all categories: face-diffuser keeps 95% of the SDM's IP and 95% of the TDM's PC (of
+    nothing, 0, nothing is kept), and has more of both than FastComposer. The goal: MTCNN finds the right number of
+    faces in 90% of its images.
+    """
+    values, checks = overall(table), []
+    for count in sorted({row.subjects for row in table}):
+
+        def mean(method: str, metric: str, count: int = count) -> float:
+            row = values.get((method, count, metric))
+            if row is None or row.n == 0:
+                raise ValueError(f"no {title(metric)} of {method} with {count} subjects in the table; evaluate it too")
+            return row.mean
+
+        shown = "single" if count == 1 else f"{count} subjects"
+        for metric, other in (("ip", PERSON), ("pc", SCENE)):
+            ours, needed = mean(OURS, metric), KEPT * mean(other, metric)
+            says = f"{shown}: {title(metric)} of {OURS} is at least {KEPT:.0%} of {other}'s"
+            checks.append(Check(says, ours, needed, ours >= needed and ours > 0))
+        for metric in ("ip", "pc"):
+            ours, needed = mean(OURS, metric), mean(RIVAL, metric)
+            checks.append(Check(f"{shown}: {title(metric)} of {OURS} is above {RIVAL}'s", ours, needed, ours > needed))
+        share = mean(OURS, FACES)
+        says = f"{shown}: the right number of faces in at least {FACES_GOAL:.0%} of {OURS}'s images"
+        checks.append(Check(says, share, FACES_GOAL, share >= FACES_GOAL, goal=True))
+    return checks
+
+
+def ordering_holds(checks: Sequence[Check]) -> bool:
+    """Return whether every check but the goals holds."""
+    return all(check.holds for check in checks if not check.goal)
+
+
+def markdown(checks: Sequence[Check]) -> str:
+    """Return the checks as a Markdown table and, in one sentence, whether the paper's ordering holds."""
+    lines = ["| claim | found | needed | |", "|---|---:|---:|---|"]
+    for check in checks:
+        verdict = "holds" if check.holds else "goal missed" if check.goal else "**fails**"
+        lines.append(f"| {check.says} | {check.found:.3f} | {check.needed:.3f} | {verdict} |")
+    failed = sum(not check.holds for check in checks if not check.goal)
+    told = "The paper's ordering holds." if not failed else f"The paper's ordering does not hold: {failed} checks fail."
+    return "\n".join(lines) + f"\n\n{told}\n"

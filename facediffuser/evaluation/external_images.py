@@ -1,0 +1,143 @@
+"""Images of any other system: which file shows which subjects and which prompt."""
+
+import csv
+import io
+import itertools
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from facediffuser.dataset.inputs import Prompt, Subject, parse_template
+from facediffuser.errors import InputError
+from facediffuser.prompts import IMAGE_MARKER, without_markers
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+FASTCOMPOSER_NAME = re.compile(r"subject_(\d+)_prompt_(\d+)_instance_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+NEEDED_COLUMNS = ("image", "subject_ids")
+
+
+@dataclass(frozen=True)
+class ExternalImage:
+    """One image file and what it should show. `prompt` is without markers; `instance` counts images of the same row."""
+
+    key: str
+    subject_ids: tuple[str, ...]
+    prompt_id: str
+    prompt: str
+    category: str | None
+    instance: int
+
+
+def from_fastcomposer_layout(
+    store: Store, subjects: Sequence[Subject], prompts: Sequence[Prompt]
+) -> list[ExternalImage]:
+    """Return the images of a folder named as FastComposer's evaluation names them, sorted by name.
+
+    `subject_0003_prompt_0012_instance_0000.jpg`: the fourth subject (ids sorted), the thirteenth prompt of the file.
+    For a prompt of several subjects the first number counts their sets in the order `generate` makes them: 0 is the
+    first and second subject, 1 the first and third, and so on. Raises InputError for other names and for numbers beyond
+    the subjects or prompts.
+    """
+    found = []
+    for key in _image_keys(store):
+        match = FASTCOMPOSER_NAME.fullmatch(key.rsplit("/", 1)[-1])
+        if not match:
+            raise InputError(
+                f"{store.url_of(key)}: not named subject_0000_prompt_0000_instance_0000.jpg; rename it or give --index"
+            )
+        number, prompt, instance = (int(digits) for digits in match.groups())
+        if prompt >= len(prompts):
+            raise InputError(f"{store.url_of(key)}: prompt {prompt}, but there are {len(prompts)}; check --prompts")
+        size = prompts[prompt].subjects
+        sets = math.comb(len(subjects), size)
+        if number >= sets:
+            what = "subjects" if size == 1 else f"sets of {size} subjects"
+            raise InputError(f"{store.url_of(key)}: subject {number}, but there are {sets} {what}; check --subjects")
+        people = next(itertools.islice(itertools.combinations(subjects, size), number, None))
+        found.append(_image(key, people, prompts[prompt], instance))
+    return found
+
+
+def from_index(
+    store: Store, index: bytes, index_name: str, subjects: Sequence[Subject], prompts: Sequence[Prompt]
+) -> list[ExternalImage]:
+    """Return the images a CSV lists, in its order.
+
+    Columns: `image` (path inside the folder), `subject_ids` (several joined by +), and `prompt_id` (of --prompts) or
+    `prompt` (what the image should show; placeholders allowed), optionally `category`. Raises InputError naming the
+    line that is wrong.
+    """
+    by_name = {subject.subject_id: subject for subject in subjects}
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    present = set(_image_keys(store))
+    counted: Counter[tuple] = Counter()
+    found = []
+    for number, record in _index_lines(index, index_name):
+        place = f"{index_name}:{number}"
+        key = (record["image"] or "").strip()
+        if key not in present:
+            raise InputError(f"{place}: no image {key!r} in {store.url}; give a path inside that folder")
+        names = [name.strip() for name in (record["subject_ids"] or "").split("+")]
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
+            raise InputError(f"{place}: subject {unknown[0]!r} is not in --subjects; add their pictures")
+        prompt = _prompt_of(record, by_id, len(names), place)
+        row = (tuple(names), prompt.prompt_id)
+        found.append(_image(key, [by_name[name] for name in names], prompt, counted[row]))
+        counted[row] += 1
+    if not found:
+        raise InputError(f"{index_name}: no lines below the first; list the images")
+    return found
+
+
+def _image(key: str, people: Sequence[Subject], prompt: Prompt, instance: int) -> ExternalImage:
+    names = tuple(person.subject_id for person in people)
+    if prompt.order:
+        text = prompt.text(person.class_word for person in people)
+        names = prompt.subjects_in_order(names)
+    else:
+        text = prompt.pieces[0]
+    return ExternalImage(key, names, prompt.prompt_id, without_markers(text), prompt.category, instance)
+
+
+def _index_lines(index: bytes, name: str) -> list[tuple[int, dict]]:
+    try:
+        lines = csv.DictReader(io.StringIO(index.decode("utf-8-sig"), newline=""), strict=True)
+        columns, records = lines.fieldnames or [], list(lines)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{name}: not a CSV file in UTF-8 ({error}); save it as one") from error
+    missing = [column for column in NEEDED_COLUMNS if column not in columns]
+    if missing or not {"prompt", "prompt_id"} & set(columns):
+        raise InputError(f"{name}: no column {missing[0] if missing else 'prompt'!r}; add it to the first line")
+    return list(enumerate(records, start=2))
+
+
+def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], subjects: int, place: str) -> Prompt:
+    prompt_id, text = (record.get("prompt_id") or "").strip(), (record.get("prompt") or "").strip()
+    category = (record.get("category") or "").strip() or None
+    if text:
+        named = "{" in text or IMAGE_MARKER in text
+        pieces, order = parse_template(text, subjects, place) if named else ((text,), ())
+        return Prompt(prompt_id or text, category, pieces, order)
+    if prompt_id not in by_id:
+        raise InputError(f"{place}: prompt {prompt_id!r} is not in --prompts; add it there, or give a column prompt")
+    known = by_id[prompt_id]
+    if known.subjects != subjects:
+        raise InputError(
+            f"{place}: prompt {prompt_id!r} names {known.subjects} subjects, the line {subjects}; mend one of the two"
+        )
+    return replace(known, category=category or known.category)
+
+
+def _image_keys(store: Store) -> list[str]:
+    store.require_readable()
+    keys = [info.key for info in store.list() if info.key.lower().endswith(IMAGE_SUFFIXES)]
+    if not keys:
+        raise InputError(f"{store.url}: no .jpg, .png or .webp image there; give the folder of images")
+    return keys

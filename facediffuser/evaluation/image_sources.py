@@ -1,0 +1,201 @@
+"""Where the images of an evaluation come from: our datasets, or folders of any other system."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from facediffuser.dataset.added_columns import Added, read_added
+from facediffuser.dataset.inputs import Subject, open_picture, read_prompts, read_subjects
+from facediffuser.dataset.reading import read_footer, row_groups
+from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
+from facediffuser.dataset.suites import prompts_file
+from facediffuser.errors import InputError
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
+from facediffuser.scoring.identity import subject_embedding
+from facediffuser.scoring.scorers import Scorers
+from facediffuser.storage import Store, local_copy, open_store
+
+SCORED_COLUMNS = (
+    *("sample_id", "method", "subject_ids", "prompt_id", "prompt", "category", "ip", "ip_per_subject", "face_count"),
+    *("face_boxes", "face_probs", "pc", "status", "error"),
+)
+# `subject_faces`: the place in `face_boxes` of each subject's face, -1 for none; null where recorded scores are used.
+SCORED_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string()),
+        *(DATASET_SCHEMA.field(name).with_nullable(True) for name in SCORED_COLUMNS),
+        pa.field("subject_faces", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one source: how many, their rows in batches, whether they are to be scored.
+
+    `pictures`: subject id -> reference pictures, for other scorers; `added`: columns that the rows have besides ours;
+    `recorded`: digests of the scorers that made the scores which are used as they are.
+    """
+
+    count: int
+    batches: Callable[[], Iterator[list[dict]]]
+    references: Callable[[Scorers], Mapping[str, np.ndarray]] | None
+    pictures: Callable[[], Mapping[str, list[Image.Image]]]
+    url: str
+    added: Added = field(default_factory=lambda: Added({}))
+    recorded: dict[str, str] = field(default_factory=dict)
+
+
+def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -> Source:
+    """The images of a dataset; `name` stands for the method its rows name."""
+    store.require_readable()
+    keys = [info.key for info in store.list("data/") if info.key.endswith(".parquet")]
+    if not keys:
+        raise InputError(f"{store.url}: no data/*.parquet there; give the URL that `generate` wrote to")
+    footers = [read_footer(store, key) for key in keys]
+    recorded = json.loads((footers[0].metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
+    columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
+    if settings.rescore or settings.add:
+        if not store.exists("subjects.parquet"):
+            raise InputError(f"{store.url}/subjects.parquet: missing; scoring again needs the reference pictures")
+    added = read_added(store)
+    always = {"source": store.url} | ({"method": name} if name else {})
+
+    def batches() -> Iterator[list[dict]]:
+        for _, _, table in row_groups(store, keys, columns):
+            for start in range(0, table.num_rows, settings.batch_size):
+                part = table.slice(start, settings.batch_size)
+                beside = added.of(part["sample_id"]).to_pylist() if added.tables else [{}] * part.num_rows
+                yield [row | more | always for row, more in zip(part.to_pylist(), beside, strict=True)]
+
+    references = None
+    if settings.rescore:
+
+        def references(scorers: Scorers) -> Mapping[str, np.ndarray]:
+            return dataset_references(store, scorers)
+
+    return Source(
+        sum(footer.num_rows for footer in footers),
+        batches,
+        references,
+        lambda: dataset_pictures(store),
+        store.url,
+        added,
+        {} if settings.rescore else recorded,
+    )
+
+
+def folder_source(method: str, url: str, settings: EvaluateSettings) -> Source:
+    store = open_store(url)
+    subjects = read_subjects(settings.subjects)
+    prompts = []
+    if settings.prompts:
+        prompts = read_prompts(prompts_file(settings.prompts), settings.subjects_per_image)
+    if settings.index:
+        listed = from_index(store, _file(settings.index), settings.index, subjects, prompts)
+    else:
+        listed = from_fastcomposer_layout(store, subjects, prompts)
+
+    def batches() -> Iterator[list[dict]]:
+        for start in range(0, len(listed), settings.batch_size):
+            yield [_external_row(store, method, image) for image in listed[start : start + settings.batch_size]]
+
+    shown = {name for image in listed for name in image.subject_ids}
+
+    def references(scorers: Scorers) -> Mapping[str, np.ndarray]:
+        return folder_references(open_store(settings.subjects), [s for s in subjects if s.subject_id in shown], scorers)
+
+    def pictures() -> Mapping[str, list[Image.Image]]:
+        place = open_store(settings.subjects)
+        return {s.subject_id: [open_picture(place, key)[0] for key in s.references] for s in subjects}
+
+    return Source(len(listed), batches, references, pictures, store.url)
+
+
+def _external_row(store: Store, method: str, image: ExternalImage) -> dict:
+    return {
+        "source": store.url,
+        "sample_id": image.key,
+        "method": method,
+        "subject_ids": list(image.subject_ids),
+        "prompt_id": image.prompt_id,
+        "prompt": image.prompt,
+        "category": image.category,
+        "image": {"bytes": store.get(image.key)},
+    }
+
+
+def folder_references(store: Store, subjects: Sequence[Subject], scorers: Scorers) -> dict[str, np.ndarray]:
+    """Return subject id -> embedding of subjects of a folder; InputError names a picture without a face."""
+    return {
+        subject.subject_id: subject_embedding(
+            scorers.embed_references(
+                [open_picture(store, key)[0] for key in subject.references],
+                [store.url_of(key) for key in subject.references],
+            )
+        )
+        for subject in subjects
+    }
+
+
+def dataset_references(store: Store, scorers: Scorers) -> dict[str, np.ndarray]:
+    """Return subject id -> embedding of a dataset's subjects, from its subjects.parquet.
+
+    What the dataset recorded of its references is used when the same scorers made it; other scorers look at the
+    reference pictures that the dataset keeps.
+    """
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source)
+    same = recorded_digests(table.schema).get("identity") == scorers.digests["identity"]
+    vectors: dict[str, list[np.ndarray]] = {}
+    for row in table.to_pylist():
+        if same and row["identity"]:
+            vector = np.asarray(row["identity"], np.float32)
+        else:
+            name = f"{store.url_of('subjects.parquet')}: {row['reference']}"
+            vector = scorers.embed_references([open_image(row["image"]["bytes"], name)], [name])[0]
+        vectors.setdefault(row["subject_id"], []).append(vector)
+    return {name: subject_embedding(np.stack(found)) for name, found in vectors.items()}
+
+
+def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
+    """Return subject id -> the reference pictures that a dataset keeps, as the model was shown them."""
+    with store.open("subjects.parquet") as source:
+        table = pq.read_table(source, columns=["subject_id", "image"])
+    found: dict[str, list[Image.Image]] = {}
+    for row in table.to_pylist():
+        picture = open_image(row["image"]["bytes"], store.url_of("subjects.parquet"))
+        found.setdefault(row["subject_id"], []).append(picture)
+    return found
+
+
+def recorded_digests(schema: pa.Schema) -> dict[str, str]:
+    """Return the digests of the scorers that a dataset's footer names, empty when it names none."""
+    return json.loads((schema.metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{name}: image cannot be read; replace it or leave it out") from error
+
+
+def _file(url: str) -> bytes:
+    path = local_copy(url)
+    if not path.is_file():
+        raise InputError(f"{url}: not a file; give the CSV that lists the images")
+    return path.read_bytes()
+
+
+def name_and_url(part: str) -> tuple[str | None, str]:
+    """Return `sdxl=out/sdxl` as (sdxl, out/sdxl); (None, URL) without a name."""
+    name, separator, url = part.partition("=")
+    return (name, url) if separator and "/" not in name else (None, part)

@@ -1,0 +1,105 @@
+"""A face in a picture, and the square around one that serves as a reference picture. Without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face found in a picture.
+
+    `box` (x1, y1, x2, y2) in pixels of the picture given, may reach over its edge; `prob` 0..1; `landmarks` five
+    (x, y): left eye, right eye (as seen by the viewer), nose, left and right corner of the mouth.
+    """
+
+    box: Box
+    prob: float
+    landmarks: tuple[tuple[float, float], ...]
+
+
+def box_area(box: Sequence[float]) -> float:
+    """Return the area of a box (x1, y1, x2, y2), 0 when it is turned inside out."""
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def face_crop_box(box: Sequence[float], margin: float = 0.3) -> tuple[int, int, int, int]:
+    """Return the square (x1, y1, x2, y2), px, around a face box: `margin` times its longer side is added on each side.
+
+    The square keeps the face's centre, so it may leave the picture; `crop_square` fills what is outside.
+    """
+    side = max(1, round(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin)))
+    return _square((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, side)
+
+
+def _square(center_x: float, center_y: float, side: int) -> tuple[int, int, int, int]:
+    left, top = round(center_x - side / 2), round(center_y - side / 2)
+    return left, top, left + side, top + side
+
+
+def ffhq_crop(landmarks: Sequence[Sequence[float]]) -> tuple[tuple[int, int, int, int], float]:
+    """Return FFHQ's square around five landmarks (x1, y1, x2, y2; px) and the degrees it is turned about its centre.
+
+    The rule is the data set's (Karras et al. 2019, appendix A): the frame's x axis is the mean of the line between
+    the eyes and the normal of the line from eyes to mouth; its half side is the larger of 2 x the eyes' distance and
+    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth. Degrees count
+    clockwise as one looks at the picture.
+    """
+    center, across = _ffhq_frame(landmarks)
+    box = _square(center[0], center[1], max(1, round(2 * float(np.hypot(*across)))))
+    return box, float(np.degrees(np.arctan2(across[1], across[0])))
+
+
+def turned_square(box: Sequence[float], degrees: float) -> np.ndarray:
+    """Return the corners (4, 2), px, of a square turned about its centre: upper left, then on along its left side."""
+    center = np.array([box[0] + box[2], box[1] + box[3]], np.float64) / 2
+    half, angle = (box[2] - box[0]) / 2, np.radians(degrees)
+    across = half * np.array([np.cos(angle), np.sin(angle)])
+    down = np.array([-across[1], across[0]])
+    return center + np.stack([-across - down, down - across, across + down, across - down])
+
+
+def crop_turned(image: Image.Image, box: Sequence[int], degrees: float, size: int | None = None) -> Image.Image:
+    """Return the square `box` turned by `degrees` about its centre as an upright picture, RGB, of its own or the given size.
+
+    What lies outside of the picture is filled with its nearest edge pixels.
+    """
+    if not degrees:
+        return crop_square(image, box, size)
+    side = size or max(1, int(box[2] - box[0]))
+    corners = turned_square(box, degrees)
+    # Only what the square reaches over, so that a small face of a large picture costs little.
+    low, high = np.floor(corners.min(0)).astype(int) - 2, np.ceil(corners.max(0)).astype(int) + 2
+    around = crop_square(image, (*low, *high))
+    # Cut at twice the size, then reduce: a quadrilateral is sampled without regard to the pixels it skips.
+    quad = tuple(float(value) for corner in corners - low for value in corner)
+    large = around.transform((side * 2, side * 2), Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
+    return large.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _ffhq_frame(landmarks: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """The frame's centre and the vector from it to the middle of the frame's right side."""
+    left_eye, right_eye, _, left_mouth, right_mouth = np.asarray(landmarks, np.float64)
+    eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
+    between, down = right_eye - left_eye, mouth - eyes
+    across = between + np.array([down[1], -down[0]])
+    length = float(np.hypot(*across)) or 1.0
+    half = max(float(np.hypot(*between)) * 2.0, float(np.hypot(*down)) * 1.8)
+    return eyes + down * 0.1, across / length * half
+
+
+def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None) -> Image.Image:
+    """Return the part of a picture inside `box` (x1, y1, x2, y2; px), RGB, resized to (size, size) when given.
+
+    What lies outside of the picture is filled with its nearest edge pixels.
+    """
+    x1, y1, x2, y2 = (int(value) for value in box)
+    pixels = np.asarray(image.convert("RGB"))
+    rows = np.clip(np.arange(y1, max(y2, y1 + 1)), 0, pixels.shape[0] - 1)
+    columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, pixels.shape[1] - 1)
+    crop = Image.fromarray(pixels[rows[:, None], columns[None, :]])
+    return crop if size is None else crop.resize((size, size), Image.Resampling.BICUBIC)

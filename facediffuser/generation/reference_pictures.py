@@ -1,0 +1,59 @@
+"""The reference pictures of a run, checked, cropped and measured once; the table goes into subjects.parquet."""
+
+import io
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import pyarrow as pa
+from PIL import Image
+
+from facediffuser.dataset.inputs import Subject, open_picture
+from facediffuser.dataset.schema import SUBJECTS_SCHEMA
+from facediffuser.errors import InputError
+from facediffuser.faces import crop_square, face_crop_box
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+ReferenceCrop = Literal["face", "whole"]
+# Twice the side of the towers that read references: more is bytes without use.
+LONGEST_SIDE = 512
+
+
+def prepare_references(
+    store: Store, subjects: Sequence[Subject], scorers, crop: ReferenceCrop, margin: float
+) -> pa.Table:
+    """Return the subjects' references as a table of SUBJECTS_SCHEMA.
+
+    `crop` "face": the square around the picture's first (largest) face, `margin` times its longer side wider on each
+    side; "whole": the picture. Identity is measured on the picture before cropping. `scorers.identity` finds and embeds
+    the faces. Raises InputError for an unreadable picture and for one without a face, naming it.
+    """
+    rows = [_row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references]
+    logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))
+    return pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA)
+
+
+def _row(store: Store, subject: Subject, key: str, scorers, crop: ReferenceCrop, margin: float) -> dict:
+    picture, digest = open_picture(store, key)
+    found = scorers.identity.embed_faces([picture])[0]
+    if not found.faces:
+        raise InputError(f"{store.url_of(key)}: no face found; give a picture with one visible face")
+    face = found.faces[0]
+    box = face_crop_box(face.box, margin) if crop == "face" else (0, 0, *picture.size)
+    shown = crop_square(picture, box) if crop == "face" else picture
+    shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    sink = io.BytesIO()
+    shown.save(sink, "PNG")
+    return {
+        "subject_id": subject.subject_id,
+        "class_word": subject.class_word,
+        "reference": key,
+        "source_sha256": digest,
+        "image": {"bytes": sink.getvalue(), "path": key.replace("/", "_").rsplit(".", 1)[0] + ".png"},
+        "crop_box": list(box),
+        "face_box": list(face.box),
+        "face_prob": face.prob,
+        "identity": found.vectors[0].tolist(),
+    }

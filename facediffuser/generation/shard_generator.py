@@ -1,0 +1,302 @@
+"""The worker: holds the models and the scorers, and makes shards."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from facediffuser.dataset.image_files import SUFFIXES, encode_image
+from facediffuser.dataset.plan import read_shard_rows
+from facediffuser.dataset.schema import RESULT_FIELDS
+from facediffuser.dataset.shards import encode_shard, shard_mark
+from facediffuser.generation.conditions import ConditionCache
+from facediffuser.generation.job import GenerationJob
+from facediffuser.prompts import without_markers
+from facediffuser.schedulers import set_scheduler
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+ERROR_LENGTH = 500
+
+
+class ShardGenerator:
+    """Makes shards of one run: `generator(shard)` puts the shard and its stats and returns the stats.
+
+    `again` puts a shard that is there already, `rows` makes a few rows and puts nothing.
+
+    Loads the models and the scorers once; `pipeline`, `scorers` and `references` (by default the dataset's) take their
+    place where given. Scoring and encoding of a batch run beside the denoising of the next.
+    """
+
+    def __init__(self, job: GenerationJob, pipeline=None, scorers=None, references: pa.Table | None = None):
+        self.job = job
+        self.store = job.store()
+        self.device = torch.device(job.device)
+        self.pipeline = pipeline if pipeline is not None else load_pipeline(job)
+        if scorers is None:
+            from facediffuser.scoring.scorers import load_scorers
+
+            scorers = load_scorers(job.scorers, self.device)
+        self.scorers = scorers
+        _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
+        self.conditions = ConditionCache(
+            self.pipeline,
+            self.store,
+            job.fingerprint,
+            with_subjects=job.made["method"] != "tdm",
+            references=references,
+            negative_prompt=job.made.get("negative_prompt", ""),
+        )
+
+    def __call__(self, shard: int) -> dict[str, Any]:
+        """Return the stats of one shard, made now or, if a killed run or another worker finished it, found finished."""
+        layout = self.job.layout
+        key = layout.shard_key(shard)
+        if self.store.exists(key) and shard_mark(self.store, key) == self.job.fingerprint:
+            return {"shard": shard, "rows": layout.shard_rows(shard), "found": True}
+        return self._make_and_put(shard, lambda stats: True)
+
+    def again(self, shard: int, sha256: str | None = None, fewer_failed_than: int | None = None) -> dict[str, Any]:
+        """Make a shard whether it is there or not, and return its stats with `put`: whether it took its place.
+
+        It does when its bytes have the `sha256` given, or, where `fewer_failed_than` is given, when fewer of its rows
+        failed than that; with neither, always.
+        """
+
+        def wanted(stats: dict[str, Any]) -> bool:
+            if sha256 is not None:
+                return stats["sha256"] == sha256
+            return fewer_failed_than is None or stats["failed"] < fewer_failed_than
+
+        return self._make_and_put(shard, wanted)
+
+    def rows(self, planned: list[Row]) -> list[Row]:
+        """Return planned rows finished, in batches from the first on; nothing is put."""
+        self.conditions.open(planned)
+        return self._make(planned, Clock())[0]
+
+    def _make_and_put(self, shard: int, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        layout, clock = self.job.layout, Clock()
+        planned = read_shard_rows(self.store, layout, shard, self.job.fingerprint)
+        self.conditions.open(planned)
+        rows, counts = self._make(planned, clock)
+        with clock("pack"):
+            data = encode_shard(rows, self.job.shard_schema)
+        failed = sum(row["status"] == "failed" for row in rows)
+        stats = {
+            "shard": shard,
+            "rows": len(rows),
+            "ok": len(rows) - failed,
+            "failed": failed,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "retries": dict(counts),
+            "device": device_name(self.device),
+        }
+        if not wanted(stats):
+            return stats | {"seconds": clock.seconds(), "put": False}
+        # Stats of an earlier try must not be taken for this one's, should this process end between the two puts.
+        self.store.delete(layout.stats_key(shard))
+        with clock("upload"):
+            self.store.put(layout.shard_key(shard), data)
+        stats["seconds"] = clock.seconds()
+        self.store.put(layout.stats_key(shard), (json.dumps(stats, indent=1) + "\n").encode())
+        return stats | {"put": True}
+
+    # --- a shard's rows -----------------------------------------------------------------------------------------------
+
+    def _make(self, planned: list[Row], clock: "Clock") -> tuple[list[Row], Counter]:
+        counts: Counter[str] = Counter()
+        size = self.job.batch_size
+        batches = [planned[start : start + size] for start in range(0, len(planned), size)]
+        finished: list[Row] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="finish") as pool:
+            waiting: Future | None = None
+            for batch in batches:
+                made = self._denoise_or_split(batch, clock, counts)
+                if waiting is not None:
+                    # One batch is finished while the next is denoised: no more than two are in memory.
+                    with clock("wait"):
+                        finished += waiting.result()
+                waiting = pool.submit(self._finish_or_split, made, clock, counts)
+            with clock("wait"):
+                finished += waiting.result()
+        return finished, counts
+
+    def _denoise_or_split(
+        self, rows: list[Row], clock: "Clock", counts: Counter, again: bool = False
+    ) -> list[tuple[Row, Any]]:
+        """Return each row with (image, subject fraction), or with the error that a single row kept making.
+
+        A batch that fails is made once more whole (a passing fault then leaves no trace in the bytes), then row by row;
+        one that does not fit the memory is halved.
+        """
+        try:
+            with clock("denoise"):
+                return list(zip(rows, self._denoise(rows), strict=True))
+        except Exception as error:
+            _require_row_error(error)
+            if len(rows) == 1 and again:
+                logger.warning("%s: failed: %s", rows[0]["sample_id"], told(error))
+                return [(rows[0], error)]
+            if isinstance(error, torch.OutOfMemoryError):
+                counts["out_of_memory"] += 1
+                parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows]
+            else:
+                counts["denoise"] += 1
+                parts = [[row] for row in rows] if again else [rows]
+            logger.warning("a batch of %d failed (%s); made again in %d parts", len(rows), told(error), len(parts))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, again=True)]
+
+    def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None]]:
+        first = rows[0]
+        text, fused, null = self.conditions.of(rows)
+        out = self.pipeline(
+            prompt_embeds=text,
+            subject_prompt_embeds=fused,
+            negative_prompt_embeds=null,
+            num_inference_steps=first["num_inference_steps"],
+            guidance_scale=first["guidance_scale"],
+            fusion_start=first["fusion_start"],
+            fusion_end=first["fusion_end"],
+            method=first["method"],
+            height=first["height"],
+            width=first["width"],
+            # Noise of a row's own generator on the CPU: the same wherever and beside whatever the row is made.
+            generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+        )
+        return [
+            (image, None if fraction != fraction else float(fraction))
+            for image, fraction in zip(out.images, out.subject_fraction, strict=True)
+        ]
+
+    def _finish_or_split(self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter) -> list[Row]:
+        good = [(row, result) for row, result in made if not isinstance(result, Exception)]
+        finished = iter(self._finish_parts(good, clock, counts))
+        return [failed_row(row, result) if isinstance(result, Exception) else next(finished) for row, result in made]
+
+    def _finish_parts(
+        self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter, again: bool = False
+    ) -> list[Row]:
+        if not made:
+            return []
+        try:
+            return self._finish(made, clock)
+        except Exception as error:
+            _require_row_error(error)
+            if len(made) == 1 and again:
+                return [failed_row(made[0][0], error)]
+            counts["finish"] += 1
+            parts = [[one] for one in made] if again else [made]
+            logger.warning("scoring %d images failed (%s); again in %d parts", len(made), told(error), len(parts))
+        return [row for part in parts for row in self._finish_parts(part, clock, counts, again=True)]
+
+    def _finish(self, made: list[tuple[Row, tuple[Image.Image, float | None]]], clock: "Clock") -> list[Row]:
+        images = [image for _, (image, _) in made]
+        with clock("score"):
+            references = [self.conditions.identities(row["subject_ids"]) for row, _ in made]
+            prompts = [without_markers(row["prompt"]) for row, _ in made]
+            scores = self.scorers.score(images, references, prompts)
+        with clock("encode"):
+            kind = self.job.made["image_format"]
+            marked = self.job.made["provenance"]
+            files = [encode_image(image, kind, row["sample_id"], marked) for row, (image, _) in made]
+        return [
+            row
+            | {
+                "image": {"bytes": data, "path": row["sample_id"] + SUFFIXES[kind]},
+                "image_sha256": hashlib.sha256(data).hexdigest(),
+                "ip": score.ip,
+                "ip_per_subject": score.ip_per_subject,
+                "face_count": score.face_count,
+                "face_boxes": score.face_boxes,
+                "face_probs": score.face_probs,
+                "pc": score.pc,
+                "subject_fraction": fraction,
+                "status": "ok",
+                "error": None,
+            }
+            for (row, (_, fraction)), data, score in zip(made, files, scores, strict=True)
+        ]
+
+
+def failed_row(row: Row, error: Exception) -> Row:
+    """Return a planned row as it ends when it cannot be made."""
+    return row | {field.name: None for field in RESULT_FIELDS} | {"status": "failed", "error": told(error)}
+
+
+def told(error: BaseException) -> str:
+    """Return an error in one line, without the credentials of this process."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        secret = os.environ.get(name)
+        if secret:
+            text = text.replace(secret, f"${name}")
+    return text[:ERROR_LENGTH]
+
+
+def _require_row_error(error: Exception) -> None:
+    """Raise the error again unless it is one of its rows: a useless device or a full disk must not fail all to come."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return
+    if isinstance(error, (torch.AcceleratorError, OSError, MemoryError)) or "CUDA error" in str(error):
+        raise error
+
+
+def _require_same(what: str, here: dict[str, str], planned: dict[str, str]) -> None:
+    if here != planned:
+        raise RuntimeError(f"{what} on this node are not those of the run: {here}, planned {planned}")
+
+
+def load_pipeline(job: GenerationJob):
+    """Return the pipeline of a run on the worker's device, with the run's scheduler and precision."""
+    from facediffuser.modelfolder import model_digests, resolve_model
+    from facediffuser.pipeline import FaceDiffuserPipeline
+
+    folder = resolve_model(job.models)
+    _require_same("models", model_digests(folder), job.run["models"])
+    made = job.run["settings"]
+    pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, made["dtype"]))
+    set_scheduler(pipeline, made["scheduler"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(job.device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the worker computes on, for the stats."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+class Clock:
+    """Sums the seconds spent in each stage of a shard; stages on two threads may overlap."""
+
+    def __init__(self):
+        self._spent: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[stage] += time.monotonic() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage, and of all in `total`."""
+        total = time.monotonic() - self._started
+        return {stage: round(spent, 4) for stage, spent in [*sorted(self._spent.items()), ("total", total)]}

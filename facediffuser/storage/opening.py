@@ -1,0 +1,91 @@
+"""From a URL to a store, or to a local copy of what stands there."""
+
+import hashlib
+import os
+import posixpath
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from facediffuser.errors import InputError
+from facediffuser.storage.base.base import ObjectInfo, Store, safe_key
+from facediffuser.storage.base.local import LocalStore
+
+
+def open_store(url: str | Path) -> Store:
+    """Return the store of a URL: a local folder (a path or file://) or s3://bucket/prefix; InputError for others.
+
+    Nothing is contacted, read or made yet.
+    """
+    text = str(url)
+    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
+    if scheme == "s3":
+        bucket, _, prefix = text[len("s3://") :].partition("/")
+        if "@" in bucket:
+            raise InputError("an s3:// URL cannot carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if not bucket:
+            raise InputError(f"{text}: no bucket named; give s3://bucket/prefix")
+        from facediffuser.storage.base.s3 import S3Store
+
+        return S3Store(bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
+    if scheme == "file":
+        return LocalStore(Path(unquote(urlsplit(text).path)))
+    if scheme:
+        raise InputError(f"{scheme}://: no such storage; give a local folder or s3://bucket/prefix")
+    if not text.strip():
+        raise InputError("empty URL; give a local folder or s3://bucket/prefix")
+    return LocalStore(Path(text).expanduser())
+
+
+def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Return a local file or folder with what stands at `url`: a local path as it is, an s3:// URL downloaded once.
+
+    Downloads go below `cache_dir` (default `$XDG_CACHE_HOME/facediffuser` or `~/.cache/facediffuser`), under a name
+    made of the URL and its listing, so that a source that changed is downloaded again. Raises InputError when
+    there is nothing at the URL.
+    """
+    store = open_store(url)
+    if isinstance(store, LocalStore):
+        if not store.root.exists():
+            raise InputError(f"{url}: no such file or folder; check the path")
+        return store.root
+    store.require_readable()
+    bucket = type(store)(store.bucket)
+    inside = [info for info in bucket.list(store.prefix) if _is_at(info.key, store.prefix)]
+    if not inside:
+        raise InputError(f"{url}: nothing there; check the bucket and the prefix")
+    name = hashlib.sha256(repr((store.url, inside)).encode()).hexdigest()[:24]
+    cache = Path(cache_dir) if cache_dir else _default_cache()
+    is_file = [info.key for info in inside] == [store.prefix]
+    target = cache / name / (posixpath.basename(store.prefix) or store.bucket)
+    if not target.exists():
+        _download(bucket, inside, store.prefix, cache / name, target.name, is_file)
+    return target
+
+
+def _is_at(key: str, prefix: str) -> bool:
+    return not prefix or key == prefix or key.startswith(f"{prefix}/")
+
+
+def _download(bucket: Store, inside: list[ObjectInfo], prefix: str, home: Path, name: str, is_file: bool) -> None:
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".download-") as temporary:
+        root = Path(temporary, "home", name)
+        root.parent.mkdir()
+        for info in inside:
+            below = info.key[len(prefix) :].lstrip("/")
+            path = root if is_file else root / safe_key(below) if below else None
+            if path is None:
+                continue  # an object named like the folder itself
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bucket.download(info.key, path)
+        try:
+            os.rename(root.parent, home)
+        except OSError:
+            if not home.exists():
+                raise
+            # Another process finished the same download first; both hold the same bytes.
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "facediffuser"

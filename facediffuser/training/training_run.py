@@ -1,0 +1,149 @@
+"""A training run as it lies in storage: what it is, checkpoints, and at last the trained parts.
+
+run.json                        what decides the weights, and all settings; written first
+checkpoints/step-00001000/      a checkpoint's bytes, in parts
+checkpoints/step-00001000.json  its mark, written after them: without it there is no checkpoint
+cache/                          latents and embeddings, where they cannot lie beside the data
+samples/, tensorboard/          what people watch
+final/                          the trained parts; training.json last
+"""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from facediffuser.errors import InputError
+from facediffuser.modelfolder import save_component
+from facediffuser.storage import Store
+from facediffuser.training.train_settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+RUN, DONE = "run.json", "final/training.json"
+PART_BYTES = 512 * 2**20
+"""Bytes of a checkpoint's part: what is held in memory beside the model, and well below the 5 GB that S3 takes at once."""
+
+
+# --- what run this is -------------------------------------------------------------------------------------------------
+
+
+def require_startable(store: Store, settings: TrainSettings) -> None:
+    """Raise InputError when the output holds a run that these settings may not go on with."""
+    if not store.exists(RUN):
+        if store.list(""):
+            raise InputError(f"{settings.output}: holds something else than a training run; give another output")
+        return
+    if not settings.resume:
+        raise InputError(
+            f"{settings.output}: holds a training run; add --resume to go on with it, or give another output"
+        )
+    earlier, ours = json.loads(store.get(RUN))["content"], settings.content()
+    differing = sorted(key for key in ours.keys() | earlier.keys() if ours.get(key) != earlier.get(key))
+    if differing:
+        told = ", ".join(f"{key} was {earlier.get(key)!r}, now {ours.get(key)!r}" for key in differing)
+        raise InputError(f"{settings.output}: holds a run with other settings ({told}); give those or another output")
+
+
+def start(store: Store, settings: TrainSettings) -> None:
+    """Write what run this is, unless it is there already."""
+    if not store.exists(RUN):
+        record = {"content": settings.content(), "settings": settings.model_dump(mode="json")}
+        store.put(RUN, json.dumps(record, indent=1).encode())
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_steps(store: Store) -> list[int]:
+    """Return after which steps there are checkpoints, ascending."""
+    keys = [one.key for one in store.list("checkpoints/")]
+    return sorted(int(key.removesuffix(".json")[-8:]) for key in keys if key.endswith(".json"))
+
+
+def save_checkpoint(store: Store, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> None:
+    """Write a checkpoint whole or not at all, then remove all but the last few and those of every `keep_every` steps."""
+    parts = _Parts(store, _name(step))
+    torch.save(state, parts)
+    parts.close()
+    store.put(f"{_name(step)}.json", json.dumps({"step": step, "parts": parts.count}).encode())
+    logger.info("%s: kept", store.url_of(_name(step)))
+    for old in checkpoint_steps(store)[:-keep_last]:
+        if not keep_every or old % keep_every:
+            store.delete(f"{_name(old)}.json")
+    _delete_unmarked(store)
+
+
+def load_checkpoint(store: Store, step: int) -> dict[str, Any]:
+    """Read a checkpoint, tensors and plain values only."""
+    count = json.loads(store.get(f"{_name(step)}.json"))["parts"]
+    with tempfile.TemporaryFile(prefix="facediffuser-checkpoint-") as file:
+        for part in range(count):
+            file.write(store.get(_part(step, part)))
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _name(step: int) -> str:
+    return f"checkpoints/step-{step:08d}"
+
+
+def _part(step: int, part: int) -> str:
+    return f"{_name(step)}/part-{part:05d}"
+
+
+def _delete_unmarked(store: Store) -> None:
+    """Remove the parts of checkpoints without a mark: given up, or never finished."""
+    kept = {_name(step) for step in checkpoint_steps(store)}
+    for one in store.list("checkpoints/"):
+        folder, _, part = one.key.rpartition("/")
+        if part.startswith("part-") and folder not in kept:
+            store.delete(one.key)
+
+
+class _Parts:
+    """A file to write to that becomes objects of PART_BYTES each."""
+
+    def __init__(self, store: Store, name: str):
+        self.store, self.name, self.count = store, name, 0
+        self._buffer = bytearray()
+
+    def write(self, data) -> int:
+        self._buffer += data
+        while len(self._buffer) >= PART_BYTES:
+            self._put(PART_BYTES)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the last part is written by `close`."""
+
+    def close(self) -> None:
+        if self._buffer:
+            self._put(len(self._buffer))
+
+    def _put(self, size: int) -> None:
+        self.store.put(f"{self.name}/part-{self.count:05d}", bytes(memoryview(self._buffer)[:size]))
+        self._buffer = self._buffer[size:]
+        self.count += 1
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+def save_final(store: Store, parts: dict[str, nn.Module], record: dict[str, Any]) -> None:
+    """Write the trained parts as safetensors folders under `final/`, and `training.json` last of all."""
+    with tempfile.TemporaryDirectory(prefix="facediffuser-final-") as folder:
+        for name, part in parts.items():
+            save_component(part, Path(folder) / name)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            store.put(f"final/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    store.put(DONE, json.dumps(record, indent=1).encode())
+
+
+def finished_step(store: Store) -> int | None:
+    """Return the number of steps of the finished run, None when none has finished."""
+    return json.loads(store.get(DONE))["step"] if store.exists(DONE) else None

@@ -1,0 +1,50 @@
+"""The tasks of the flows `score` and `copies`: what is added to a finished dataset, in one process."""
+
+from prefect import task
+
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.added_columns import write_added
+from facediffuser.dataset.reading import count_rows
+from facediffuser.evaluation.add_columns import ScoreSettings, add_columns
+from facediffuser.evaluation.copies import CopySettings, find_copies, scorers_of
+from facediffuser.evaluation.evaluate_settings import several
+from facediffuser.evaluation.evaluator import pick_device
+from facediffuser.evaluation.training_faces import count_training, training_faces
+from facediffuser.scoring.columns import load_columns
+from facediffuser.scoring.scorers import load_scorers
+from facediffuser.storage import open_store
+from facediffuser.tasks.progress import Progress
+
+
+@task(name="add-columns", cache_policy=None)
+def add_scores(settings: ScoreSettings) -> list[str]:
+    """Write the columns of other scorers beside the shards; return the keys of the files."""
+    store = open_store(settings.url)
+    total = count_rows(store)
+    scorers = load_columns(several(settings.add), pick_device(settings.device))
+    with Progress(total, "images", "score") as progress:
+        return add_columns(store, scorers, settings.batch_size, progress.advance)
+
+
+@task(name="find-copies", cache_policy=None)
+def flag_copies(settings: CopySettings) -> dict[str, int]:
+    """Write `scores/copies.parquet`; return how many images each flag is raised on."""
+    store = open_store(settings.url)
+    total = count_rows(store)
+    known = count_training(settings.training) if settings.training else 0
+    scorers = load_scorers(settings.scorers or scorers_of(store), pick_device(settings.device))
+    training = None
+    if settings.training:
+        with Progress(known, "pictures", "training faces") as progress:
+            training = training_faces(settings.training, scorers.identity, progress.advance)
+    with Progress(total, "images", "copies") as progress:
+        table = find_copies(store, scorers.identity, settings, training, progress.advance)
+    write_added(store, "copies", table, {"copies_identity": scorers.digests["identity"]})
+    flags = ("training_copy", "pasted_reference", "duplicate")
+    return {name: table[name].to_pylist().count(True) for name in flags if name in table.column_names}
+
+
+@task(name="write-card", cache_policy=None)
+def write_card_again(url: str) -> None:
+    """Write a dataset's card with what was added."""
+    write_card(open_store(url))

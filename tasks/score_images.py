@@ -1,0 +1,23 @@
+"""The tasks of the flow `evaluate`: check, score images in one process and tell how far it is."""
+
+from collections.abc import Sequence
+
+from prefect import task
+
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluator import Evaluation, Evaluator
+from facediffuser.tasks.progress import Progress
+
+
+@task(name="check-input", cache_policy=None)
+def check_input(settings: EvaluateSettings) -> None:
+    """Raise InputError for what is wrong with images and datasets given, before hours are spent on making others."""
+    Evaluator(settings)
+
+
+@task(name="score-and-tabulate", cache_policy=None)
+def score_and_tabulate(settings: EvaluateSettings, made: Sequence[str] = ()) -> Evaluation:
+    """Check the input, score what is to be scored, write the output and return the evaluation."""
+    evaluator = Evaluator(settings, made)
+    with Progress(evaluator.total, "images", "evaluate") as progress:
+        return evaluator.run(progress.advance)
