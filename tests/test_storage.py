@@ -217,7 +217,7 @@ def refusing():
     (503, StorageError, "s3://bucket/x/k: S3 answered 503"), (404, FileNotFoundError, "bucket/x/k"),
 ])  # fmt: skip
 def test_what_pyarrow_is_refused_is_told_as_what_boto3_is(aws, monkeypatch, refusing, status, kind, told):
-    monkeypatch.setattr("facediffuser.storage.base.s3._ATTEMPTS", 1)
+    monkeypatch.setattr("facediffuser.storage.s3._ATTEMPTS", 1)
     aws.setenv("AWS_ENDPOINT_URL", refusing.url)
     refusing.status = status
     store = open_store("s3://bucket/x")
@@ -229,7 +229,7 @@ def test_what_pyarrow_is_refused_is_told_as_what_boto3_is(aws, monkeypatch, refu
 
 
 def test_an_endpoint_that_goes_away_while_pyarrow_reads_is_told(aws, monkeypatch):
-    monkeypatch.setattr("facediffuser.storage.base.s3._ATTEMPTS", 1)
+    monkeypatch.setattr("facediffuser.storage.s3._ATTEMPTS", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")

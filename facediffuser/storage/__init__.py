@@ -1,8 +1,8 @@
 """One small door to local folders and s3://; `open_store` opens it, s3.py stays closed until an s3:// URL comes."""
 
-from facediffuser.storage.base.base import ObjectInfo, StorageError, Store, safe_key
-from facediffuser.storage.base.local import TEMPORARY_SUFFIX, LocalStore
-from facediffuser.storage.base.opening import local_copy, open_store
+from facediffuser.storage.base import ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.local import TEMPORARY_SUFFIX, LocalStore
+from facediffuser.storage.opening import local_copy, open_store
 
 __all__ = [
     "TEMPORARY_SUFFIX",

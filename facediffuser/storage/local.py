@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.fs
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base.base import ObjectInfo, Store, safe_key
+from facediffuser.storage.base import ObjectInfo, Store, safe_key
 
 TEMPORARY_SUFFIX = ".partial"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base.base import ObjectInfo, Store, safe_key
-from facediffuser.storage.base.local import LocalStore
+from facediffuser.storage.base import ObjectInfo, Store, safe_key
+from facediffuser.storage.local import LocalStore
 
 
 def open_store(url: str | Path) -> Store:
@@ -25,7 +25,7 @@ def open_store(url: str | Path) -> Store:
             raise InputError("an s3:// URL cannot carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if not bucket:
             raise InputError(f"{text}: no bucket named; give s3://bucket/prefix")
-        from facediffuser.storage.base.s3 import S3Store
+        from facediffuser.storage.s3 import S3Store
 
         return S3Store(bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
     if scheme == "file":

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base.base import ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.base import ObjectInfo, StorageError, Store, safe_key
 
 _REQUEST_TIMEOUT_S = 60
 # With the waits between them about a minute of an outage is waited out; then the run ends and can be taken up again.

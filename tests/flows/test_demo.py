@@ -17,7 +17,7 @@ SMALLEST = {
 def run_demo(output: str) -> tuple[str, str]:
     """Return what the command printed and what it logged."""
     options = [str(word) for pair in SMALLEST.items() for word in pair]
-    command = [sys.executable, "-m", "flows.cli", "demo", "--output", output, *options]
+    command = [sys.executable, "-m", "facediffuser.flows.cli", "demo", "--output", output, *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout, ended.stderr

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from skimage import data
 
-from facediffuser import faces as module
 from facediffuser.faces import crop_square, crop_turned, face_crop_box, ffhq_crop
+from facediffuser.scoring import face_detector as module
 from facediffuser.scoring.face_detector import FaceDetector
 
 

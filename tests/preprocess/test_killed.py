@@ -18,7 +18,15 @@ OPTIONS = {"part_size": 8, "captioner": "none", "segmenter": "none", "matcher": 
 
 def start(source: Path, output: Path, log: Path) -> subprocess.Popen:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    command = [sys.executable, "-m", "flows.cli", "preprocess", f"--source={source}", f"--output={output}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "facediffuser.flows.cli",
+        "preprocess",
+        f"--source={source}",
+        f"--output={output}",
+        *options,
+    ]
     with open(log, "ab") as file:
         # On the tests' own Ray: a cluster outlives the process that drives it.
         address = ray.get_runtime_context().gcs_address
