@@ -28,8 +28,9 @@ test: .venv/ready .swift/ready lint  ## lint and the quick tests
 test-slow: .venv/ready .swift/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/ready  ## ruff
+lint: .venv/ready  ## ruff, and the import law of .importlinter
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 clean:  ## remove the environments and the caches; datasets in out/ stay
 	rm -rf .venv .swift build .pytest_cache .ruff_cache .hypothesis *.egg-info

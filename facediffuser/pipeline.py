@@ -25,7 +25,7 @@ from facediffuser import subject
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import resolve_model
 from facediffuser.pipeline_inputs import References, as_list, check_references, check_sampling, repeat_rows
-from facediffuser.prompts import TokenizedPrompts, tokenize_with_markers
+from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.schedulers import warn_of_few_steps
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
 from facediffuser.subject import SubjectFuser

@@ -6,63 +6,14 @@ is no token of its own; it says that the token before it carries the reference p
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from facediffuser.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
 IMAGE_MARKER = "<|image|>"
 CLIP_TOKENS = 77
-
-
-@dataclass(frozen=True)
-class TokenizedPrompts:
-    """Prompts as ids, with the places of their subjects.
-
-    `input_ids` (b, n) int64 without markers; `subject_mask` (b, n) bool, true at the last token of a subject's words;
-    `subject_counts` (b,) int64, true cells per row; `texts_without_markers` the prompts a scorer may read.
-    """
-
-    input_ids: "torch.Tensor"
-    subject_mask: "torch.Tensor"
-    subject_counts: "torch.Tensor"
-    texts_without_markers: list[str]
-
-
-def tokenize_with_markers(
-    tokenizer, prompts: Sequence[str], lost: Literal["error", "drop"] = "error"
-) -> TokenizedPrompts:
-    """Return the prompts' ids, padded or cut to the tokenizer's length, and the places of their subjects.
-
-    The ids are those of the tokenizer with the marker added as a special token, the marker's own ids left out; the
-    tokenizer itself is not changed. A prompt that is too long is cut as the tokenizer cuts it, the end token kept, with
-    a warning (the released code loses the end token there, in the fused embedding alone). Raises InputError for a
-    marker at a prompt's start, two markers at one word, and a marker that is cut off; with `lost="drop"` a subject that
-    is cut off is left out instead, and `subject_counts` says how many remain.
-    """
-    import torch  # here: what only reads markers has no need of it
-
-    length = _length(tokenizer)
-    rows, masks = [], []
-    for prompt in prompts:
-        ids, places = ids_and_places(tokenizer, prompt, lost)
-        rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
-        mask = torch.zeros(length, dtype=torch.bool)
-        mask[places] = True
-        masks.append(mask)
-    subject_masks = torch.stack(masks)
-    return TokenizedPrompts(
-        input_ids=torch.tensor(rows, dtype=torch.int64),
-        subject_mask=subject_masks,
-        subject_counts=subject_masks.sum(dim=1),
-        texts_without_markers=[without_markers(prompt) for prompt in prompts],
-    )
 
 
 def without_markers(prompt: str) -> str:
@@ -82,10 +33,11 @@ def ids_and_places(tokenizer, prompt: str, lost: Literal["error", "drop"] = "err
 
     Raises InputError as `tokenize_with_markers` does; needs no torch.
     """
-    return _cut(tokenizer, prompt, *_ids_and_places(tokenizer, prompt), _length(tokenizer), lost)
+    return _cut(tokenizer, prompt, *_ids_and_places(tokenizer, prompt), max_tokens(tokenizer), lost)
 
 
-def _length(tokenizer) -> int:
+def max_tokens(tokenizer) -> int:
+    """Return how many tokens the text encoder of a tokenizer takes, 77 where the tokenizer names no limit."""
     return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else CLIP_TOKENS
 
 

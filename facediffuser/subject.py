@@ -12,7 +12,8 @@ from torch import nn
 
 from facediffuser.errors import InputError
 from facediffuser.pictures import CLIP_MEAN, CLIP_STD, pad_to_square, to_rgb
-from facediffuser.prompts import IMAGE_MARKER, TokenizedPrompts, count_markers, tokenize_with_markers, without_markers
+from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
+from facediffuser.prompts import IMAGE_MARKER, count_markers, without_markers
 
 __all__ = [
     "IMAGE_MARKER",

@@ -30,7 +30,8 @@ from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.prepared_manifest import build_manifest, write_manifest
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.required_models import require_models
-from facediffuser.preprocess.sources import Listing, Record, list_source
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import Listing, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
 from facediffuser.storage import Store, open_store
 from facediffuser.tasks.progress import Progress

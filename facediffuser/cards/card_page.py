@@ -4,16 +4,13 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from facediffuser.cards.card_facts import FLAG_TITLES, Card, added_lines, flag_lines
 from facediffuser.cards.survey import FLAGS, Located
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
 from facediffuser.prompts import without_markers
-
-if TYPE_CHECKING:
-    from facediffuser.cards.dataset_card import Card
 
 THUMBNAIL, REFERENCE = 240, 104
 STYLE = """
@@ -41,15 +38,13 @@ details { margin-top: 1.5rem } details td { word-break: break-all }
 
 
 def card_page(
-    card: "Card",
+    card: Card,
     pictures: Mapping[str, bytes],
     facts: Sequence[tuple[str, str]],
     settings: Sequence[tuple[str, str]],
     rights: str,
 ) -> str:
     """Return the HTML of a dataset's card with every picture inside it."""
-    from facediffuser.cards.dataset_card import added_lines
-
     name = html.escape(card.name)
     failures = "".join(
         f"<tr><td class=n>{count:,}</td><td>{html.escape(error)}</td></tr>"
@@ -85,9 +80,7 @@ def card_page(
     )
 
 
-def _copies(card: "Card", faces: Mapping[str, str]) -> list[str]:
-    from facediffuser.cards.dataset_card import FLAG_TITLES, flag_lines
-
+def _copies(card: Card, faces: Mapping[str, str]) -> list[str]:
     if not card.survey.flags:
         return []
     sections = [f"<h2>Copies</h2>{_lines(flag_lines(card.survey))}"]
@@ -137,7 +130,7 @@ def _score(row: ScoreRow | None, metric: str) -> str:
     return f"{bar}{row.mean:.3f}{interval}"
 
 
-def _tiles(rows: Sequence[Located], card: "Card", faces: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
+def _tiles(rows: Sequence[Located], card: Card, faces: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
     figures = []
     for located, remark in zip(rows, remarks or [""] * len(rows), strict=True):
         values = located.values
@@ -153,7 +146,7 @@ def _tiles(rows: Sequence[Located], card: "Card", faces: Mapping[str, str], rema
     return f"<div class=tiles>{''.join(figures)}</div>"
 
 
-def _faces(card: "Card", faces: Mapping[str, str]) -> str:
+def _faces(card: Card, faces: Mapping[str, str]) -> str:
     """A style for each subject's reference, so that a picture shown many times is in the page once."""
     return "".join(
         f".who .{style} {{ background-image: url({_small(card.references[name], REFERENCE)}) }}\n"

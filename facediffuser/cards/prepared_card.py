@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from facediffuser.faces import turned_square
-from facediffuser.preprocess.prepare import CROP_STEP
-from facediffuser.preprocess.segments import decode_map
+from facediffuser.preprocess.prepared_schema import CROP_STEP
+from facediffuser.preprocess.segment_maps import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import Store
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
 from facediffuser.preprocess.read_pictures import Rejection
-from facediffuser.preprocess.segments import PERSON_LABELS, Segment, segment_box
+from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, segment_box
 from facediffuser.preprocess.subject_segments import Subject
 
 MISMATCH = "annotation does not match"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.sources import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
+from facediffuser.preprocess.source_files import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
 from facediffuser.storage import open_store
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar")

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from facediffuser.errors import InputError
 from facediffuser.preprocess.prepared_schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-from facediffuser.preprocess.sources import Listing, Record
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import Listing
 from facediffuser.storage import Store, open_store
 
 RUN, MANIFEST = "run.json", "manifest.json"

@@ -26,8 +26,10 @@ from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
 from facediffuser.preprocess.read_pictures import Picture
 from facediffuser.preprocess.required_models import model_folder
-from facediffuser.preprocess.segments import PERSON_LABELS, Segment, Segmenter, decode_map, encode_map
-from facediffuser.preprocess.sources import FASTCOMPOSER, Record
+from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, decode_map, encode_map
+from facediffuser.preprocess.segmenter import Segmenter
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.subject_segments import PhraseMatcher, Subject, match_subjects
 from facediffuser.scoring.face_detector import FaceDetector
 from facediffuser.storage import Store

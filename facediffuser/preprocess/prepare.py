@@ -23,9 +23,11 @@ from facediffuser.preprocess.annotations import (
 )
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.photo_stages import STAGES, Findings, Item, Job
+from facediffuser.preprocess.prepared_schema import CROP_STEP
 from facediffuser.preprocess.read_pictures import Rejection, read_picture
-from facediffuser.preprocess.segments import encode_map, read_map, resize_map
-from facediffuser.preprocess.sources import FASTCOMPOSER, Record
+from facediffuser.preprocess.segment_maps import encode_map, read_map, resize_map
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
 from facediffuser.preprocess.subject_segments import tie_faces
 from facediffuser.storage import open_store, safe_key
@@ -33,7 +35,6 @@ from facediffuser.storage import open_store, safe_key
 logger = logging.getLogger(__name__)
 
 READERS = 8
-CROP_STEP = 8
 Files = dict[str, bytes]
 
 

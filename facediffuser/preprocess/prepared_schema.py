@@ -8,7 +8,8 @@ import pyarrow as pa
 SCHEMA_VERSION = "2"
 SCHEMA_KEY = b"facediffuser_prepared_schema"
 FINGERPRINT_KEY = b"facediffuser_fingerprint"
-COUNTS_KEY = b"facediffuser_counts"
+# Sides of face crops are counted in steps of so many px.
+CROP_STEP = 8
 
 _POINT = pa.list_(pa.float32())
 _FACE = pa.struct(

@@ -4,68 +4,23 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from facediffuser.errors import InputError
+from facediffuser.preprocess.archives import is_archive, scan_archive
 from facediffuser.preprocess.read_pictures import EXTENSIONS
+from facediffuser.preprocess.source_files import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import TEMPORARY_SUFFIX, LocalStore, open_store
 
 FFHQ, FASTCOMPOSER, FOLDER = "ffhq", "ffhq-fastcomposer", "folder"
-FFHQ_METADATA = "ffhq-dataset-v2.json"
-FFHQ_FOLDERS = {
-    "aligned": "images1024x1024",
-    "in-the-wild": "in-the-wild-images",
-    "thumbnails": "thumbnails128x128",
-}
 FFHQ_ENTRIES = {"aligned": "image", "in-the-wild": "in_the_wild", "thumbnails": "thumbnail"}
 FFHQ_SPLITS = {"training": TRAIN, "validation": TEST}
 FFHQ_TRAINING_IDS = 60_000
 # A picture's file is read whole: one of more bytes is no picture, but a way to fill the memory.
 MOST_FILE_BYTES = 1 << 30
-ID_LISTS = {"all": "image_ids.txt", TRAIN: "image_ids_train.txt", TEST: "image_ids_test.txt"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One picture of a source, by the names of its files; `problem`: why it is rejected without being read."""
-
-    image_id: str
-    image: str
-    annotation: str | None = None
-    segmentation: str | None = None
-    split: str | None = None
-    licence: str | None = None
-    author: str | None = None
-    pixel_md5: str | None = None
-    problem: str | None = None
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of the files to read."""
-        return () if self.problem else tuple(key for key in (self.image, self.annotation, self.segmentation) if key)
-
-
-@dataclass(frozen=True)
-class FileTable:
-    """The files of a source: `sizes` in bytes by name, how to `read` one of the root's, names that are `links`.
-
-    `others`: names in a folder that are no files: links that lead nowhere, pipes and the like.
-
-    `top`: the folder around all of an archive's files, which the names here leave off.
-    """
-
-    url: str
-    sizes: dict[str, int]
-    read: Callable[[str], bytes]
-    links: frozenset[str] = frozenset()
-    others: frozenset[str] = frozenset()
-    top: str = ""
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.sizes
 
 
 @dataclass(frozen=True)
@@ -91,8 +46,6 @@ def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Li
 
     `url`: a folder, an s3:// prefix, or a .tgz, .tar.gz or .tar file in either, which is read without unpacking.
     """
-    from facediffuser.preprocess.archives import is_archive, scan_archive
-
     archive = is_archive(url)
     table = scan_archive(url) if archive else _scan_store(url)
     if not table.sizes:

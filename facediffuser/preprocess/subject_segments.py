@@ -10,7 +10,7 @@ from PIL import Image
 
 from facediffuser.faces import Face
 from facediffuser.preprocess.phrases import Phrase
-from facediffuser.preprocess.segments import PERSON_LABELS, Segment
+from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment
 
 
 @dataclass(frozen=True)

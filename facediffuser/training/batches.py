@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from facediffuser.prompts import TokenizedPrompts, tokenize_with_markers
+from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.subject import CLIP_MEAN, CLIP_STD
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
 from facediffuser.training.conditioning import choose_told, mark_caption

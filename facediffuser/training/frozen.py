@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from facediffuser.errors import InputError
-from facediffuser.prompts import tokenize_with_markers
+from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.storage import Store, open_store
 from facediffuser.training.records import Records, square
 

@@ -11,7 +11,7 @@ from facediffuser.faces import Face
 from facediffuser.preprocess.annotations import annotated_segments, annotated_subjects, identity_of, read_annotation
 from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.read_pictures import Rejection
-from facediffuser.preprocess.segments import Segment, decode_map, encode_map, read_map, resize_map
+from facediffuser.preprocess.segment_maps import Segment, decode_map, encode_map, read_map, resize_map
 from facediffuser.preprocess.subject_segments import Subject, greedy_match, match_subjects, tie_faces
 
 CAPTION = "an old man and a woman outside"

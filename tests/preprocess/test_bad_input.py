@@ -21,7 +21,8 @@ from facediffuser.preprocess.photo_stages import Job
 from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.read_pictures import read_picture
-from facediffuser.preprocess.sources import Record, list_source
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import list_source
 
 
 def rows(output: Path, *folders: str) -> list[dict]:

@@ -7,12 +7,14 @@ from preprocess.tiny_models import tiny_blip, tiny_blip2, tiny_clip, tiny_mask2f
 from skimage import data
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess import segments as segments_module
+from facediffuser.preprocess import segmenter as segmenter_module
 from facediffuser.preprocess.captioners import Captioner
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.required_models import require_models
-from facediffuser.preprocess.segments import Segmenter, segment_box
-from facediffuser.preprocess.sources import Listing, Record
+from facediffuser.preprocess.segment_maps import segment_box
+from facediffuser.preprocess.segmenter import Segmenter
+from facediffuser.preprocess.source_files import Record
+from facediffuser.preprocess.sources import Listing
 from facediffuser.preprocess.subject_segments import PhraseMatcher
 
 PICTURES = [Image.fromarray(data.astronaut()).resize(size) for size in ((64, 64), (96, 64), (64, 64))]
@@ -68,7 +70,7 @@ def test_the_map_of_a_huge_picture_is_drawn_smaller_and_stretched(models, monkey
         return real(outputs, target_sizes=target_sizes)
 
     monkeypatch.setattr(segmenter.processor, "post_process_panoptic_segmentation", post_process)
-    monkeypatch.setattr(segments_module, "MOST_MAP_PIXELS", 96 * 64 / 4)
+    monkeypatch.setattr(segmenter_module, "MAX_MAP_PIXELS", 96 * 64 / 4)
     ((ids, segments),) = segmenter.segment(PICTURES[1:2])
     assert asked == [(32, 48)] and ids.shape == (64, 96)
     assert segments and all(segment_box(ids, segment.id) == segment.box for segment in segments)

@@ -19,7 +19,7 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY, SCHEMA_VERSION
-from facediffuser.preprocess.segments import decode_map
+from facediffuser.preprocess.segment_maps import decode_map
 from facediffuser.tasks import preprocess as stage
 
 

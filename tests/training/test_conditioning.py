@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facediffuser.prompts import IMAGE_MARKER, tokenize_with_markers, without_markers
+from facediffuser.prompt_tokens import tokenize_with_markers
+from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.training.conditioning import choose_told, mark_caption
 
 

@@ -1,0 +1,112 @@
+"""What a dataset's card says: counts, settings, scores that were added, copies that were found."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from facediffuser.cards.survey import Survey
+from facediffuser.evaluation.tables import OVERALL, ScoreRow, title, value_with_interval
+
+FLAG_TITLES = {
+    "training_copy": "faces like one of the training set",
+    "pasted_reference": "faces with a reference's pixels",
+    "duplicate": "images like another of the dataset",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card shows, in the forms that both the README and the page use."""
+
+    name: str
+    survey: Survey
+    run: dict[str, Any]
+    images: dict[str, bytes]
+    references: dict[str, Image.Image]
+
+    @property
+    def rows(self) -> int:
+        return self.survey.rows
+
+    @property
+    def table(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric not in self.survey.added]
+
+    @property
+    def added(self) -> list[ScoreRow]:
+        return [row for row in self.survey.table if row.metric in self.survey.added]
+
+    @property
+    def failed(self) -> int:
+        return sum(self.survey.failures.values())
+
+    @property
+    def subjects(self) -> int:
+        return self.survey.subjects
+
+
+def summary(card: Card) -> list[tuple[str, str]]:
+    """Return the card's facts as (name, value) lines: counts, sizes, sampling settings."""
+    survey, settings = card.survey, card.survey.settings
+    methods = sorted({row.method for row in card.table})
+    sizes = [f"{width} × {height}" for width in settings.get("width", []) for height in settings.get("height", [])]
+    facts = [
+        ("images", f"{card.rows - card.failed:,}"),
+        ("failed rows", f"{card.failed:,}"),
+        ("subjects", f"{card.subjects:,}"),
+        ("prompts", f"{survey.prompts:,}"),
+        ("method", ", ".join(methods) or "–"),
+        ("image size, px", ", ".join(sizes[:4]) or "–"),
+        ("files", f"{survey.files:,} ({_megabytes(survey.bytes)})"),
+    ]
+    for name, label in (
+        ("num_inference_steps", "denoising steps"),
+        ("guidance_scale", "guidance scale"),
+        ("fusion_start", "fusion starts at step"),
+        ("fusion_end", "fusion ends before step"),
+        ("scheduler", "scheduler"),
+    ):
+        if settings.get(name):
+            facts.append((label, ", ".join(_word(value) for value in settings[name])))
+    return facts
+
+
+def added_lines(card: Card) -> list[tuple[str, str]]:
+    """Return the means of what other scorers added as (name, value) lines."""
+    return [
+        (f"{title(row.metric)} ({row.method}, {_people(row.subjects)})", value_with_interval(row))
+        for row in card.added
+        if row.category == OVERALL
+    ]
+
+
+def flag_lines(survey: Survey) -> list[tuple[str, str]]:
+    """Return what was found of copies as (check, result) lines."""
+    return [
+        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.looked_at:,} images flagged")
+        for name, flagged in survey.flags.items()
+    ]
+
+
+def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return what the plan's metadata says of the run as (dotted name, value) lines."""
+    lines = []
+    for name, value in run.items():
+        if isinstance(value, dict):
+            lines += run_lines(value, f"{prefix}{name}.")
+        elif value is not None and value != []:
+            lines.append((f"{prefix}{name}", ", ".join(map(_word, value)) if isinstance(value, list) else _word(value)))
+    return lines
+
+
+def _people(count: int) -> str:
+    return "one subject" if count == 1 else f"{count} subjects"
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
