@@ -134,6 +134,13 @@ def model_digests(folder: str | Path) -> dict[str, str]:
     return {component: _digest(folder / component) for component in _components(folder)}
 
 
+def same_part(theirs: str | None, ours: str | None) -> bool:
+    """Return whether a part with the digest `theirs` may be taken for ours: it is the same, or an earlier one that ours fits."""
+    from facediffuser.shipped import EARLIER_PARTS
+
+    return theirs == ours or (theirs is not None and EARLIER_PARTS.get(theirs) == ours)
+
+
 def _components(folder: Path) -> list[str]:
     index = read_json(folder / "model_index.json")
     named = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
@@ -255,7 +262,7 @@ def _finished_run(url: str, role: str, base: Path) -> Path:
         raise InputError(f"{url}: was trained as {run.get('role')}; give a {role} run")
     digests = model_digests(base)
     for name, digest in (run.get("base_digests") or {}).items():
-        if name in digests and digests[name] != digest:
+        if name in digests and not same_part(digest, digests[name]):
             raise InputError(f"{url}: was trained from another base than {base} ({name} differs); give that base")
     ours, theirs = (_shape_of(folder / "unet") for folder in (base, final))
     for key in sorted(ours.keys() | theirs.keys()):

@@ -10,6 +10,7 @@ import ray
 from prefect import task
 
 from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.shards import finished_shards
@@ -49,6 +50,7 @@ def plan_dataset(settings: GenerateSettings) -> Prepared:
     logger.info("%s: %d images of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
                 layout.rows, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
                 prepared.job.fingerprint[:12])  # fmt: skip
+    logger.info("%s", class_words_line(prepared.plan.subjects))
     if not settings.dry_run:
         started = time.monotonic()
         written = prepared.write()

@@ -7,7 +7,7 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ RESERVED = "+~/\\"
 PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
 SUBJECT_COLUMNS = ("subject_id", "class_word")
 MOST_SHOWN = 16
+SHOWN_NAMES = 5
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SUBJECT_NAME = re.compile(r"subject(?:_([1-9]\d*))?")
 
@@ -116,6 +117,24 @@ def _class_words(store: Store) -> dict[str, str]:
             raise InputError(f"{name} row {number}: class word {word!r}; give a plain word such as man or woman")
         words[identifier] = word or DEFAULT_CLASS_WORD
     return words
+
+
+def class_words_line(subjects: Sequence[Subject]) -> str:
+    """Return in one line which class words the prompts use for whom, and how to give another than the default."""
+    of_word: dict[str, list[str]] = {}
+    for person in subjects:
+        of_word.setdefault(person.class_word, []).append(person.subject_id)
+    parts = []
+    for word, names in sorted(of_word.items()):
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+        parts.append(f"{word!r} for {len(names)} ({shown})")
+    line = "class words: " + "; ".join(parts)
+    if DEFAULT_CLASS_WORD in of_word:
+        line += (
+            f"; {DEFAULT_CLASS_WORD!r} is for subjects without an entry in subjects.csv, to give one add a line such as "
+            f"{of_word[DEFAULT_CLASS_WORD][0]},woman below its head {','.join(SUBJECT_COLUMNS)}"
+        )
+    return line
 
 
 def open_picture(store: Store, key: str) -> tuple[Image.Image, str]:

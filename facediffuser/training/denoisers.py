@@ -18,6 +18,7 @@ from facediffuser.modelfolder import (
     resolve_base,
     resolve_image_encoder,
     resolve_model,
+    same_part,
 )
 from facediffuser.subject import SubjectFuser
 from facediffuser.training.attention import AttentionMaps, record_cross_attention
@@ -196,7 +197,7 @@ def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) 
         if name not in theirs:
             raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
     for name in ("vae", "text_encoder"):
-        if theirs.get(name) != digests.get(name):
+        if not same_part(theirs.get(name), digests.get(name)):
             raise InputError(
                 f"--start-from {settings.start_from}: was trained from another base than {settings.base} ({name} differs); "
                 "give that base"

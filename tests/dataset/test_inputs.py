@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from facediffuser.dataset.inputs import open_picture, read_prompts, read_subjects
+from facediffuser.dataset.inputs import Subject, class_words_line, open_picture, read_prompts, read_subjects
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, open_store
 
@@ -170,3 +170,14 @@ def test_a_wrong_prompts_file_is_told(tmp_path, name, text, says):
 def test_a_missing_prompts_file_is_told(tmp_path):
     with pytest.raises(InputError, match="none.jsonl"):
         read_prompts(str(tmp_path / "none.jsonl"), 1)
+
+
+def test_the_class_words_in_use_and_how_to_give_one_are_told_in_one_line():
+    people = [Subject(name, word, ("1.png",)) for name, word in (("ada", "woman"), ("bob", "person"), ("cy", "person"))]
+    line = class_words_line(people)
+    assert line.startswith(
+        "class words: 'person' for 2 (bob, cy); 'woman' for 1 (ada); 'person' is for subjects without"
+    )
+    assert "bob,woman below its head subject_id,class_word" in line and "\n" not in line
+    assert class_words_line(people[:1]) == "class words: 'woman' for 1 (ada)"
+    assert "s4, ..." in class_words_line([Subject(f"s{n}", "man", ()) for n in range(1000)])

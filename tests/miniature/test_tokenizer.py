@@ -1,4 +1,4 @@
-"""The small tokenizer: any text, no unknown token, the end token highest and found by the text encoder's pooling."""
+"""The small tokenizer: any text, no unknown token, the end token highest of those learnt and found by the text encoder's pooling."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def test_any_text_comes_back_from_its_ids(tokenizer: CLIPTokenizer, text: str):
     assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.lower().replace(" ", "")
 
 
-def test_the_end_token_has_the_highest_id(tokenizer: CLIPTokenizer):
-    assert tokenizer.eos_token_id == len(tokenizer) - 1
-    scorer = CLIPTokenizer.from_pretrained(scorers_folder() / "prompt")
-    assert scorer.eos_token_id == len(scorer) - 1
+def test_the_end_token_has_the_highest_id_of_those_learnt(tokenizer: CLIPTokenizer):
+    for shipped in (tokenizer, CLIPTokenizer.from_pretrained(scorers_folder() / "prompt")):
+        added = len(shipped.added_tokens_decoder) - 2  # words for people, behind start and end
+        assert shipped.eos_token_id == len(shipped) - added - 1
 
 
 def test_captions_fit(tokenizer: CLIPTokenizer, photos: list[Rendering]):
@@ -36,9 +36,8 @@ def test_captions_fit(tokenizer: CLIPTokenizer, photos: list[Rendering]):
 
 
 def test_common_words_are_single_tokens(tokenizer: CLIPTokenizer):
-    for word in ("man", "woman", "person", "beanie", "shirt", "beach", "sketch"):
-        if word != "person":
-            assert len(tokenizer(word).input_ids) == 3, word
+    for word in ("man", "woman", "beanie", "shirt", "beach", "sketch"):
+        assert len(tokenizer(word).input_ids) == 3, word
 
 
 def test_learning_is_repeatable():

@@ -8,11 +8,12 @@ comes last, from two trainings on the base: `... make models --output DIR --tdm 
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import assemble
@@ -23,6 +24,7 @@ from tools.miniature_weights.photo_stream import PhotoSet, load_photos
 from tools.miniature_weights.tokenizer import make_tokenizer
 from tools.miniature_weights.train_scorers import train_clip, train_identity_embedder, train_prompt_scorer
 from tools.miniature_weights.vae import round_trip_psnr, train_decoder, train_vae
+from tools.miniature_weights.words import add_words
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ BUDGETS = {
     "base": 5000,
     "identity": 800,
     "prompt": 1500,
+    "words": 0,
 }
 """Steps of training per part."""
 
@@ -73,6 +76,9 @@ TRAINED_PARTS = {
 def make(part: str, output: Path, steps: int, cache: Path) -> None:
     """Make one part into `output`, in the layout of the package's `weights` folder."""
     base, scorers = output / "base", output / "scorers"
+    if part == "words":
+        make_words(output)
+        return
     if part in ("identity", "prompt"):
         photos = load_photos(SCORER_PICTURES, SCORER_PEOPLE, cache)
     else:
@@ -111,6 +117,29 @@ def make(part: str, output: Path, steps: int, cache: Path) -> None:
         tokenizer = make_tokenizer(_texts(photos))
         save_fp16(train_prompt_scorer(photos, tokenizer, steps), scorers / "prompt")
         tokenizer.save_pretrained(scorers / "prompt")
+
+
+def make_words(output: Path) -> None:
+    """Teach the text encoder and the prompt scorer of `output` the words for people that captions lack (`words.LIKE`).
+
+    A model folder `output`/models that is there already follows its base.
+    """
+    base, models = output / "base", output / "models"
+    for kind, folder, tokens in (
+        (CLIPTextModel, base / "text_encoder", base / "tokenizer"),
+        (CLIPModel, output / "scorers" / "prompt", output / "scorers" / "prompt"),
+    ):
+        if not folder.is_dir():
+            raise SystemExit(f"{folder}: missing; make the parts `base` and `prompt` first")
+        tokenizer, model = CLIPTokenizer.from_pretrained(tokens), kind.from_pretrained(folder).float()
+        tower = model.text_model if kind is CLIPModel else model
+        tower.config.vocab_size = add_words(tokenizer, tower.get_input_embeddings())
+        save_fp16(model, folder)
+        # Alone, for nothing else of the tokenizer changes.
+        tokenizer.backend_tokenizer.save(str(tokens / "tokenizer.json"))
+    if models.is_dir():
+        for name in ("tokenizer/tokenizer.json", "text_encoder/config.json"):
+            shutil.copyfile(base / name, models / name)
 
 
 def make_models(output: Path, tdm: str, sdm: str) -> Path:
