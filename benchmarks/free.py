@@ -13,7 +13,7 @@ from PIL import Image
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.dataset.plan import Layout, Plan, RowSettings
 from facediffuser.dataset.schema import SUBJECTS_SCHEMA, canonical_json
-from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.generate_check import code_and_libraries
 from facediffuser.generation.generate_settings import Pool
 from facediffuser.generation.job import GenerationJob, Prepared
 from facediffuser.scoring.scorers import ImageScore

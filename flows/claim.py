@@ -7,57 +7,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from facediffuser.evaluation.claim import judge, markdown, ordering_holds
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.tables import from_arrow
 from facediffuser.flows.evaluate import evaluate
+from facediffuser.flows.flow_settings import ClaimSettings, check_claim
 from facediffuser.miniature.render import write_subjects
-from facediffuser.schedulers import SchedulerName
 from facediffuser.storage import open_store
-from facediffuser.window import fusion_window
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000
-
-
-class ClaimSettings(BaseModel):
-    """The paper's table in small: 15 unseen people x 30 prompts, 15 pairs x 8 prompts, three images of each, 4 methods.
-
-    The defaults fit 20 minutes on two CPU cores.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    models: str = Field("miniature", description="model folder to judge, or `miniature` for the shipped one")
-    scorers: str = Field("miniature", description="miniature, or a folder with identity/ and prompt/")
-    output: str = Field("out/claim", description="where people, images and tables go; run again, it goes on")
-    people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
-    images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
-    steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
-    guidance_scale: float = Field(
-        5.0, ge=0, le=100, description="strength of the guidance, the paper's; less suits pictures of 64 px better"
-    )
-    scheduler: SchedulerName = Field(
-        "dpm", description="noise scheduler; at a change of models pndm, with a longer memory, mixes their noises"
-    )
-    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 3 of 12)")
-    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 11 of 12)")
-    seed: int = Field(0, ge=0, description="seed of all images")
-    workers: int = Field(2, ge=1, description="Ray workers, each with a core")
-    batch_size: int = Field(45, ge=1, le=1024, description="images made together")
-
-    @property
-    def fusion_window(self) -> tuple[int, int]:
-        """First step of both models and first step of the SDM alone; what suits the miniature where none is given."""
-        suits = round(self.steps * 3 / 12), round(self.steps * 11 / 12)
-        return fusion_window(self.steps, self.fusion_start, self.fusion_end, suits)
-
-    @model_validator(mode="after")
-    def _has_a_window(self) -> "ClaimSettings":
-        _ = self.fusion_window
-        return self
 
 
 @task(name="render-unseen-people")
@@ -76,8 +36,8 @@ def render_people(count: int, url: str) -> str:
 @flow(name="claim")
 def claim(settings: ClaimSettings) -> tuple[str, bool]:
     """Return the tables and the judgement as Markdown, and whether the paper's ordering holds; also `claim.md`."""
+    check_claim(settings)
     output = settings.output.rstrip("/")
-    open_store(output).require_writable()
     fusion_start, fusion_end = settings.fusion_window
     tables = evaluate(
         EvaluateSettings(

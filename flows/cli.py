@@ -5,6 +5,8 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +23,38 @@ PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it is for, where its settings and its function stand, which fields are given by place."""
+    """A command: what it is for, where its settings and its function stand, which fields are given by place.
+
+    `check` raises InputError for what can be told of the settings without Prefect, Ray and torch, which take long to
+    start; the flow's first task checks the same.
+    """
 
     summary: str
     settings: str
     function: str
     positional: tuple[str, ...] = ()
+    check: str | None = None
 
 
 COMMANDS = {
     "demo": Command(
         "the whole factory at a small scale: photographs to scored dataset",
-        "facediffuser.flows.demo:DemoSettings",
+        "facediffuser.flows.flow_settings:DemoSettings",
         "facediffuser.flows.commands:demo",
+        check="facediffuser.flows.flow_settings:check_demo",
     ),
     "preprocess": Command(
         "photographs to prepared Parquet",
         "facediffuser.preprocess.preprocess_settings:PreprocessSettings",
         "facediffuser.flows.commands:preprocess",
+        check="facediffuser.preprocess.preprocess_check:check_preprocess",
     ),
     "train": Command(
         "train the TDM or the SDM from prepared Parquet",
         "facediffuser.training.train_settings:TrainSettings",
         "facediffuser.flows.commands:train",
         ("role",),
+        check="facediffuser.training.train_check:check_train",
     ),
     "assemble": Command(
         "two trained models and their base to one model folder",
@@ -60,23 +70,27 @@ COMMANDS = {
         "subjects and prompts to a scored image dataset",
         "facediffuser.generation.generate_settings:GenerateSettings",
         "facediffuser.flows.commands:generate",
+        check="facediffuser.generation.generate_check:check_generate",
     ),
     "evaluate": Command(
         "IP and PC tables of datasets, of methods on a benchmark, of folders of images",
         "facediffuser.evaluation.evaluate_settings:EvaluateSettings",
         "facediffuser.flows.commands:evaluate_images",
+        check="facediffuser.evaluation.evaluate_check:check_evaluate",
     ),
     "score": Command(
         "add the columns of other scorers to a dataset",
         "facediffuser.evaluation.add_columns:ScoreSettings",
         "facediffuser.flows.commands:score_dataset",
         ("url",),
+        check="facediffuser.evaluation.evaluate_check:check_score",
     ),
     "copies": Command(
         "flag copied training faces, pasted references and near-duplicates in a dataset",
         "facediffuser.evaluation.copies:CopySettings",
         "facediffuser.flows.commands:flag_copies",
         ("url",),
+        check="facediffuser.evaluation.evaluate_check:check_copies",
     ),
     "verify": Command(
         "check every shard of a dataset against its manifest",
@@ -89,12 +103,14 @@ COMMANDS = {
         "facediffuser.generation.generate_settings:RepairSettings",
         "facediffuser.flows.commands:repair",
         ("url",),
+        check="facediffuser.generation.generate_check:check_repair",
     ),
     "retry-failed": Command(
         "make the shards that hold failed rows again",
         "facediffuser.generation.generate_settings:RetrySettings",
         "facediffuser.flows.commands:retry",
         ("url",),
+        check="facediffuser.generation.generate_check:check_repair",
     ),
     "remake": Command(
         "make one image again from its row and compare the bytes",
@@ -120,8 +136,9 @@ COMMANDS = {
     ),
     "miniature claim": Command(
         "all methods on the miniature's benchmark; exit 1 when the paper's ordering fails on it",
-        "facediffuser.flows.claim:ClaimSettings",
+        "facediffuser.flows.flow_settings:ClaimSettings",
         "facediffuser.flows.commands:claim",
+        check="facediffuser.flows.flow_settings:check_claim",
     ),
 }
 
@@ -135,10 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = _command_name(args)
     if name is None:
         return _usage(args)
-    _configure_logging()
     try:
         command = COMMANDS[name]
         settings = parse_settings(_load(command.settings), rest, f"facediffuser {name}", command.positional)
+        if command.check:
+            with _quietly():
+                _load(command.check)(settings)
+        _configure_logging()
         return _load(command.function)(settings) or 0
     except Exception as error:
         code = exit_code(error)
@@ -235,6 +255,16 @@ def _usage(args: list[str]) -> int:
 def _load(reference: str) -> Any:
     module, name = reference.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep a check's warnings off the terminal: the flow's first task checks once more and tells them."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class _InputErrorsAreTold(logging.Filter):

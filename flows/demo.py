@@ -8,9 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from prefect import flow, task
-from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.checkpoints import assemble, resolve_base
+from facediffuser.flows.flow_settings import DemoSettings, check_demo
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
 from facediffuser.flows.train import train
@@ -18,25 +18,8 @@ from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.miniature.render import render_set
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
-from facediffuser.training.train_settings import TrainSettings
 
 logger = logging.getLogger(__name__)
-
-
-class DemoSettings(BaseModel):
-    """How large the demonstration is; the defaults take a few minutes on two CPU cores."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    output: str = Field("out/demo", description="where everything goes: a folder or s3://bucket/prefix")
-    photos: int = Field(480, ge=8, description="photographs to render")
-    train_steps: int = Field(60, ge=1, description="training steps of each model")
-    batch_size: int = Field(32, ge=1, description="images a training step")
-    subjects: int = Field(6, ge=1, description="people to make images of")
-    prompts: int = Field(16, ge=1, description="prompts for each of them")
-    steps: int = Field(30, ge=1, description="denoising steps an image")
-    seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
-    workers: int | None = Field(None, ge=1, description="Ray workers (default: the GPUs, or 1)")
 
 
 @task(name="render-photographs")
@@ -95,31 +78,13 @@ def demo(settings: DemoSettings) -> dict:
 
     Run again it keeps what is finished and makes what is missing.
     """
-    root = settings.output.rstrip("/")
-    open_store(root).require_writable()
+    check_demo(settings)
+    root = settings.root
     photos = render_photographs(settings, f"{root}/photos")
     prepared = f"{root}/prepared"
     preprocess_ffhq(PreprocessSettings(source=photos, format="ffhq-fastcomposer", output=prepared))
-    trained = f"{root}/training"
-    train(
-        TrainSettings(
-            role="both",
-            data=prepared,
-            base="miniature",
-            # A minute of training from the base alone would hardly know a face: the shipped models are trained on.
-            start_from="miniature",
-            learning_rate=1e-4,
-            subject_learning_rate=1e-4,
-            encoder_learning_rate=5e-5,
-            output=trained,
-            resume=True,
-            steps=settings.train_steps,
-            batch_size=settings.batch_size,
-            checkpoint_every=settings.train_steps,
-            cpus_per_worker=1,
-            seed=settings.seed,
-        )
-    )
+    trained = settings.training.output
+    train(settings.training)
     models = assemble_models(f"{trained}/tdm", f"{trained}/sdm", f"{root}/models")
     result = generate_dataset(
         GenerateSettings(

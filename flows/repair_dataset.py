@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 @flow(name="repair-dataset")
 def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
     """Make again what `verify` finds missing or damaged; return what was found and what is left, one line each."""
-    manifest, problems = find_damage(settings.url)
+    manifest, problems = find_damage(settings)
     left = repair_damage(settings, manifest, problems) if problems else []
     found = [str(problem) for problem in problems]
     lines = "\n".join(f"- {line}" for line in found) or "nothing"

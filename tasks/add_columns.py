@@ -7,6 +7,7 @@ from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import count_rows
 from facediffuser.evaluation.add_columns import ScoreSettings, add_columns
 from facediffuser.evaluation.copies import CopySettings, find_copies, scorers_of
+from facediffuser.evaluation.evaluate_check import check_copies, check_score
 from facediffuser.evaluation.evaluate_settings import several
 from facediffuser.evaluation.evaluator import pick_device
 from facediffuser.evaluation.training_faces import count_training, training_faces
@@ -19,6 +20,7 @@ from facediffuser.tasks.progress import Progress
 @task(name="add-columns", cache_policy=None)
 def add_scores(settings: ScoreSettings) -> list[str]:
     """Write the columns of other scorers beside the shards; return the keys of the files."""
+    check_score(settings)
     store = open_store(settings.url)
     total = count_rows(store)
     scorers = load_columns(several(settings.add), pick_device(settings.device))
@@ -29,6 +31,7 @@ def add_scores(settings: ScoreSettings) -> list[str]:
 @task(name="find-copies", cache_policy=None)
 def flag_copies(settings: CopySettings) -> dict[str, int]:
     """Write `scores/copies.parquet`; return how many images each flag is raised on."""
+    check_copies(settings)
     store = open_store(settings.url)
     total = count_rows(store)
     known = count_training(settings.training) if settings.training else 0

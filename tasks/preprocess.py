@@ -28,6 +28,7 @@ from facediffuser.preprocess.parts import (
 from facediffuser.preprocess.photo_stages import Job
 from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.prepared_manifest import build_manifest, write_manifest
+from facediffuser.preprocess.preprocess_check import require_apart
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.required_models import require_models
 from facediffuser.preprocess.source_files import Record
@@ -73,7 +74,7 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     """
     started = time.monotonic()
     store = open_store(settings.output)
-    _require_apart(settings)
+    require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)
@@ -81,7 +82,7 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     if settings.stages:
         open_store(settings.stages).require_writable()
     run = describe_run(settings, listing, models, earlier)
-    there = begin_run(store, run)
+    there = begin_run(store, run, listing)
     if MANIFEST in there:
         logger.info("%s: finished earlier; nothing to do", store.url)
         return _result(store, json.loads(store.get(MANIFEST)), started, {}, 0)
@@ -106,14 +107,6 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     write_card(store, manifest)
     write_manifest(store, manifest)
     return _result(store, manifest, started, dict(seconds), kept)
-
-
-def _require_apart(settings: PreprocessSettings) -> None:
-    source = open_store(settings.source).url.rstrip("/")
-    for option in ("output", "stages"):
-        url = getattr(settings, option)
-        if url and f"{open_store(url).url.rstrip('/')}/".startswith(f"{source}/"):
-            raise InputError(f"--{option} {url}: lies inside of the source; give one outside of it")
 
 
 def _earlier(settings: PreprocessSettings, listing: Listing) -> dict[str, str]:

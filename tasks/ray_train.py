@@ -19,6 +19,7 @@ from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 from facediffuser.training import training_run as runs
 from facediffuser.training.loop import DivergedError, train_model
+from facediffuser.training.train_check import check_train
 from facediffuser.training.train_settings import TrainSettings
 from facediffuser.training.worker_context import Worker
 
@@ -57,9 +58,8 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
     `max_failures` times. Raises InputError before anything is written when the output holds another run, and DivergedError.
     """
+    check_train(settings)
     store = open_store(settings.output)
-    store.require_writable()
-    runs.require_startable(store, settings)
     done = runs.finished_step(store)
     if done is not None and done >= settings.recipe().steps:
         logger.info("%s: %s is trained already (%d steps)", settings.output, settings.role, done)

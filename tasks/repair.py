@@ -8,6 +8,7 @@ from prefect import task
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
+from facediffuser.generation.generate_check import check_repair
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.generation.repair import job_of_dataset, restore_plan_part, sort_damage
 from facediffuser.storage import open_store
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 @task(name="find-damage", cache_policy=None, persist_result=False)
-def find_damage(url: str) -> tuple[Manifest, list[Problem]]:
+def find_damage(settings: RepairSettings) -> tuple[Manifest, list[Problem]]:
     """Return the dataset's manifest and what `verify` finds."""
-    store = open_store(url)
-    store.require_writable()
+    check_repair(settings)
+    store = open_store(settings.url)
     manifest = read_manifest(store)
     return manifest, find_problems(store, manifest)
 
@@ -64,8 +65,8 @@ def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[P
 @task(name="retry-failed-rows", cache_policy=None, persist_result=False)
 def retry_failed_rows(settings: RetrySettings) -> Manifest:
     """Make the shards that hold failed rows again; those with fewer failed rows now take their place."""
+    check_repair(settings)
     store = open_store(settings.url)
-    store.require_writable()
     manifest = read_manifest(store)
     wanted = {shard: {"fewer_failed_than": entry.failed} for shard, entry in enumerate(manifest.shards) if entry.failed}
     if not wanted:

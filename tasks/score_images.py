@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from prefect import task
 
+from facediffuser.evaluation.evaluate_check import check_evaluate
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluation, Evaluator
 from facediffuser.tasks.progress import Progress
@@ -12,6 +13,7 @@ from facediffuser.tasks.progress import Progress
 @task(name="check-input", cache_policy=None)
 def check_input(settings: EvaluateSettings) -> None:
     """Raise InputError for what is wrong with images and datasets given, before hours are spent on making others."""
+    check_evaluate(settings)
     Evaluator(settings)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.reading import list_shards, row_groups
 from facediffuser.evaluation.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
-from facediffuser.evaluation.training_faces import TrainingFaces
-from facediffuser.scoring.identity import IdentityScorer
 from facediffuser.storage import Store
+
+# What copies are to be looked for in can be checked without torch, which takes seconds to import.
+if TYPE_CHECKING:
+    from facediffuser.evaluation.training_faces import TrainingFaces
+    from facediffuser.scoring.identity import IdentityScorer
 
 BATCH = 64
 SEEN_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
@@ -54,9 +58,9 @@ def scorers_of(store: Store) -> str:
 
 def find_copies(
     store: Store,
-    identity: IdentityScorer,
+    identity: "IdentityScorer",
     settings: CopySettings,
-    training: TrainingFaces | None,
+    training: "TrainingFaces | None",
     advance: Callable[[int], None] = lambda count: None,
 ) -> pa.Table:
     """Return a row per image of a dataset: how much it copies, of whom, and whether that is flagged.
@@ -101,7 +105,7 @@ def find_copies(
     return pa.table(columns | _duplicates(ids, np.stack(thumbnails), seen, settings.duplicate_threshold))
 
 
-def _nearest_training(vectors, owners, count: int, training: TrainingFaces, threshold: float) -> dict[str, Sequence]:
+def _nearest_training(vectors, owners, count: int, training: "TrainingFaces", threshold: float) -> dict[str, Sequence]:
     best = np.full(count, np.nan, np.float32)
     names: list[str | None] = [None] * count
     if vectors:
@@ -136,7 +140,7 @@ def _duplicates(ids: list[str], thumbnails: np.ndarray, seen: list[bool], thresh
     }
 
 
-def reference_faces(store: Store, identity: IdentityScorer) -> dict[str, list[np.ndarray]]:
+def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[np.ndarray]]:
     """Return subject id -> the faces (24, 24, 3) of a dataset's reference pictures; empty without subjects.parquet."""
     if not store.exists("subjects.parquet"):
         return {}

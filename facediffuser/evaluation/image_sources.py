@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +13,17 @@ from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
 from facediffuser.dataset.inputs import Subject, open_picture, read_prompts, read_subjects
-from facediffuser.dataset.reading import read_footer, row_groups
+from facediffuser.dataset.reading import list_shards, read_footer, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
-from facediffuser.scoring.identity import subject_embedding
-from facediffuser.scoring.scorers import Scorers
 from facediffuser.storage import Store, local_copy, open_store
+
+# What lies at the sources can be checked without torch, which takes seconds to import.
+if TYPE_CHECKING:
+    from facediffuser.scoring.scorers import Scorers
 
 SCORED_COLUMNS = (
     *("sample_id", "method", "subject_ids", "prompt_id", "prompt", "category", "ip", "ip_per_subject", "face_count"),
@@ -46,25 +49,27 @@ class Source:
 
     count: int
     batches: Callable[[], Iterator[list[dict]]]
-    references: Callable[[Scorers], Mapping[str, np.ndarray]] | None
+    references: "Callable[[Scorers], Mapping[str, np.ndarray]] | None"
     pictures: Callable[[], Mapping[str, list[Image.Image]]]
     url: str
     added: Added = field(default_factory=lambda: Added({}))
     recorded: dict[str, str] = field(default_factory=dict)
 
 
+def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
+    """Return the keys of a dataset's shards; InputError without any, or without the references if they are needed."""
+    keys = [info.key for info in list_shards(store)]
+    if with_subjects and not store.exists("subjects.parquet"):
+        raise InputError(f"{store.url}/subjects.parquet: missing; scoring again needs the reference pictures")
+    return keys
+
+
 def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -> Source:
     """The images of a dataset; `name` stands for the method its rows name."""
-    store.require_readable()
-    keys = [info.key for info in store.list("data/") if info.key.endswith(".parquet")]
-    if not keys:
-        raise InputError(f"{store.url}: no data/*.parquet there; give the URL that `generate` wrote to")
+    keys = dataset_keys(store, with_subjects=settings.rescore or bool(settings.add))
     footers = [read_footer(store, key) for key in keys]
     recorded = json.loads((footers[0].metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
-    if settings.rescore or settings.add:
-        if not store.exists("subjects.parquet"):
-            raise InputError(f"{store.url}/subjects.parquet: missing; scoring again needs the reference pictures")
     added = read_added(store)
     always = {"source": store.url} | ({"method": name} if name else {})
 
@@ -78,7 +83,7 @@ def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -
     references = None
     if settings.rescore:
 
-        def references(scorers: Scorers) -> Mapping[str, np.ndarray]:
+        def references(scorers: "Scorers") -> Mapping[str, np.ndarray]:
             return dataset_references(store, scorers)
 
     return Source(
@@ -109,7 +114,7 @@ def folder_source(method: str, url: str, settings: EvaluateSettings) -> Source:
 
     shown = {name for image in listed for name in image.subject_ids}
 
-    def references(scorers: Scorers) -> Mapping[str, np.ndarray]:
+    def references(scorers: "Scorers") -> Mapping[str, np.ndarray]:
         return folder_references(open_store(settings.subjects), [s for s in subjects if s.subject_id in shown], scorers)
 
     def pictures() -> Mapping[str, list[Image.Image]]:
@@ -132,8 +137,10 @@ def _external_row(store: Store, method: str, image: ExternalImage) -> dict:
     }
 
 
-def folder_references(store: Store, subjects: Sequence[Subject], scorers: Scorers) -> dict[str, np.ndarray]:
+def folder_references(store: Store, subjects: Sequence[Subject], scorers: "Scorers") -> dict[str, np.ndarray]:
     """Return subject id -> embedding of subjects of a folder; InputError names a picture without a face."""
+    from facediffuser.scoring.identity import subject_embedding
+
     return {
         subject.subject_id: subject_embedding(
             scorers.embed_references(
@@ -145,12 +152,14 @@ def folder_references(store: Store, subjects: Sequence[Subject], scorers: Scorer
     }
 
 
-def dataset_references(store: Store, scorers: Scorers) -> dict[str, np.ndarray]:
+def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray]:
     """Return subject id -> embedding of a dataset's subjects, from its subjects.parquet.
 
     What the dataset recorded of its references is used when the same scorers made it; other scorers look at the
     reference pictures that the dataset keeps.
     """
+    from facediffuser.scoring.identity import subject_embedding
+
     with store.open("subjects.parquet") as source:
         table = pq.read_table(source)
     same = recorded_digests(table.schema).get("identity") == scorers.digests["identity"]

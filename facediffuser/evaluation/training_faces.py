@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +13,10 @@ from PIL import Image
 from facediffuser.dataset.inputs import PICTURE_SUFFIXES
 from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
-from facediffuser.scoring.identity import IdentityScorer
 from facediffuser.storage import Store, open_store
+
+if TYPE_CHECKING:  # what lies in a training set can be looked up without torch
+    from facediffuser.scoring.identity import IdentityScorer
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +32,13 @@ class TrainingFaces:
 
 
 def training_faces(
-    url: str, identity: IdentityScorer, advance: Callable[[int], None] = lambda count: None
+    url: str, identity: "IdentityScorer", advance: Callable[[int], None] = lambda count: None
 ) -> TrainingFaces:
     """Return the faces of a training set: prepared Parquet, whose boxes are known, or a folder of pictures.
 
     InputError when there is neither, or no face in any picture.
     """
-    store, prepared, pictures = _training_keys(url)
+    store, prepared, pictures = training_keys(url)
     vectors, names = [], []
     batches = _prepared(store, prepared) if prepared else _photographs(store, pictures, identity)
     for batch in batches:
@@ -52,14 +55,14 @@ def training_faces(
 
 def count_training(url: str) -> int:
     """Return how many pictures a training set holds; InputError when it holds none."""
-    store, prepared, pictures = _training_keys(url)
+    store, prepared, pictures = training_keys(url)
     if not prepared:
         return len(pictures)
     return sum(read_footer(store, key).num_rows for key in prepared)
 
 
-def _training_keys(url: str) -> tuple[Store, list[str], list[str]]:
-    """The store, its prepared Parquet, its pictures."""
+def training_keys(url: str) -> tuple[Store, list[str], list[str]]:
+    """Return a training set's store, the keys of its prepared Parquet, and of its pictures; InputError without both."""
     store = open_store(url)
     store.require_readable()
     keys = [info.key for info in store.list()]
@@ -84,7 +87,7 @@ def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
                 ]
 
 
-def _photographs(store: Store, keys: list[str], identity: IdentityScorer) -> Iterator[list[tuple]]:
+def _photographs(store: Store, keys: list[str], identity: "IdentityScorer") -> Iterator[list[tuple]]:
     for start in range(0, len(keys), BATCH):
         some = keys[start : start + BATCH]
         pictures = [Image.open(io.BytesIO(store.get(key))).convert("RGB") for key in some]

@@ -21,7 +21,7 @@ from facediffuser.dataset.schema import (
 )
 from facediffuser.dataset.shards import shard_mark
 from facediffuser.errors import InputError
-from facediffuser.generation.check import check, known_document
+from facediffuser.generation.generate_check import check_generate, known_document
 from facediffuser.generation.generate_settings import GenerateSettings, Pool
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.modelfolder import model_digests
@@ -108,7 +108,7 @@ def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None =
     unless --cpus-per-worker is given: the last bits of an image depend on them. Raises InputError for everything a user
     can mend, the quick checks first.
     """
-    checked = check(settings)
+    checked = check_generate(settings)
     store, plan = checked.store, checked.plan
     digests = model_digests(checked.model.folder)
     scorers_name = settings.scorers or default_scorers(settings.models, digests)

@@ -15,7 +15,7 @@ from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
-from facediffuser.generation.check import code_and_libraries
+from facediffuser.generation.generate_check import code_and_libraries
 from facediffuser.generation.generate_settings import Pool, RemakeSettings
 from facediffuser.generation.job import GenerationJob
 from facediffuser.modelfolder import model_digests, resolve_model

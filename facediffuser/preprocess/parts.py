@@ -106,27 +106,88 @@ def put_part(store: Store, part: int, fingerprint: str, rows: dict[str, list[dic
     return summary
 
 
-def begin_run(store: Store, run: dict[str, Any]) -> dict[str, int]:
+def begin_run(store: Store, run: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
     """Return what of this run is in the store already: sizes by key; `run.json` is written when nothing is there.
 
-    InputError, with nothing written, when the store holds something else or a run with another fingerprint.
+    InputError, with nothing written, when the store holds something else or a run with another fingerprint; with
+    `listing`, this run's pictures, the error names the pictures that differ.
+    """
+    there = require_startable(store, run, listing)
+    if not there:
+        store.put(RUN, to_json(run))
+    return there
+
+
+def require_startable(store: Store, run: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
+    """Return the sizes by key of what is in the store; InputError when it holds something else or another run.
+
+    `run` may be a part of a run's description: then that part is compared.
     """
     there = {info.key: info.size for info in store.list()}
     if not there:
-        store.put(RUN, to_json(run))
         return there
     if RUN not in there:
         example = next(iter(there))
         raise InputError(f"{store.url}: holds something else ({example}); give an empty or a new --output")
     try:
         earlier = json.loads(store.get(RUN))
-        same = earlier["fingerprint"] == run["fingerprint"]
+        same = earlier["fingerprint"] == run["fingerprint"] if "fingerprint" in run else True
+        earlier = {name: earlier[name] for name in run}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{store.url_of(RUN)}: damaged; give a new --output") from error
-    if not same:
-        difference = "; ".join(differences(earlier, run)) or "the fingerprint"
+    # Through JSON, as the earlier one went.
+    if not same or earlier != json.loads(json.dumps(run)):
+        difference = "; ".join(explain_differences(store, earlier, run, listing)) or "the fingerprint"
         raise InputError(f"{store.url}: holds another run: {difference}; give a new --output or the same settings")
     return there
+
+
+def explain_differences(
+    store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None = None
+) -> list[str]:
+    """Return a phrase for each thing that differs between two runs: pictures and models by name, settings by value."""
+    lines = []
+    if earlier.get("source") != now.get("source"):
+        lines.append(_source_difference(store, earlier["source"], now["source"], listing))
+    models, others = earlier.get("models") or {}, now.get("models") or {}
+    for option in sorted(models.keys() | others.keys()):
+        if models.get(option) != others.get(option):
+            missing = " (none there)" if option not in models else " (none now)" if option not in others else ""
+            lines.append(f"the {option} is another model or has other weights{missing}")
+    if earlier.get("earlier") != now.get("earlier"):
+        lines.append("--earlier gives other pictures or other sides" if now.get("earlier") else "--earlier was given there")
+    told = ("source", "models", "earlier")
+    return lines + differences(*({k: v for k, v in run.items() if k not in told} for run in (earlier, now)))
+
+
+def _source_difference(
+    store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None
+) -> str:
+    counts = f"source differs ({earlier['pictures']} pictures there, {now['pictures']} now)"
+    if earlier["format"] != now["format"]:
+        return f"{counts}: format {earlier['format']} there, {now['format']} now"
+    if listing is None:
+        return counts
+    known, ids = prepared_ids(store), {record.image_id for record in listing.records}
+    gone = next((name for name in known if name not in ids), None)
+    # Only a finished run has all of its pictures in its parts.
+    seen = set(known)
+    new = next((name for name in sorted(ids) if name not in seen), None) if len(known) == earlier["pictures"] else None
+    sides = [f"{name} is only {side}" for name, side in ((gone, "there"), (new, "in the source now")) if name is not None]
+    if not sides:
+        same = earlier["pictures"] == now["pictures"] == len(known)
+        sides = ["pictures of the same names in other files or splits"] if same else ["other pictures or files"]
+    return f"{counts}: {', '.join(sides)}"
+
+
+def prepared_ids(store: Store) -> list[str]:
+    """Return the ids of the pictures in the parts that are there, prepared or rejected."""
+    ids: list[str] = []
+    for info in store.list():
+        if info.key.startswith(("train/", "test/", f"{REJECTED}/")) and info.key.endswith(".parquet"):
+            with store.open(info.key) as source:
+                ids += pq.read_table(source, columns=["image_id"])["image_id"].to_pylist()
+    return ids
 
 
 def earlier_splits(url: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from facediffuser.errors import InputError
 from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
 from facediffuser.preprocess.sources import FASTCOMPOSER, Listing
-from facediffuser.storage import local_copy
+from facediffuser.storage import local_copy, open_store
 
 
 def model_folder(name: str) -> str | Path:
@@ -22,26 +22,52 @@ def require_models(settings: PreprocessSettings, listing: Listing) -> dict[str, 
 
     InputError, one line with the option, when one cannot be had.
     """
-    described = listing.format == FASTCOMPOSER
-    captioned = described or all(record.annotation for record in listing.records)
-    needed = {"captioner": not captioned, "segmenter": not described, "matcher": not described}
+    captioned = all(record.annotation for record in listing.records)
+    names = needed_models(settings, listing.format, captioned)
+    return {option: _digest(option, name) for option, name in names.items()}
+
+
+def needed_models(settings: PreprocessSettings, format: str, captioned: bool) -> dict[str, str]:
+    """Return the names of the models that a source needs, by option; `captioned`: whether all its pictures are."""
+    described = format == FASTCOMPOSER
+    needed = {"captioner": not (described or captioned), "segmenter": not described, "matcher": not described}
     names = {option: getattr(settings, option) for option, is_needed in needed.items() if is_needed}
-    return {option: _require(option, name) for option, name in names.items() if name != NONE}
+    return {option: name for option, name in names.items() if name != NONE}
 
 
-def _require(option: str, name: str) -> str:
+def require_there(option: str, name: str) -> None:
+    """Raise InputError for a model that should lie in a folder or on S3 and does not; those of a hub are not asked for."""
+    path = Path(name).expanduser()
+    if "://" in name:
+        found = open_store(name).exists("config.json")
+    else:
+        found = (path / "config.json").is_file() if path.exists() else not (path.is_absolute() or name.startswith("."))
+    if not found:
+        raise _missing(option, name, "no config.json there")
+
+
+def _missing(option: str, name: str, reason: str) -> InputError:
+    return InputError(
+        f"--{option} {name}: no such model ({reason}); give a transformers folder, an s3:// URL, a hub id, or none"
+    )
+
+
+def _folder_and_config(option: str, name: str):
+    """The folder or hub id of a model, and its configuration; InputError, one line with the option, without."""
     from transformers import AutoConfig
 
     try:
         folder = model_folder(name)
-        config = AutoConfig.from_pretrained(folder)
+        return folder, AutoConfig.from_pretrained(folder)
     except InputError as error:
         raise InputError(f"--{option} {name}: {error}") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--{option} {name}: no such model ({first}); give a transformers folder, an s3:// URL, a hub id, or none"
-        ) from error
+        raise _missing(option, name, first) from error
+
+
+def _digest(option: str, name: str) -> str:
+    folder, config = _folder_and_config(option, name)
     # A hub's model is known by its commit, a folder by what is in it: the name may come to hold something else.
     return _folder_digest(folder) if os.path.isdir(folder) else str(getattr(config, "_commit_hash", None))
 

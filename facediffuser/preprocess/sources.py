@@ -47,7 +47,7 @@ def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Li
     `url`: a folder, an s3:// prefix, or a .tgz, .tar.gz or .tar file in either, which is read without unpacking.
     """
     archive = is_archive(url)
-    table = scan_archive(url) if archive else _scan_store(url)
+    table = scan_archive(url) if archive else scan_store(url)
     if not table.sizes:
         raise InputError(f"{url}: no files there; give a folder of pictures")
     format = recognise(table) if format == "auto" else format
@@ -77,7 +77,8 @@ def recognise(table: FileTable) -> str:
     return FOLDER
 
 
-def _scan_store(url: str) -> FileTable:
+def scan_store(url: str) -> FileTable:
+    """Return the table of the files in a folder or below an s3:// prefix."""
     store = open_store(url)
     store.require_readable()
     if isinstance(store, LocalStore):

@@ -6,6 +6,7 @@ A scorer is named by a word (`sharpness`), by an entry point of the group `faced
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Protocol
@@ -98,7 +99,8 @@ def short_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def _made(name: str, device: str) -> ColumnScorer:
+def find_column(name: str) -> str:
+    """Return the `module:Class` of a scorer; InputError when there is none of that name, or no such module."""
     reference = OURS.get(name, name)
     if ":" not in reference:
         points = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
@@ -106,7 +108,18 @@ def _made(name: str, device: str) -> ColumnScorer:
             named = sorted({*OURS, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
             raise InputError(f"scorer {name!r}: no such scorer; give one of {', '.join(named)}, or module:Class")
         reference = next(iter(points)).value
-    module, _, attribute = reference.partition(":")
+    module = reference.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"scorer {name!r}: cannot be imported ({error}); check module:Class") from error
+    if found is None:
+        raise InputError(f"scorer {name!r}: cannot be imported (no module {module!r}); check module:Class")
+    return reference
+
+
+def _made(name: str, device: str) -> ColumnScorer:
+    module, _, attribute = find_column(name).partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -14,7 +14,6 @@ from facediffuser.errors import InputError
 from facediffuser.modelfolder import (
     load_image_encoder,
     model_digests,
-    read_json,
     resolve_base,
     resolve_image_encoder,
     resolve_model,
@@ -25,6 +24,7 @@ from facediffuser.training.attention import AttentionMaps, record_cross_attentio
 from facediffuser.training.batches import Batch
 from facediffuser.training.frozen import encode_moments
 from facediffuser.training.recipe import Recipe
+from facediffuser.training.train_check import UNET, require_stable_diffusion, require_start
 from facediffuser.training.train_settings import TrainSettings
 
 EAGER_SIDE = 32
@@ -117,7 +117,7 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     require_stable_diffusion(settings.base, base)
     digests = model_digests(base)
     start = _start_folder(settings, base, digests)
-    unet = UNet2DConditionModel.from_pretrained(start / _UNET[settings.role] if start else base / "unet").float()
+    unet = UNet2DConditionModel.from_pretrained(start / UNET[settings.role] if start else base / "unet").float()
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
     eager = attention_of(recipe, torch.device(device), vae) == "eager"
@@ -153,49 +153,13 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     )
 
 
-def require_stable_diffusion(name: str, base: Path) -> None:
-    """Raise InputError unless the folder has the parts of Stable Diffusion v1 or v2 and they fit each other."""
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (base / part).is_dir():
-            raise InputError(f"{name}: has no {part}/; give a Stable Diffusion v1 or v2 folder")
-    unet, vae, text = (read_json(base / part / "config.json") for part in ("unet", "vae", "text_encoder"))
-    if unet.get("_class_name") != "UNet2DConditionModel":
-        raise InputError(f"{name}: its unet is a {unet.get('_class_name')}; give a Stable Diffusion v1 or v2 folder")
-    if unet.get("addition_embed_type") or unet.get("class_embed_type"):
-        raise InputError(
-            f"{name}: its unet wants more than a text (SDXL does); give a Stable Diffusion v1 or v2 folder"
-        )
-    widths = unet.get("cross_attention_dim"), text.get("hidden_size")
-    if widths[0] != widths[1]:
-        raise InputError(
-            f"{name}: its unet reads texts of width {widths[0]}, its text encoder makes {widths[1]}; mend it"
-        )
-    channels = unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")
-    if len(set(channels)) > 1:
-        raise InputError(
-            f"{name}: its unet takes {channels[0]} channels and gives {channels[1]}, latents have {channels[2]} (models for "
-            "inpainting differ so); give a Stable Diffusion v1 or v2 folder"
-        )
-    prediction = read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise InputError(
-            f"{name}: predicts {prediction}, training here is on noise; give a model that predicts epsilon"
-        )
-
-
-_UNET = {"tdm": "unet_text", "sdm": "unet"}
-"""What a model folder calls the UNet of a role."""
-
-
 def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) -> Path | None:
     """Return the model folder to train on; InputError when its frozen parts are not the base's, or it lacks the role."""
     if settings.start_from is None:
         return None
     folder = resolve_model(settings.start_from)
+    require_start(settings, folder)
     theirs = model_digests(folder)
-    for name in (_UNET[settings.role], *(("image_encoder", "subject_fuser") if settings.role == "sdm" else ())):
-        if name not in theirs:
-            raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
     for name in ("vae", "text_encoder"):
         if not same_part(theirs.get(name), digests.get(name)):
             raise InputError(

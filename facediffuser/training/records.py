@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import open_store
+from facediffuser.training.train_check import require_prepared
 
 COLUMNS = [
     "image_id",
@@ -33,12 +33,10 @@ class Records:
 
     def __init__(self, url: str, split: str):
         store = open_store(url)
-        if not store.list(f"{split}/"):
-            raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
+        require_prepared(url, store, split)
         filesystem, root = store.arrow()
         with store.told():
             dataset = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem)
-            _require_schema(url, dataset.schema)
             self.table = dataset.to_table(COLUMNS)
         if not len(self.table):
             raise InputError(f"{url}: {split}/ has no rows; prepare pictures with a person in them")
@@ -75,14 +73,6 @@ class Records:
         for value in self.table["image_sha256"]:
             digest.update(str(value.as_py()).encode())
         return digest.hexdigest()
-
-
-def _require_schema(url: str, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(SCHEMA_KEY, b"").decode() or "none"
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{url}: prepared with schema version {version}, this reads {SCHEMA_VERSION}; prepare it again"
-        )
 
 
 def decode(data: bytes) -> Image.Image:

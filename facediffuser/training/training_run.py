@@ -12,15 +12,16 @@ import json
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import save_component
 from facediffuser.storage import Store
 from facediffuser.training.train_settings import TrainSettings
+
+# What run lies in an output can be asked without torch, which takes seconds to import.
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def checkpoint_steps(store: Store) -> list[int]:
 
 def save_checkpoint(store: Store, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> None:
     """Write a checkpoint whole or not at all, then remove all but the last few and those of every `keep_every` steps."""
+    import torch
+
     parts = _Parts(store, _name(step))
     torch.save(state, parts)
     parts.close()
@@ -80,6 +83,8 @@ def save_checkpoint(store: Store, step: int, state: dict[str, Any], keep_last: i
 
 def load_checkpoint(store: Store, step: int) -> dict[str, Any]:
     """Read a checkpoint, tensors and plain values only."""
+    import torch
+
     count = json.loads(store.get(f"{_name(step)}.json"))["parts"]
     with tempfile.TemporaryFile(prefix="facediffuser-checkpoint-") as file:
         for part in range(count):
@@ -134,7 +139,7 @@ class _Parts:
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-def save_final(store: Store, parts: dict[str, nn.Module], record: dict[str, Any]) -> None:
+def save_final(store: Store, parts: "dict[str, nn.Module]", record: dict[str, Any]) -> None:
     """Write the trained parts as safetensors folders under `final/`, and `training.json` last of all."""
     with tempfile.TemporaryDirectory(prefix="facediffuser-final-") as folder:
         for name, part in parts.items():

@@ -9,7 +9,7 @@ from world import PROMPTS, save_people, save_prompts
 
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.errors import InputError
-from facediffuser.generation.check import check
+from facediffuser.generation.generate_check import check_generate
 from facediffuser.generation.job import prepare
 
 
@@ -47,7 +47,7 @@ def changed(place: int, **values) -> list[dict]:
 ])  # fmt: skip
 def test_other_prompts_are_named_without_loading_anything(begun, world, tmp_path, rows, says):
     prompts = save_prompts(tmp_path / "prompts.jsonl", rows)
-    line = refusal(check, world.settings(begun, prompts=str(prompts)))
+    line = refusal(check_generate, world.settings(begun, prompts=str(prompts)))
     assert says in line and "plan" not in line and "subjects differ" not in line
 
 
@@ -55,14 +55,14 @@ def test_other_subjects_are_named(begun, world, tmp_path):
     people = save_people(tmp_path / "people")
     shutil.copytree(people / "bob", people / "eve")
     shutil.rmtree(people / "bob")
-    line = refusal(check, world.settings(begun, subjects=str(people)))
+    line = refusal(check_generate, world.settings(begun, subjects=str(people)))
     assert "(subjects differ (2 there, 2 here): bob only there, eve only here)" in line
 
 
 def test_class_words_that_changed_are_named_and_are_no_other_prompts(begun, world, tmp_path):
     people = save_people(tmp_path / "people")
     (people / "subjects.csv").write_text("subject_id,class_word\nada,girl\n")
-    line = refusal(check, world.settings(begun, subjects=str(people)))
+    line = refusal(check_generate, world.settings(begun, subjects=str(people)))
     assert "(class word of ada: woman there, girl here)" in line
 
 
@@ -85,10 +85,10 @@ def test_other_models_are_named_by_part(begun, world, tmp_path):
 
 def test_settings_are_told_beside_prompts_and_without_ray(begun, world, tmp_path):
     prompts = save_prompts(tmp_path / "prompts.jsonl", PROMPTS[:1])
-    line = refusal(check, world.settings(begun, prompts=str(prompts), guidance_scale=2.5, negative_prompt="hat"))
+    line = refusal(check_generate, world.settings(begun, prompts=str(prompts), guidance_scale=2.5, negative_prompt="hat"))
     assert "prompts differ (3 there, 1 here)" in line and "settings.guidance_scale 5.0 there, 2.5 here" in line
     assert "negative_prompt None there, hat here" in line
 
 
 def test_a_run_that_is_the_same_as_far_as_is_known_passes(begun, world):
-    assert len(check(world.settings(begun, workers=2, batch_size=1)).plan) == 12
+    assert len(check_generate(world.settings(begun, workers=2, batch_size=1)).plan) == 12

@@ -9,7 +9,7 @@ from world import save_people, save_prompts
 
 from facediffuser.dataset.references import load_references
 from facediffuser.errors import InputError
-from facediffuser.generation.check import check
+from facediffuser.generation.generate_check import check_generate
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import default_batch_size, prepare
 
@@ -117,7 +117,7 @@ def test_what_the_models_or_subjects_cannot_give_is_told(world, tmp_path, others
 def test_a_prompt_of_more_subjects_than_can_be_shown_is_refused(world, tmp_path, prompt, says):
     prompts = save_prompts(tmp_path / "many.jsonl", [{"prompt": "{subject}"}, {"prompt": prompt}])
     with pytest.raises(InputError, match=says):
-        check(world.settings(tmp_path / "out", prompts=str(prompts)))
+        check_generate(world.settings(tmp_path / "out", prompts=str(prompts)))
 
 
 def test_a_prompt_that_is_too_long_for_its_subject_is_told(world, tmp_path):

@@ -49,7 +49,7 @@ class Checked:
     plan: Plan
 
 
-def check(settings: GenerateSettings) -> Checked:
+def check_generate(settings: GenerateSettings) -> Checked:
     """Return the plan that the settings stand for; reads configuration and lists only, and writes nothing.
 
     Raises InputError for an output that holds something else or another run, and for subjects, prompts and a model
@@ -82,6 +82,13 @@ def check(settings: GenerateSettings) -> Checked:
     )  # fmt: skip
     require_like_run(store, known_document(settings, plan), OF_THE_DEVICE, plan)
     return Checked(store, model, plan)
+
+
+def check_models(name: str) -> None:
+    """Raise InputError unless a folder of models, with the parts that every method needs, is there."""
+    folder = resolve_model(name)
+    for part in ("unet", "unet_text", "vae", "subject_fuser"):
+        _config(folder, part)
 
 
 def check_repair(settings: RepairSettings | RetrySettings) -> None:

@@ -1,0 +1,54 @@
+"""What can be said of an evaluation, of added scores and of a search for copies before anything is loaded.
+
+Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
+"""
+
+from facediffuser.dataset.reading import list_shards
+from facediffuser.evaluation.add_columns import ScoreSettings
+from facediffuser.evaluation.benchmark_runs import benchmark_runs
+from facediffuser.evaluation.copies import CopySettings, scorers_of
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings, several
+from facediffuser.evaluation.image_sources import dataset_keys, folder_source, name_and_url
+from facediffuser.evaluation.training_faces import training_keys
+from facediffuser.generation.generate_check import check_generate
+from facediffuser.scoring.columns import find_column
+from facediffuser.scoring.folder import require_scorers
+from facediffuser.storage import open_store
+
+
+def check_evaluate(settings: EvaluateSettings) -> None:
+    """Raise InputError for an output, datasets, folders of images, scorers or benchmark runs that cannot be used."""
+    if settings.output:
+        open_store(settings.output).require_writable()
+    for _, url in map(name_and_url, several(settings.dataset)):
+        dataset_keys(open_store(url), with_subjects=settings.rescore or bool(settings.add))
+    for name, url in map(name_and_url, several(settings.images)):
+        folder_source(name or url, url, settings)
+    _require_columns(settings.add)
+    if settings.images or settings.rescore:
+        require_scorers(settings.scorers)
+    for run in benchmark_runs(settings):
+        check_generate(run)
+
+
+def check_score(settings: ScoreSettings) -> None:
+    """Raise InputError when there is no dataset, when it cannot be written to, or when a scorer is not to be found."""
+    store = open_store(settings.url)
+    list_shards(store)
+    store.require_writable()
+    _require_columns(settings.add)
+
+
+def check_copies(settings: CopySettings) -> None:
+    """Raise InputError when there is no dataset, no training set where one is named, or no scorers."""
+    store = open_store(settings.url)
+    list_shards(store)
+    store.require_writable()
+    if settings.training:
+        training_keys(settings.training)
+    require_scorers(settings.scorers or scorers_of(store))
+
+
+def _require_columns(names: str | None) -> None:
+    for name in several(names):
+        find_column(name)

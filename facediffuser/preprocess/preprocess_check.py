@@ -1,0 +1,67 @@
+"""What can be said of a run of preprocess before anything is loaded or an archive is read.
+
+Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
+"""
+
+import posixpath
+
+from facediffuser.errors import InputError
+from facediffuser.preprocess.archives import is_archive
+from facediffuser.preprocess.parts import MANIFEST, require_startable
+from facediffuser.preprocess.prepared_schema import SCHEMA_VERSION
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.preprocess.required_models import needed_models, require_there
+from facediffuser.preprocess.sources import FFHQ, list_source, recognise, scan_store
+from facediffuser.storage import LocalStore, open_store
+
+
+def check_preprocess(settings: PreprocessSettings) -> None:
+    """Raise InputError for a source, models or an output that cannot be used; writes nothing.
+
+    Folders on this machine are listed. Archives, sources on S3 and FFHQ's metadata take long to list: of those only
+    whether they are there is asked, and the task looks into them.
+    """
+    require_apart(settings)
+    known = _look_at_source(settings)
+    if known is not None:
+        for option, name in needed_models(settings, *known).items():
+            require_there(option, name)
+    if settings.earlier:
+        require_earlier(settings.earlier)
+    store = open_store(settings.output)
+    store.require_writable()
+    if settings.stages:
+        open_store(settings.stages).require_writable()
+    require_startable(store, {"schema": SCHEMA_VERSION, "settings": settings.content()})
+
+
+def require_apart(settings: PreprocessSettings) -> None:
+    """Raise InputError for an output, or a place of stages, inside of the source."""
+    source = open_store(settings.source).url.rstrip("/")
+    for option in ("output", "stages"):
+        url = getattr(settings, option)
+        if url and f"{open_store(url).url.rstrip('/')}/".startswith(f"{source}/"):
+            raise InputError(f"--{option} {url}: lies inside of the source; give one outside of it")
+
+
+def require_earlier(url: str) -> None:
+    """Raise InputError unless finished prepared data is there."""
+    if not open_store(url).exists(MANIFEST):
+        raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there")
+
+
+def _look_at_source(settings: PreprocessSettings) -> tuple[str, bool] | None:
+    """The format of a source and whether all its pictures have captions; None where finding out takes long."""
+    if is_archive(settings.source):
+        folder, name = posixpath.split(settings.source)
+        if not open_store(folder or ".").exists(name):
+            raise InputError(f"{settings.source}: no such file; give a .tgz or .tar file or a folder of pictures")
+        return None
+    store = open_store(settings.source)
+    if not isinstance(store, LocalStore):
+        store.require_readable()
+        return None
+    if settings.format == FFHQ or (settings.format == "auto" and recognise(scan_store(settings.source)) == FFHQ):
+        return FFHQ, False
+    listing = list_source(settings.source, settings.format, settings.ffhq_images)
+    return listing.format, all(record.annotation for record in listing.records)

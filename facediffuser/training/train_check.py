@@ -1,0 +1,99 @@
+"""What can be said of a training before anything is loaded: output, data, and the configuration of its base.
+
+Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.errors import InputError
+from facediffuser.modelfolder import read_json, resolve_base, resolve_model
+from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
+from facediffuser.storage import Store, open_store
+from facediffuser.training import training_run as runs
+from facediffuser.training.train_settings import TrainSettings
+
+UNET = {"tdm": "unet_text", "sdm": "unet"}
+"""What a model folder calls the UNet of a role."""
+
+
+def check_train(settings: TrainSettings) -> None:
+    """Raise InputError for an output that holds another run, and for data or a base that cannot be trained from.
+
+    Reads lists and configuration, writes nothing. A base that is not on this machine is looked at by the workers: they,
+    not the machine that starts them, need its files.
+    """
+    for role in settings.roles:
+        of_role = settings.of(role)
+        store = open_store(of_role.output)
+        store.require_writable()
+        runs.require_startable(store, of_role)
+    require_prepared(settings.data, open_store(settings.data), "train")
+    if _is_here(settings.base):
+        require_stable_diffusion(settings.base, resolve_base(settings.base))
+    if settings.start_from and _is_here(settings.start_from):
+        for role in settings.roles:
+            require_start(settings.of(role), resolve_model(settings.start_from))
+
+
+def require_prepared(url: str, store: Store, split: str) -> None:
+    """Raise InputError unless prepared data of this schema version holds rows of a split."""
+    keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
+    if not keys:
+        raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
+    with store.open(keys[0]) as source:
+        require_schema(url, pq.read_schema(source))
+
+
+def require_schema(url: str, schema: pa.Schema) -> None:
+    """Raise InputError unless prepared data has the schema version that is read here."""
+    version = (schema.metadata or {}).get(SCHEMA_KEY, b"").decode() or "none"
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{url}: prepared with schema version {version}, this reads {SCHEMA_VERSION}; prepare it again"
+        )
+
+
+def require_stable_diffusion(name: str, base: Path) -> None:
+    """Raise InputError unless the folder has the parts of Stable Diffusion v1 or v2 and they fit each other."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (base / part).is_dir():
+            raise InputError(f"{name}: has no {part}/; give a Stable Diffusion v1 or v2 folder")
+    unet, vae, text = (read_json(base / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    if unet.get("_class_name") != "UNet2DConditionModel":
+        raise InputError(f"{name}: its unet is a {unet.get('_class_name')}; give a Stable Diffusion v1 or v2 folder")
+    if unet.get("addition_embed_type") or unet.get("class_embed_type"):
+        raise InputError(
+            f"{name}: its unet wants more than a text (SDXL does); give a Stable Diffusion v1 or v2 folder"
+        )
+    widths = unet.get("cross_attention_dim"), text.get("hidden_size")
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"{name}: its unet reads texts of width {widths[0]}, its text encoder makes {widths[1]}; mend it"
+        )
+    channels = unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")
+    if len(set(channels)) > 1:
+        raise InputError(
+            f"{name}: its unet takes {channels[0]} channels and gives {channels[1]}, latents have {channels[2]} (models for "
+            "inpainting differ so); give a Stable Diffusion v1 or v2 folder"
+        )
+    prediction = read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise InputError(
+            f"{name}: predicts {prediction}, training here is on noise; give a model that predicts epsilon"
+        )
+
+
+def require_start(settings: TrainSettings, folder: Path) -> None:
+    """Raise InputError unless a model folder has what a role is trained on from."""
+    for name in (UNET[settings.role], *(("image_encoder", "subject_fuser") if settings.role == "sdm" else ())):
+        if not (folder / name).is_dir():
+            raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
+
+
+def _is_here(model: str) -> bool:
+    """Whether a model lies on this machine, or should: its name is a path, and neither a URL nor a hub's."""
+    path = Path(model).expanduser()
+    return model == "miniature" or path.exists() or (path.is_absolute() and "://" not in model)
