@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 7
 OTHERS = "others"
 SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+READING = """\
+import pyarrow.dataset as ds
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+
+rows = load_dataset("parquet", data_files="data/*.parquet", split="train")  # rows[0]["image"] is a picture
+made = rows.filter(lambda status: status == "ok", input_columns="status")  # a failed row has no image and no scores
+columns = made.select_columns(["image", "prompt", "ip", "pc"]).with_format("torch")  # without those that hold None
+batch = next(iter(DataLoader(columns, batch_size=8)))  # batch["image"]: uint8 (8, 3, height, width)
+
+table = ds.dataset("data").to_table(["prompt", "ip"], filter=ds.field("ip") > 0.5)  # data/ alone, not the whole folder
+"""
 RIGHTS = (
     "Every image in `data/` is synthetic: it was made by diffusion models and shows no event that took place. It may "
     "show the likeness of the people in the reference pictures (`subjects.parquet`), whose consent and whose pictures' "
@@ -88,9 +100,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
         "image and prompt.\n\n" + markdown(card.table),
         "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",
-        "## Reading it\n\n```python\nfrom datasets import load_dataset\n\n"
-        'rows = load_dataset("parquet", data_files="data/*.parquet", split="train")  # rows[0]["image"] is a picture\n'
-        'good = rows.filter(lambda row: row["status"] == "ok" and row["ip"] > 0.5)\n```\n\n'
+        f"## Reading it\n\n```python\n{READING}```\n\n"
         "```sql\nselect category, avg(ip), avg(pc) from 'data/*.parquet' where status = 'ok' group by category;\n```\n",
     ]
     if card.added:

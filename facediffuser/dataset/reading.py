@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from facediffuser.errors import InputError
-from facediffuser.storage import ObjectInfo, Store
+from facediffuser.storage import ObjectInfo, Store, open_store
 
 DATA_PREFIX = "data/"
 
@@ -18,6 +19,27 @@ def list_shards(store: Store) -> list[ObjectInfo]:
     if not shards:
         raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
     return shards
+
+
+def open_dataset(url: str) -> ds.Dataset:
+    """Return the rows of a dataset as a pyarrow Dataset, which reads what a query needs; opened at the dataset's root.
+
+    `pyarrow.dataset.dataset` itself would take README.md, the plan and the stats beside `data/` for rows.
+
+    Args:
+        url: the dataset, a folder or s3://bucket/prefix; S3 is configured by the standard AWS environment.
+
+    Returns:
+        A dataset with the columns of DATASET_SCHEMA. In rows whose `status` is `failed`, image and scores are null.
+
+    Raises:
+        InputError: no `data/*.parquet` there, or the place cannot be read.
+    """
+    store = open_store(url)
+    keys = [info.key for info in list_shards(store)]
+    filesystem, root = store.arrow()
+    with store.told():
+        return ds.dataset([f"{root}/{key}" for key in keys], format="parquet", filesystem=filesystem)
 
 
 def row_groups(

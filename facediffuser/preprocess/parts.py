@@ -176,7 +176,7 @@ def _source_difference(
     sides = [f"{name} is only {side}" for name, side in ((gone, "there"), (new, "in the source now")) if name is not None]
     if not sides:
         same = earlier["pictures"] == now["pictures"] == len(known)
-        sides = ["pictures of the same names in other files or splits"] if same else ["other pictures or files"]
+        sides = ["the pictures have the same names, their files, sizes or splits differ"] if same else ["other pictures or files"]
     return f"{counts}: {', '.join(sides)}"
 
 
