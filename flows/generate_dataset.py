@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.evaluation.tables import markdown
+from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import Prepared
 from facediffuser.tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 3
 
 
-@flow(name="generate-dataset")
+@flow(name="generate-dataset", on_running=[watch_process], on_failure=[report_stop])
 def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     """Plan, make what is missing, finish; return counts, where the dataset is, and the table of IP and PC.
 

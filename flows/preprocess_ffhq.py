@@ -5,11 +5,12 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.tasks.preprocess import prepare_photographs
 
 
-@flow(name="preprocess-ffhq")
+@flow(name="preprocess-ffhq", on_running=[watch_process], on_failure=[report_stop])
 def preprocess_ffhq(settings: PreprocessSettings) -> dict[str, Any]:
     """Prepare the photographs of `settings.source`; return counts by split, rejections by reason, output, seconds."""
     result = prepare_photographs(settings)

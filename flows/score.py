@@ -4,10 +4,11 @@ from prefect import flow
 
 from facediffuser.evaluation.add_columns import ScoreSettings
 from facediffuser.evaluation.copies import CopySettings
+from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.tasks.add_columns import add_scores, flag_copies, write_card_again
 
 
-@flow(name="score")
+@flow(name="score", on_running=[watch_process], on_failure=[report_stop])
 def score(settings: ScoreSettings) -> list[str]:
     """Add the columns of other scorers; return the keys of the files written."""
     keys = add_scores(settings)
@@ -15,7 +16,7 @@ def score(settings: ScoreSettings) -> list[str]:
     return keys
 
 
-@flow(name="copies")
+@flow(name="copies", on_running=[watch_process], on_failure=[report_stop])
 def copies(settings: CopySettings) -> dict[str, int]:
     """Look for copies; return how many images each flag is raised on."""
     found = flag_copies(settings)

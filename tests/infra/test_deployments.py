@@ -10,6 +10,8 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
 
+from facediffuser.flows.stopping import report_stop, watch_process
+
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "prefect.yaml"
 NAMES = ["preprocess-ffhq", "train", "generate-dataset", "evaluate"]
@@ -47,6 +49,13 @@ def test_prefect_reads_every_key(raw):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_flow_exists_under_the_same_name(deployments, name):
     assert _load(deployments[name].entrypoint).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_run_says_when_it_was_stopped(deployments, name):
+    flow = _load(deployments[name].entrypoint)
+    assert watch_process in flow.on_running_hooks
+    assert report_stop in flow.on_failure_hooks
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,14 +1,16 @@
-"""The factory as deployments, on a real Prefect server with a real worker: deployed, run, refused."""
+"""The factory as deployments, on a real Prefect server with real workers: deployed, run, refused, by schedule, stopped."""
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pyarrow.dataset
 import pytest
 import yaml
 from PIL import Image
 
+from facediffuser.flows.stopping import KILLED, STOPPED
 from facediffuser.miniature.render import render_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,14 +32,8 @@ def _run(house, name: str, settings: dict) -> tuple[int, str]:
         *("--watch", "--watch-timeout", str(RUN_TIMEOUT_S)),
         timeout=RUN_TIMEOUT_S + 60,
     )
-    (run,) = _post(house, "flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
+    (run,) = house.call("POST", "flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
     return done.returncode, f"{run['state_type']}: {run['state']['message']}"
-
-
-def _post(house, path: str, body: dict | None = None) -> list[dict]:
-    answer = httpx.post(f"{house.api_url}/{path}", json=body or {}, timeout=20)
-    answer.raise_for_status()
-    return answer.json()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def smallest(tmp_path_factory) -> dict:
 
 def test_deploy_all_makes_the_deployments_of_prefect_yaml(deployed):
     expected = {each["name"] for each in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    found = {each["name"]: each for each in _post(deployed, "deployments/filter")}
+    found = {each["name"]: each for each in deployed.call("POST", "deployments/filter", {})}
     assert set(found) == expected
     assert {each["work_pool_name"] for each in found.values()} == {"face-diffuser"}
     # Relative paths are of the clone that was deployed, wherever it stands.
@@ -84,16 +80,16 @@ def test_a_deployed_run_makes_the_dataset(deployed, smallest):
     assert table["status"].to_pylist() == ["ok"]
     assert sum(shard["rows"] for shard in manifest["shards"]) == 1
 
-    artifacts = _post(deployed, "artifacts/filter")
+    artifacts = deployed.call("POST", "artifacts/filter", {})
     assert {"progress", "markdown"} <= {each["type"] for each in artifacts}
 
 
 def test_an_unknown_option_makes_no_run(deployed, smallest):
-    before = len(_post(deployed, "flow_runs/filter"))
+    before = len(deployed.call("POST", "flow_runs/filter", {}))
     wrong = json.dumps({**smallest, "no_such_option": 1})
     done = deployed.command("deployment", "run", RUN, "--param", f"settings={wrong}")
     assert done.returncode != 0
-    assert len(_post(deployed, "flow_runs/filter")) == before
+    assert len(deployed.call("POST", "flow_runs/filter", {})) == before
 
 
 def test_a_run_with_bad_input_fails_with_its_one_line(deployed, smallest, tmp_path):
@@ -105,3 +101,108 @@ def test_a_run_with_bad_input_fails_with_its_one_line(deployed, smallest, tmp_pa
     assert end.startswith("FAILED")
     assert "nobody/0.png: no face" in end
     assert not (tmp_path / "dataset").exists()
+
+
+SCHEDULED = """
+from prefect import flow
+
+
+@flow(name="scheduled")
+def scheduled():
+    pass
+"""
+INTERVAL_S = 4
+
+STOPPING = """
+import threading
+from pathlib import Path
+
+from prefect import flow
+
+from facediffuser.errors import Stopped
+from facediffuser.flows.stopping import report_stop, watch_process
+
+
+@flow(name="stopping", on_running=[watch_process], on_failure=[report_stop])
+def stopping(wait: bool):
+    if not wait:
+        raise Stopped("3 left; run the same command again")
+    Path("waits").touch()
+    threading.Event().wait()
+"""
+
+
+def _deploy(house, folder: Path, name: str, text: str, **more: Any) -> str:
+    """Deploy the flow `name` of a file with this text, and return the deployment's id."""
+    (folder / f"{name}.py").write_text(text)
+    flow = house.call("POST", "flows/", {"name": name})
+    deployment = {
+        "name": name,
+        "flow_id": flow["id"],
+        "entrypoint": f"{name}.py:{name}",
+        "work_pool_name": "face-diffuser",
+        "concurrency_limit": 1,
+        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}],
+    }
+    return house.call("POST", "deployments/", deployment | more)["id"]
+
+
+def _require_scheduled_runs(house, folder: Path) -> None:
+    deployment = _deploy(
+        *(house, folder, "scheduled", SCHEDULED),
+        schedules=[{"schedule": {"interval": INTERVAL_S}, "active": True}],
+        # On a busy machine a run takes longer than the interval: then the next ones are left out.
+        concurrency_options={"collision_strategy": "CANCEL_NEW"},
+    )
+    wanted = {
+        "deployments": {"id": {"any_": [deployment]}},
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+    }
+
+    def twice() -> list[dict]:
+        assert house.service_errors() == []
+        runs = house.call("POST", "flow_runs/filter", wanted)
+        return runs if len(runs) >= 2 else []
+
+    try:
+        runs = house.wait_for("two runs by schedule", twice)
+    finally:
+        house.call("PATCH", f"deployments/{deployment}", {"paused": True})
+    assert all(run["auto_scheduled"] for run in runs)
+    assert len({run["expected_start_time"] for run in runs}) == len(runs)
+
+
+def test_a_schedule_is_run_by_server_and_worker_on_sqlite(prefect_house, tmp_path):
+    _require_scheduled_runs(prefect_house, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_schedule_is_run_by_server_and_worker_on_postgresql(prefect_house_on_postgres, tmp_path):
+    _require_scheduled_runs(prefect_house_on_postgres, tmp_path)
+
+
+def test_a_run_whose_worker_is_stopped_ends_and_leaves_its_slot_to_the_next(prefect_house, tmp_path):
+    house = prefect_house
+    house.call("POST", "work_pools/", {"name": "stopping", "type": "process"})
+    deployment = _deploy(house, tmp_path, "stopping", STOPPING, work_pool_name="stopping")
+
+    def start(wait: bool) -> str:
+        path = f"deployments/{deployment}/create_flow_run"
+        return house.call("POST", path, {"parameters": {"wait": wait}})["id"]
+
+    def stopped(run: str) -> dict | None:
+        state = house.call("GET", f"flow_runs/{run}")["state"]
+        return state if state["name"] == STOPPED else None
+
+    worker = ("worker", "start", "--pool", "stopping", "--type", "process")
+    with house.process("stopped-worker", *worker) as process:
+        run = start(wait=True)
+        house.wait_for("run that waits", (tmp_path / "waits").exists)
+        process.send_signal(signal.SIGTERM)
+        state = house.wait_for("run that was killed with its worker", lambda: stopped(run))
+    assert (state["type"], state["message"]) == ("CRASHED", KILLED)
+
+    with house.process("next-worker", *worker):
+        run = start(wait=False)
+        state = house.wait_for("run that stopped by itself", lambda: stopped(run))
+    assert (state["type"], state["message"]) == ("CRASHED", "3 left; run the same command again")
