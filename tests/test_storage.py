@@ -1,18 +1,27 @@
 """Storage: whole objects or none, both kinds of place alike, errors that name the mend and hide the secret."""
 
+import datetime
+import ipaddress
 import os
 import pickle
 import socket
+import tempfile
 import threading
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.server import ThreadedMotoServer
+from werkzeug.serving import make_server
 
 from facediffuser.errors import InputError
 from facediffuser.storage import StorageError, local_copy, open_store
@@ -104,8 +113,38 @@ def test_pyarrow_reads_what_was_put(store):
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"n": [1, 2, 3]}), sink)
     store.put("data/shard-0.parquet", sink.getvalue().to_pybytes())
-    filesystem, base = store.arrow()
-    assert ds.dataset(f"{base}/data", filesystem=filesystem, format="parquet").count_rows() == 3
+    with store.open("data/shard-0.parquet") as source:
+        assert pq.read_table(source)["n"].to_pylist() == [1, 2, 3]
+    with store.open("data/shard-0.parquet") as source:
+        assert pq.read_metadata(source).num_rows == 3
+
+
+def test_a_part_of_an_object_is_read_without_the_rest(store):
+    store.put("x", bytes(range(256)) * 4096)
+    with store.open("x", buffer_bytes=512) as source:
+        assert source.seek(-3, os.SEEK_END) == (1 << 20) - 3 and source.read() == b"\xfd\xfe\xff"
+        source.seek(1000)
+        assert source.read(4) == bytes([232, 233, 234, 235]) and source.tell() == 1004
+        assert source.read(0) == b""
+    with pytest.raises(FileNotFoundError), store.open("y"):
+        pass
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error(bucket):
+    store = open_store(f"s3://{bucket}")
+    store.put("x", b"a" * 4096)
+    with store.open("x", buffer_bytes=16) as source:
+        source.read(16)
+        store.put("x", b"b" * 4096)
+        with pytest.raises(StorageError, match="replaced while it was read"):
+            source.read()
+
+
+def test_folders_are_those_directly_below(store):
+    store.put("ada/0.png", b"1")
+    store.put("bob/more/0.png", b"1")
+    store.put("subjects.csv", b"")
+    assert store.folders() == ["ada", "bob"]
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../x", "/x", "a//b", "", "a/.", "a\nb"])
@@ -148,13 +187,113 @@ def test_a_bucket_that_is_missing_is_told(bucket):
         open_store("s3://no-such-bucket/x").require_writable()
 
 
-def test_an_endpoint_that_does_not_answer_is_told_quickly_and_without_secrets(aws):
+def test_an_endpoint_that_does_not_answer_is_told_quickly(aws):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        aws.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(InputError, match="cannot be reached") as caught:
+        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(InputError, match=r"http://127.0.0.1:\d+ cannot be reached") as caught:
             open_store("s3://bucket/x").require_writable()
-    assert SECRET not in str(caught.value) and caught.value.__cause__ is None
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("endpoint", [
+    "http://user:{}@127.0.0.1:9", "user:{}@127.0.0.1:9", "http://user:{}/more@127.0.0.1:9", "user:{}/x@127.0.0.1:9",
+    "http://127.0.0.1:9/?X-Amz-Signature={}", "http://127.0.0.1:9/#{}", "127.0.0.1:9?sig={}", "http://{}@127.0.0.1:9",
+])  # fmt: skip
+def test_an_endpoint_with_a_secret_is_refused_and_not_shown(aws, endpoint):
+    aws.setenv("AWS_ENDPOINT_URL", endpoint.format(SECRET))
+    store = open_store("s3://bucket/x")
+    for use in (store.require_readable, store.require_writable, lambda: store.get("k"), lambda: store.put("k", b"")):
+        with pytest.raises(InputError, match="endpoint") as caught:
+            use()
+        assert SECRET not in str(caught.value) and caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("variables", "config", "says"), [
+    ({"AWS_PROFILE": "nobody"}, "", "profile is in none"),
+    ({}, "[default\nregion = x", "cannot be parsed"),
+    ({"AWS_DEFAULT_REGION": "not a region!"}, "", "not a region's name"),
+    ({"AWS_ENDPOINT_URL": "localhost:9000"}, "", "endpoint is not a URL"),
+    ({"AWS_ENDPOINT_URL": "http://"}, "", "endpoint"),
+    ({}, "[default]\nendpoint_url = 127.0.0.1:9", "endpoint is not a URL"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "[default]\ns3 =\n  addressing_style = odd", "configuration"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "[default]\nretry_mode = odd", "endpoint|configuration|reached"),
+    ({"AWS_ENDPOINT_URL": "https://127.0.0.1:9", "AWS_CA_BUNDLE": "/no/such/file.pem"}, "", "AWS_CA_BUNDLE|reached"),
+])  # fmt: skip
+def test_a_configuration_that_cannot_be_used_is_one_line(aws, tmp_path, variables, config, says):
+    (tmp_path / "config").write_text(config)
+    aws.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in variables.items():
+        aws.setenv(name, value)
+    with pytest.raises(InputError, match=says) as caught:
+        open_store("s3://bucket/x").require_readable()
+    assert caught.value.__cause__ is None
+
+
+def test_an_endpoint_in_a_config_file_serves_writing_and_reading(bucket, aws, tmp_path):
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    (tmp_path / "config").write_text(f"[profile lab]\nregion = us-east-1\nendpoint_url = {endpoint}\n")
+    (tmp_path / "keys").write_text(f"[lab]\naws_access_key_id = k\naws_secret_access_key = {SECRET}\n")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        aws.delenv(name)
+    aws.setenv("AWS_PROFILE", "lab")
+    aws.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    put_and_read(f"s3://{bucket}/x")
+
+
+def test_a_server_with_its_own_authority_is_used_through_aws_ca_bundle(aws):
+    with authority() as (authority_file, certificate, key), ExitStack() as ending:
+        moto = DomainDispatcherApplication(create_backend_app)
+        server = make_server("127.0.0.1", 0, moto, threaded=True, ssl_context=(certificate, key))
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        ending.callback(thread.join)
+        ending.callback(server.shutdown)
+        aws.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
+        with pytest.raises(InputError, match="certificate is not trusted"):
+            open_store("s3://tls/x").require_readable()
+        aws.setenv("AWS_CA_BUNDLE", authority_file)
+        boto3.session.Session().client("s3").create_bucket(Bucket="tls")
+        put_and_read("s3://tls/x")
+
+
+def put_and_read(url):
+    store = open_store(url)
+    store.require_writable()
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": [1, 2, 3]}), sink)
+    store.put("a.parquet", sink.getvalue().to_pybytes())
+    with store.open("a.parquet") as source:
+        assert pq.read_table(source)["n"].to_pylist() == [1, 2, 3]
+    assert [info.key for info in store.list()] == ["a.parquet"]
+
+
+@contextmanager
+def authority():
+    """Files of an authority, and of a certificate for 127.0.0.1 that it signed, with its key."""
+    now = datetime.datetime.now(datetime.UTC)
+
+    def certificate(name, public, issuer, signer, extension):
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        return (
+            x509.CertificateBuilder().subject_name(subject).issuer_name(issuer or subject).public_key(public)
+            .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1)).add_extension(extension, critical=True)
+            .sign(signer, hashes.SHA256())
+        )  # fmt: skip
+
+    own, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = certificate("test authority", own.public_key(), None, own, x509.BasicConstraints(True, None))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    leaf = certificate("127.0.0.1", server.public_key(), root.subject, own, address)
+    pem = serialization.Encoding.PEM
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"ca.pem": root.public_bytes(pem), "server.pem": leaf.public_bytes(pem)}
+        files["key.pem"] = server.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        yield tuple(str(Path(folder, name)) for name in files)
 
 
 def test_missing_credentials_are_told(aws):
@@ -216,7 +355,7 @@ def refusing():
     (403, InputError, "s3://bucket/x/k: access denied"), (500, StorageError, "s3://bucket/x/k: S3 answered 500"),
     (503, StorageError, "s3://bucket/x/k: S3 answered 503"), (404, FileNotFoundError, "bucket/x/k"),
 ])  # fmt: skip
-def test_what_pyarrow_is_refused_is_told_as_what_boto3_is(aws, monkeypatch, refusing, status, kind, told):
+def test_what_reading_a_part_is_refused_is_said_as_for_the_whole(aws, monkeypatch, refusing, status, kind, told):
     monkeypatch.setattr("facediffuser.storage.s3._ATTEMPTS", 1)
     aws.setenv("AWS_ENDPOINT_URL", refusing.url)
     refusing.status = status
@@ -228,18 +367,20 @@ def test_what_pyarrow_is_refused_is_told_as_what_boto3_is(aws, monkeypatch, refu
         store.get("k")
 
 
-def test_an_endpoint_that_goes_away_while_pyarrow_reads_is_told(aws, monkeypatch):
+def test_an_endpoint_that_goes_away_while_reading_is_said(aws, monkeypatch):
     monkeypatch.setattr("facediffuser.storage.s3._ATTEMPTS", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         store = open_store("s3://bucket/x")
-        with pytest.raises(StorageError, match=r"s3://bucket/x/k: http://.* did not answer as it should"):
+        with pytest.raises(StorageError, match=r"s3://bucket/x/k: http://.* cannot be reached"):
             with store.open("k") as source:
                 source.read()
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", ""])
+@pytest.mark.parametrize("url", [
+    "gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", "",
+    "s3://bucket/x?X-Amz-Signature=key:secret", "file://host/x", "file://host:1/x"])  # fmt: skip
 def test_urls_that_cannot_be_are_refused(url):
     with pytest.raises(InputError) as caught:
         open_store(url)
@@ -282,3 +423,61 @@ def test_a_local_copy_of_nothing_is_told(bucket, tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         local_copy(tmp_path / "none")
     assert local_copy(tmp_path) == Path(tmp_path)
+
+
+def test_links_are_followed_and_what_cannot_be_listed_is_named(tmp_path):
+    real = tmp_path / "real"
+    (real / "more").mkdir(parents=True)
+    (real / "0.png").write_bytes(b"1")
+    (real / "more" / "1.png").write_bytes(b"22")
+    folder = tmp_path / "people"
+    folder.mkdir()
+    (folder / "ada").symlink_to(real)
+    (folder / "2.png").symlink_to(real / "0.png")
+    (folder / "empty").mkdir()
+    store = open_store(folder)
+    assert [info.key for info in store.list()] == ["2.png", "ada/0.png", "ada/more/1.png"]
+    assert store.folders() == ["ada", "empty"]
+    (folder / "dead").symlink_to(tmp_path / "none")
+    with pytest.raises(InputError, match="dead: a link that leads nowhere"):
+        store.list()
+    (folder / "dead").unlink()
+    (real / "loop").symlink_to(folder)
+    with pytest.raises(InputError, match="loop: a link that leads back"):
+        store.list()
+    (real / "loop").unlink()
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(InputError, match="pipe.png: not a regular file"):
+        store.list()
+    with pytest.raises(InputError, match="pipe.png: not a regular file"):
+        store.get("pipe.png")
+
+
+def test_a_folder_without_read_permission_is_named():
+    with not_as_root(), tempfile.TemporaryDirectory() as name:
+        people = Path(name, "people")
+        (people / "bob").mkdir(parents=True)
+        (people / "bob" / "0.png").write_bytes(b"1")
+        (people / "bob").chmod(0o300)
+        with pytest.raises(InputError, match="bob: folder cannot be read"):
+            open_store(people).list()
+        (people / "bob").chmod(0o700)
+
+
+@contextmanager
+def not_as_root():
+    """Permissions do not bind root: what root runs in this block is done as nobody."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("path", ["/proc/x/y", "x" * 300, "/".join(["y" * 100] * 60), "a\0b"])
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is(tmp_path, path):
+    with pytest.raises(InputError):
+        open_store(path if path.startswith("/") else f"{tmp_path}/{path}").require_writable()

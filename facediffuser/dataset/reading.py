@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
+from facediffuser.storage.arrow import arrow_filesystem
 
 DATA_PREFIX = "data/"
 
@@ -37,9 +38,7 @@ def open_dataset(url: str) -> ds.Dataset:
     """
     store = open_store(url)
     keys = [info.key for info in list_shards(store)]
-    filesystem, root = store.arrow()
-    with store.told():
-        return ds.dataset([f"{root}/{key}" for key in keys], format="parquet", filesystem=filesystem)
+    return ds.dataset(keys, format="parquet", filesystem=arrow_filesystem(store))
 
 
 def row_groups(

@@ -14,6 +14,7 @@ from facediffuser.storage import open_store
 SUFFIXES = (".tgz", ".tar.gz", ".tar")
 # Files kept while waiting for the others of their picture; tar files made of a sorted folder need next to nothing.
 WAITING_LIMIT = 1 << 30
+READ_BYTES = 8 << 20
 
 
 def is_archive(url: str) -> bool:
@@ -86,10 +87,8 @@ def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tupl
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
     parent, name = posixpath.split(url)
     store = open_store(parent or ".")
-    files, base = store.arrow()
     try:
-        # compression=None: pyarrow would undo gzip by the name alone, tarfile finds out by the bytes.
-        with store.told(name), files.open_input_stream(f"{base}/{name}", compression=None) as stream:
+        with store.open(name, READ_BYTES) as stream:
             with tarfile.open(fileobj=stream, mode="r|*") as archive:
                 yield archive
     except FileNotFoundError as error:

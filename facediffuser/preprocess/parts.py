@@ -155,14 +155,14 @@ def explain_differences(
             missing = " (none there)" if option not in models else " (none now)" if option not in others else ""
             lines.append(f"the {option} is another model or has other weights{missing}")
     if earlier.get("earlier") != now.get("earlier"):
-        lines.append("--earlier gives other pictures or other sides" if now.get("earlier") else "--earlier was given there")
+        lines.append(
+            "--earlier gives other pictures or other sides" if now.get("earlier") else "--earlier was given there"
+        )
     told = ("source", "models", "earlier")
     return lines + differences(*({k: v for k, v in run.items() if k not in told} for run in (earlier, now)))
 
 
-def _source_difference(
-    store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None
-) -> str:
+def _source_difference(store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None) -> str:
     counts = f"source differs ({earlier['pictures']} pictures there, {now['pictures']} now)"
     if earlier["format"] != now["format"]:
         return f"{counts}: format {earlier['format']} there, {now['format']} now"
@@ -173,10 +173,16 @@ def _source_difference(
     # Only a finished run has all of its pictures in its parts.
     seen = set(known)
     new = next((name for name in sorted(ids) if name not in seen), None) if len(known) == earlier["pictures"] else None
-    sides = [f"{name} is only {side}" for name, side in ((gone, "there"), (new, "in the source now")) if name is not None]
+    sides = [
+        f"{name} is only {side}" for name, side in ((gone, "there"), (new, "in the source now")) if name is not None
+    ]
     if not sides:
         same = earlier["pictures"] == now["pictures"] == len(known)
-        sides = ["the pictures have the same names, their files, sizes or splits differ"] if same else ["other pictures or files"]
+        sides = (
+            ["the pictures have the same names, their files, sizes or splits differ"]
+            if same
+            else ["other pictures or files"]
+        )
     return f"{counts}: {', '.join(sides)}"
 
 

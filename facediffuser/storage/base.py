@@ -1,4 +1,4 @@
-"""What every store does: whole objects go in with one atomic request, pyarrow reads them back."""
+"""What every store does: whole objects are written with one atomic request and read whole or in ranges."""
 
 import posixpath
 from abc import ABC, abstractmethod
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow.fs
+from typing import BinaryIO
 
 from facediffuser.errors import InputError
+
+BUFFER_BYTES = 1 << 18
 
 
 class StorageError(OSError):
@@ -49,7 +50,15 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Return the objects whose keys start with `prefix`, sorted by key; unfinished writes are not among them."""
+        """Return the objects whose keys start with `prefix`, sorted by key; unfinished writes are not among them.
+
+        Raises InputError naming what in a local folder cannot be listed: a folder without read permission, a link that
+        leads nowhere or back to a folder around it, anything else than regular files.
+        """
+
+    @abstractmethod
+    def folders(self) -> "list[str]":
+        """Return the names of the folders directly below the store, sorted; local ones also when they are empty."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -59,21 +68,24 @@ class Store(ABC):
     def download(self, key: str, path: Path) -> None:
         """Write an object's bytes to a local file without holding them all in memory."""
 
+    @contextmanager
+    def open(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> Iterator[BinaryIO]:
+        """Yield `reader(key, buffer_bytes)`, closed at the end of the block."""
+        with self.reader(key, buffer_bytes) as file:
+            yield file
+
     @abstractmethod
-    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """Return the pyarrow file system and the path of this store in it, for pyarrow.dataset; read inside `told`."""
+    def reader(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
+        """Return an object as a seekable binary file; what is not asked for is not transferred.
 
-    @contextmanager
-    def open(self, key: str) -> Iterator[pyarrow.NativeFile]:
-        """Yield an object as a file of which pyarrow reads what it needs; errors are told as `get` tells them."""
-        filesystem, base = self.arrow()
-        with self.told(key), filesystem.open_input_file(f"{base}/{safe_key(key)}") as source:
-            yield source
+        Args:
+            key: the object.
+            buffer_bytes: how much a request fetches at least; more suits reading from beginning to end.
 
-    @contextmanager
-    def told(self, key: str = "") -> Iterator[None]:
-        """Tell the errors of what is read through `arrow` as `get` tells its own."""
-        yield
+        Raises:
+            FileNotFoundError: there is no such object.
+            StorageError: the store fails, or the object is replaced by another while it is read.
+        """
 
     @abstractmethod
     def require_readable(self) -> None:

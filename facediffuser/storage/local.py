@@ -6,18 +6,21 @@ import posixpath
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-
-import pyarrow.fs
+from typing import BinaryIO
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base import ObjectInfo, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, Store, safe_key
 
 TEMPORARY_SUFFIX = ".partial"
+# Sooner than the system's own limits (4,096 bytes a path, 255 a name), which differ between file systems.
+LONGEST_PATH = 3_500
+LONGEST_NAME = 200
 
 
 class LocalStore(Store):
-    """A local folder. An object is a file; it is written beside its place, synced, and renamed."""
+    """A local folder. Links to files and folders are followed; only regular files are objects."""
 
     def __init__(self, root: Path):
         self.root = Path(os.path.abspath(root))
@@ -52,56 +55,117 @@ class LocalStore(Store):
                 raise FileExistsError(errno.EEXIST, "already there with other content", str(path)) from None
 
     def get(self, key: str) -> bytes:
-        return self._path(key).read_bytes()
+        with self.open(key) as file:
+            return file.read()
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         start = self.root / posixpath.dirname(prefix)
-        found = []
-        for folder, _, names in os.walk(start):
-            for name in names:
-                path = Path(folder, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.endswith(TEMPORARY_SUFFIX):
-                    try:
-                        state = path.stat()
-                        found.append(ObjectInfo(key, state.st_size, f"{state.st_mtime_ns}-{state.st_ino}"))
-                    except FileNotFoundError:
-                        continue  # removed between the walk and the look: as if listed a moment later
+        found = [info for info in self._walk(start, ()) if info.key.startswith(prefix)]
         return sorted(found, key=lambda info: info.key)
+
+    def _walk(self, folder: Path, around: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+        """Yield the objects below a folder; `around`: device and inode of the folders it lies in."""
+        try:
+            own = folder.stat()
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return  # removed since it was listed, or never there: as if listed a moment later
+        except NotADirectoryError:
+            return
+        except PermissionError:
+            raise InputError(f"{folder}: folder cannot be read; check its permissions or remove it") from None
+        if (own.st_dev, own.st_ino) in around:
+            raise InputError(f"{folder}: a link that leads back to a folder around it; remove it")
+        around = (*around, (own.st_dev, own.st_ino))
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir():
+                yield from self._walk(path, around)
+            elif not entry.name.endswith(TEMPORARY_SUFFIX):
+                try:
+                    state = path.stat()
+                except FileNotFoundError:
+                    if entry.is_symlink():
+                        raise InputError(f"{path}: a link that leads nowhere; mend or remove it") from None
+                    continue  # removed between the listing and the look
+                if not stat.S_ISREG(state.st_mode):
+                    raise InputError(f"{path}: not a regular file (a pipe, socket or device); remove it")
+                key = path.relative_to(self.root).as_posix()
+                yield ObjectInfo(key, state.st_size, f"{state.st_mtime_ns}-{state.st_ino}")
+
+    def folders(self) -> "list[str]":
+        self.require_readable()
+        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
     def download(self, key: str, path: Path) -> None:
-        shutil.copyfile(self._path(key), path)
+        with self.open(key) as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target)
 
-    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        return pyarrow.fs.LocalFileSystem(), str(self.root)
+    def reader(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
+        path = self._path(key)
+        # Without O_NONBLOCK a named pipe would be waited for until somebody writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(kind):
+            return open(descriptor, "rb", buffering=buffer_bytes)
+        os.close(descriptor)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise InputError(f"{path}: not a regular file (a pipe, socket or device); give a file")
 
     def require_readable(self) -> None:
+        self._require_possible()
         if not self.root.exists():
             raise InputError(f"{self.url}: no such folder; check the path")
         if not self.root.is_dir():
-            raise InputError(f"{self.url}: not a folder; give the folder that holds the dataset")
+            raise InputError(f"{self.url}: not a folder; give the folder that holds the data")
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise InputError(f"{self.url}: folder cannot be read; check its permissions")
 
     def require_writable(self) -> None:
+        self._require_possible()
         folder = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise InputError(f"{self.url}: {folder} is a file, not a folder; give another output")
-        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY or _is_virtual(folder)
         if read_only or not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"{self.url}: folder {folder} cannot be written; check its permissions or give another")
+
+    def _require_possible(self) -> None:
+        """Raise InputError for a path that no file system can hold, or that leads in a circle."""
+        if "\0" in self.url:
+            raise InputError(f"{self.url!r}: holds a NUL character; give another path")
+        if len(os.fsencode(self.url)) > LONGEST_PATH or any(
+            len(os.fsencode(part)) > LONGEST_NAME for part in self.root.parts
+        ):
+            raise InputError(f"{self.url[:60]}...: path or a name in it is too long; give a shorter one")
+        try:
+            self.root.stat()
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            return  # a file in the way: the callers say which
+        except PermissionError:
+            raise InputError(f"{self.url}: cannot be reached; check the permissions of the folders above it") from None
+        except OSError as error:
+            raise InputError(f"{self.url}: no usable path ({error.strerror}); give another") from None
 
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.root / safe_key(prefix.strip("/")))
 
     def _path(self, key: str) -> Path:
         return self.root / safe_key(key)
+
+
+def _is_virtual(folder: Path) -> bool:
+    """Return whether a folder is the kernel's own (/proc, /sys), where no file can be made whatever its mode says."""
+    return any(os.path.ismount(root) and folder.is_relative_to(root) for root in ("/proc", "/sys"))
 
 
 def _sync_folder(folder: Path) -> None:

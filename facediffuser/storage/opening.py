@@ -3,6 +3,7 @@
 import hashlib
 import os
 import posixpath
+import re
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,6 +11,9 @@ from urllib.parse import unquote, urlsplit
 from facediffuser.errors import InputError
 from facediffuser.storage.base import ObjectInfo, Store, safe_key
 from facediffuser.storage.local import LocalStore
+
+# The query of a presigned URL.
+_SIGNED = re.compile(r"[?&](X-Amz-|AWSAccessKeyId=|Signature=)", re.IGNORECASE)
 
 
 def open_store(url: str | Path) -> Store:
@@ -21,7 +25,7 @@ def open_store(url: str | Path) -> Store:
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
     if scheme == "s3":
         bucket, _, prefix = text[len("s3://") :].partition("/")
-        if "@" in bucket:
+        if "@" in bucket or _SIGNED.search(text):
             raise InputError("an s3:// URL cannot carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if not bucket:
             raise InputError(f"{text}: no bucket named; give s3://bucket/prefix")
@@ -29,7 +33,10 @@ def open_store(url: str | Path) -> Store:
 
         return S3Store(bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
     if scheme == "file":
-        return LocalStore(Path(unquote(urlsplit(text).path)))
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise InputError(f"{text}: a file:// URL of another machine; give file:///path or a path")
+        return LocalStore(Path(unquote(parts.path)))
     if scheme:
         raise InputError(f"{scheme}://: no such storage; give a local folder or s3://bucket/prefix")
     if not text.strip():

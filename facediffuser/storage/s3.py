@@ -1,61 +1,79 @@
-"""Objects in an S3 bucket: boto3 writes each with one PutObject, pyarrow reads them.
+"""Objects in an S3 bucket, through boto3 alone: written with one PutObject, read whole or in ranges.
 
-Set up by the standard AWS environment (keys, profile, region, AWS_ENDPOINT_URL) and nothing else. No error text holds
-a credential: what a server answered is told by its error code only.
+There is one client, so there is one configuration: the standard AWS environment variables and config files (keys,
+profile, SSO, region, endpoint, certificates, proxy, addressing) and nothing else. No error text holds a credential:
+what a server answered is shown by its error code only.
 """
 
 import errno
-import os
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import pyarrow.fs
-
 from facediffuser.errors import InputError
-from facediffuser.storage.base import ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, StorageError, Store, safe_key
 
 _REQUEST_TIMEOUT_S = 60
-# With the waits between them about a minute of an outage is waited out; then the run ends and can be taken up again.
+# With the waits between them about a minute of an outage is waited out; then the run ends and can be resumed.
 _ATTEMPTS = 10
-# Error codes without case and underscores: boto3 says AccessDenied, pyarrow ACCESS_DENIED.
+# Error codes in lower case.
 _DENIED = {"403", "accessdenied", "forbidden", "invalidaccesskeyid", "signaturedoesnotmatch", "expiredtoken",
            "invalidtoken", "authorizationheadermalformed", "allaccessdisabled"}  # fmt: skip
 _MISSING_KEY = {"404", "nosuchkey", "notfound"}
 _PRECONDITION_FAILED = {"412", "preconditionfailed"}
-_ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during")
+_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
+# What botocore finds wrong with the configuration or the credentials, by the name of its error.
+_CONFIGURATION = {
+    "ProfileNotFound": "the AWS profile is in none of the AWS config files; check AWS_PROFILE",
+    "ConfigParseError": "an AWS config file cannot be parsed; check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE "
+    "(by default ~/.aws/config and ~/.aws/credentials)",
+    "InvalidRegionError": "the AWS region is not a region's name; check AWS_REGION, AWS_DEFAULT_REGION and the profile",
+    "NoRegionError": "no AWS region; set AWS_DEFAULT_REGION",
+    "NoCredentialsError": "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "PartialCredentialsError": "half of the S3 credentials are missing; set both AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY",
+    "SSLError": "the S3 server's certificate is not trusted; set AWS_CA_BUNDLE to the file of its authority",
+}
+_AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?$")
+_CREDENTIALS = re.compile(r"^(SSO|UnauthorizedSSO|Token|Login|CredentialRetrieval|RefreshWithMFA|NoAuthToken)")
 
 
 class S3Store(Store):
-    """A prefix of an S3 bucket; boto3 writes with one PutObject, pyarrow reads."""
+    """A prefix of an S3 bucket."""
 
     def __init__(self, bucket: str, prefix: str = ""):
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self._cached_client = self._cached_arrow = None
+        self._cached_client = None
 
     def __getstate__(self) -> dict:
-        # A boto3 client cannot be pickled, and both take up the environment of where they are used.
-        return {**self.__dict__, "_cached_client": None, "_cached_arrow": None}
+        # A boto3 client cannot be pickled, and it takes up the environment of where it is used.
+        return {**self.__dict__, "_cached_client": None}
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> None:
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         try:
-            with self._told(key):
+            with self._translated_errors(key):
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
         except FileExistsError:
             if self.get(key) != data:
                 raise
 
     def get(self, key: str) -> bytes:
+        return self._get_body(key)
+
+    def _get_body(self, key: str, **conditions: str) -> bytes:
+        """Return the body of a GetObject; a body that breaks off is asked for again."""
         from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
-        with self._told(key):
+        with self._translated_errors(key):
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **conditions)
                     data = answer["Body"].read()
                     if len(data) != answer["ContentLength"]:
                         raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
@@ -68,16 +86,19 @@ class S3Store(Store):
 
     def exists(self, key: str) -> bool:
         try:
-            with self._told(key):
-                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+            self._head(key)
         except FileNotFoundError:
             return False
         return True
 
+    def _head(self, key: str) -> dict[str, Any]:
+        with self._translated_errors(key):
+            return self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
         found = []
-        with self._told(prefix):
+        with self._translated_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
             for page in pages:
                 for item in page.get("Contents", ()):
@@ -85,52 +106,42 @@ class S3Store(Store):
                         found.append(ObjectInfo(item["Key"][len(base) :], item["Size"], item["ETag"]))
         return sorted(found, key=lambda info: info.key)
 
+    def folders(self) -> "list[str]":
+        base = f"{self.prefix}/" if self.prefix else ""
+        found = []
+        with self._translated_errors(""):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=base, Delimiter="/"
+            )
+            for page in pages:
+                found += [item["Prefix"][len(base) :].rstrip("/") for item in page.get("CommonPrefixes", ())]
+        return sorted(found)
+
     def delete(self, key: str) -> None:
-        with self._told(key):
+        with self._translated_errors(key):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def download(self, key: str, path: Path) -> None:
-        with self._told(key):
+        with self._translated_errors(key):
             self._client.download_file(self.bucket, self._key(key), str(path))
 
-    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        if self._cached_arrow is None:
-            self._cached_arrow = self._new_arrow()
-        return self._cached_arrow, f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+    def reader(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
+        head = self._head(key)
+        version = head["ETag"]
 
-    def _new_arrow(self) -> pyarrow.fs.S3FileSystem:
-        options = {
-            "request_timeout": _REQUEST_TIMEOUT_S,
-            "connect_timeout": 10,
-            "allow_delayed_open": True,
-            "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-        }
-        endpoint = endpoint_url()
-        if endpoint:
-            parts = urlsplit(endpoint)
-            options |= {"endpoint_override": parts.netloc + parts.path.rstrip("/"), "scheme": parts.scheme}
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region:
-            options["region"] = region
-        elif not endpoint:
-            options["region"] = pyarrow.fs.resolve_s3_region(self.bucket)
-        return pyarrow.fs.S3FileSystem(**options)
+        def read(start: int, end: int) -> bytes:
+            try:
+                return self._get_body(key, Range=f"bytes={start}-{end - 1}", IfMatch=version)
+            except FileExistsError:  # the precondition: the object is no longer the one that was opened
+                raise StorageError(f"{self.url_of(key)}: replaced while it was read; run again") from None
 
-    @contextmanager
-    def told(self, key: str = "") -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            said = None if isinstance(error, StorageError) else _ARROW_ERROR.search(str(error))
-            if said is None:
-                raise
-            code, status = said.group(1), said.group(2)
-            raise self._answer(code, int(status) if status else None, self.url_of(key) if key else self.url) from None
+        return io.BufferedReader(_RangedObject(head["ContentLength"], read), buffer_bytes)
 
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
-        client = _s3_client(connect_timeout=4, read_timeout=15, attempts=4)
-        with self._told("", unreachable=InputError):
+        with self._translated_errors("", unreachable=InputError):
+            _ = self._client
+            client = _s3_client(connect_timeout=4, read_timeout=15, attempts=4)
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
     def require_writable(self) -> None:
@@ -149,20 +160,20 @@ class S3Store(Store):
             self._cached_client = _s3_client(connect_timeout=10, read_timeout=_REQUEST_TIMEOUT_S, attempts=_ATTEMPTS)
         return self._cached_client
 
+    @property
+    def _endpoint(self) -> str:
+        """The server's address for messages."""
+        meta = getattr(self._cached_client, "meta", None)
+        return meta.endpoint_url if meta else "the S3 endpoint"
+
     @contextmanager
-    def _told(self, key: str, unreachable: type[Exception] = StorageError) -> Iterator[None]:
+    def _translated_errors(self, key: str, unreachable: type[Exception] = StorageError) -> Iterator[None]:
         """Turn boto3's errors into InputError, FileNotFoundError, FileExistsError or StorageError without secrets.
 
-        An endpoint that cannot be reached is the user's to mend before a run (InputError), an outage during one.
+        An endpoint that cannot be reached is the user's to fix before a run (InputError), an outage during one.
         """
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            PartialCredentialsError,
-            ProfileNotFound,
-        )
+        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
         url = self.url_of(key) if key else self.url
         try:
@@ -170,19 +181,37 @@ class S3Store(Store):
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             raise self._answer(code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"), url) from None
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
-            raise InputError(f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
         except (BotoCoreError, Boto3Error) as error:
             kind = type(error).__name__
-            where = _without_userinfo(endpoint_url()) or "the S3 endpoint"
-            if kind in ("EndpointConnectionError", "ConnectTimeoutError", "InvalidRegionError"):
-                raise unreachable(f"{url}: {where} cannot be reached ({kind}); check AWS_ENDPOINT_URL") from None
-            raise StorageError(f"{url}: {where} did not answer as it should ({kind})") from None
+            if kind in _CONFIGURATION:
+                raise InputError(f"{url}: {_CONFIGURATION[kind]}") from None
+            if _CREDENTIALS.match(kind):
+                raise InputError(f"{url}: S3 credentials cannot be had ({kind}); log in again (`aws sso login`) or set "
+                                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None  # fmt: skip
+            if kind in _UNREACHABLE:
+                raise unreachable(f"{url}: {self._endpoint} cannot be reached ({kind}); check AWS_ENDPOINT_URL, the "
+                                  "profile's endpoint_url and the proxy") from None  # fmt: skip
+            if isinstance(error, HTTPClientError) and "TLS CA certificate bundle" in str(error):
+                raise InputError(f"{url}: AWS_CA_BUNDLE names no file of certificates; check the path") from None
+            if (
+                isinstance(error, HTTPClientError)
+                or isinstance(error, Boto3Error)
+                or "Response" in kind
+                or "Read" in kind
+            ):
+                raise StorageError(f"{url}: {self._endpoint} did not answer as it should ({kind})") from None
+            raise InputError(f"{url}: the AWS configuration cannot be used ({kind}); check the AWS variables and "
+                             "~/.aws/config") from None  # fmt: skip
+        except OSError as error:
+            if "TLS CA certificate bundle" not in str(error):
+                raise
+            raise InputError(f"{url}: AWS_CA_BUNDLE names no file of certificates; check the path") from None
         except ValueError as error:
             # boto3 raises a bare ValueError for an endpoint that is no URL.
             if isinstance(error, InputError) or "endpoint" not in str(error).lower():
                 raise
-            raise InputError(f"{url}: AWS_ENDPOINT_URL is not a URL; give http(s)://host:port") from None
+            raise InputError(f"{url}: the S3 endpoint is not a URL; give http(s)://host:port in AWS_ENDPOINT_URL or "
+                             "the profile's endpoint_url") from None  # fmt: skip
 
     def _answer(self, code: str, status: int | None, url: str) -> Exception:
         """The error for what a server answered: its error code, and its HTTP status if it gave one."""
@@ -199,13 +228,43 @@ class S3Store(Store):
         if plain in _MISSING_KEY:
             return FileNotFoundError(errno.ENOENT, "no such object", url)
         if status is None:
-            where = _without_userinfo(endpoint_url()) or "the S3 endpoint"
-            return StorageError(f"{url}: {where} did not answer as it should ({code})")
+            return StorageError(f"{url}: {self._endpoint} did not answer as it should ({code})")
         return StorageError(f"{url}: S3 answered {status} ({code})")
+
+
+class _RangedObject(io.RawIOBase):
+    """An object as a raw file: each read is one request for a range of its bytes."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]):
+        self._size, self._read, self._position = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = self._read(self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
     import boto3
+    import botocore.session
     from botocore.config import Config
 
     config = Config(
@@ -213,19 +272,18 @@ def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
         read_timeout=read_timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=16,
-        # An endpoint of one's own (a server by host name or address) rarely answers to bucket.host.
-        s3={"addressing_style": "path" if endpoint_url() else "auto"},
     )
     # A session of its own: boto3's default session is shared and not safe to use from several threads.
-    return boto3.session.Session().client("s3", config=config)
-
-
-def endpoint_url() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _without_userinfo(url: str | None) -> str | None:
-    if not url or "@" not in url:
-        return url
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    core = botocore.session.Session()
+    session = boto3.session.Session(botocore_session=core)
+    client = session.client("s3", config=config)
+    endpoint = client.meta.endpoint_url
+    if any(char in endpoint for char in "@?#"):
+        # Not shown: what stands there is a password or a signature.
+        raise InputError("the S3 endpoint carries credentials or a query; give http(s)://host:port in AWS_ENDPOINT_URL "
+                         "and the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")  # fmt: skip
+    style_is_set = "addressing_style" in (core.get_scoped_config().get("s3") or {})
+    if not style_is_set and not _AMAZON.search(urlsplit(endpoint).hostname or ""):
+        # An endpoint of one's own (a server by host name or address) rarely answers to bucket.host.
+        client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
+    return client

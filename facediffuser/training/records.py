@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
@@ -14,6 +14,7 @@ from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 from facediffuser.training.train_check import require_prepared
 
+READ_BYTES = 8 << 20
 COLUMNS = [
     "image_id",
     "image",
@@ -34,10 +35,11 @@ class Records:
     def __init__(self, url: str, split: str):
         store = open_store(url)
         require_prepared(url, store, split)
-        filesystem, root = store.arrow()
-        with store.told():
-            dataset = pa.dataset.dataset(f"{root}/{split}", format="parquet", filesystem=filesystem)
-            self.table = dataset.to_table(COLUMNS)
+        tables = []
+        for key in [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]:
+            with store.open(key, READ_BYTES) as source:
+                tables.append(pq.read_table(source, columns=COLUMNS))
+        self.table = pa.concat_tables(tables)
         if not len(self.table):
             raise InputError(f"{url}: {split}/ has no rows; prepare pictures with a person in them")
         self._described = self.table.drop_columns(["image"])

@@ -85,7 +85,9 @@ def test_other_models_are_named_by_part(begun, world, tmp_path):
 
 def test_settings_are_told_beside_prompts_and_without_ray(begun, world, tmp_path):
     prompts = save_prompts(tmp_path / "prompts.jsonl", PROMPTS[:1])
-    line = refusal(check_generate, world.settings(begun, prompts=str(prompts), guidance_scale=2.5, negative_prompt="hat"))
+    line = refusal(
+        check_generate, world.settings(begun, prompts=str(prompts), guidance_scale=2.5, negative_prompt="hat")
+    )
     assert "prompts differ (3 there, 1 here)" in line and "settings.guidance_scale 5.0 there, 2.5 here" in line
     assert "negative_prompt None there, hat here" in line
 

@@ -208,11 +208,15 @@ def test_another_run_in_the_output_is_refused_with_the_difference(rendered, prep
     with pytest.raises(InputError, match=r"settings.size: None there, 48 now; give a new --output"):
         prepare(rendered, prepared, size=48)
     (photos / "00000" / "00000000.jpg").write_bytes(b"other")
-    with pytest.raises(InputError, match=r"20 pictures there, 20 now\): the pictures have the same names, their files,"):
+    with pytest.raises(
+        InputError, match=r"20 pictures there, 20 now\): the pictures have the same names, their files,"
+    ):
         prepare(photos, prepared)
     for path in photos.glob("image_ids*.txt"):
         path.write_text(path.read_text().replace("00000003", "00000077"))
-    with pytest.raises(InputError, match=r"\(20 pictures there, 20 now\): 00000003 is only there, 00000077 is only in the"):
+    with pytest.raises(
+        InputError, match=r"\(20 pictures there, 20 now\): 00000003 is only there, 00000077 is only in the"
+    ):
         prepare(photos, prepared)
     assert contents(prepared) == before
 
