@@ -80,7 +80,7 @@ def read_subjects(url: str) -> list[Subject]:
     store = open_store(url)
     store.require_readable()
     pictures: dict[str, list[str]] = {}
-    folders: set[str] = set()
+    folders = {name for name in store.folders() if not name.startswith(".")}
     for info in store.list():
         folder, _, name = info.key.partition("/")
         if not name or folder.startswith("."):

@@ -76,9 +76,23 @@ def test_folders_without_subjects_or_pictures_are_told(people, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_subjects(str(tmp_path / "none"))
     (people / "eve").mkdir()
-    (people / "eve" / "me.gif").write_bytes(b"x")
-    with pytest.raises(InputError, match="eve: no picture"):
+    for name in ("", "me.gif"):
+        if name:
+            (people / "eve" / name).write_bytes(b"x")
+        with pytest.raises(InputError, match="eve: no picture"):
+            read_subjects(str(people))
+    for path in (people / "eve").iterdir():
+        path.unlink()
+    (people / "eve" / "0.png").symlink_to(people / "none.png")
+    with pytest.raises(InputError, match="eve/0.png: a link that leads nowhere"):
         read_subjects(str(people))
+
+
+def test_a_subject_may_be_a_link_to_a_folder(people, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.png").write_bytes(b"x")
+    (people / "zoe").symlink_to(tmp_path / "elsewhere")
+    assert ("zoe", ("zoe/0.png",)) in [(one.subject_id, one.references) for one in read_subjects(str(people))]
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
