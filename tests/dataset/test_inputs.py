@@ -42,6 +42,7 @@ def test_subjects_come_sorted_with_their_words(people):
 )
 def test_a_subject_id_cannot_leave_its_folder(people, monkeypatch, key):
     # A bucket may hold any key; a folder could not.
+    monkeypatch.setattr("facediffuser.storage.LocalStore.folders", lambda store: [])
     monkeypatch.setattr("facediffuser.storage.LocalStore.list", lambda store, prefix="": [ObjectInfo(key, 1)])
     with pytest.raises(InputError, match="cannot be a name|no subjects there"):
         read_subjects(str(people))
