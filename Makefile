@@ -6,10 +6,10 @@ MODELS ?= miniature
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo claim test test-slow lint clean
+.PHONY: help env demo claim test test-slow lint format constraints dist clean
 .DELETE_ON_ERROR:
 
-help:  ## tell the targets
+help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12]"
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
@@ -19,7 +19,7 @@ demo: .venv/ready  ## the whole factory at a small scale: photographs to scored 
 	$(BIN)/facediffuser demo --output $(OUTPUT)
 
 claim: OUTPUT = out/claim
-claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT (out/claim); 1 when the paper's ordering fails
+claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT (out/claim); exit 1 when the paper's ordering fails
 	$(BIN)/facediffuser miniature claim --models $(MODELS) --output $(OUTPUT)
 
 test: .venv/ready .swift/ready lint  ## lint and the quick tests
@@ -28,12 +28,28 @@ test: .venv/ready .swift/ready lint  ## lint and the quick tests
 test-slow: .venv/ready .swift/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/ready  ## ruff, and the import law of .importlinter
+lint: .venv/ready  ## what a commit must pass before any test: ruff, its format, the import law of .importlinter
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
 
+format: .venv/ready  ## write all code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: .venv/ready  ## the source distribution and the wheel, into dist/
+	$(BIN)/uv build --no-build-isolation --python $(BIN)/python --out-dir dist
+
+# Keeps every version that is pinned and still fits; `make constraints UPGRADE=--upgrade` takes the newest of all.
+constraints: $(BIN)/uv  ## write constraints.txt anew from pyproject.toml; UPGRADE=--upgrade for new versions
+	$(BIN)/uv pip compile --quiet --python $(BIN)/python --all-extras --no-header --no-annotate $(UPGRADE) \
+	  --output-file constraints.txt pyproject.toml
+	@{ echo "# Every package of the environment at the version that was tried: names and versions only, for pip and uv"; \
+	  echo "# alike. Written by \`make constraints\`."; cat constraints.txt; } > constraints.new && mv constraints.new constraints.txt
+
+
 clean:  ## remove the environments and the caches; datasets in out/ stay
-	rm -rf .venv .swift build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .swift build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv installs in seconds what takes pip minutes, and shares the files of several environments on one disk. Bytecode is
@@ -47,7 +63,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 
 .venv/ready: pyproject.toml constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[test]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The S3 server of the tests, apart: what it needs is none of the project's business.

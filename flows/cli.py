@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from facediffuser import __version__
 from facediffuser.errors import InputError, Stopped
+from facediffuser.extras import missing_extra
 
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 128 + 15
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"facediffuser {name}: {error}", file=sys.stderr)
+        print(f"facediffuser {name}: {missing_extra(error) or error}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print(f"facediffuser {name}: interrupted; run the same command again to go on", file=sys.stderr)
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that is told in one line, None for one that wants its traceback."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) or missing_extra(error):
         return EXIT_BAD_INPUT
     if isinstance(error, Stopped):
         return EXIT_TERMINATED
@@ -280,9 +281,12 @@ def _configure_logging() -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from prefect.logging.configuration import setup_logging
+    try:
+        from prefect.logging.configuration import setup_logging
 
-    setup_logging()
+        setup_logging()
+    except ModuleNotFoundError:  # the base install: commands that are no flow work without Prefect
+        logging.basicConfig(format="%(levelname)s | %(message)s")
     # Prefect leaves other packages at the root logger's level, WARNING; counts and rates are told at INFO.
     logging.getLogger("facediffuser").setLevel(logging.INFO)
     loggers = [

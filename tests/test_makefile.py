@@ -61,7 +61,15 @@ def test_demo_sets_up_first_and_takes_an_output(fresh):
 
 def test_test_sets_up_both_environments_and_lints_before_it_tests(fresh):
     lines = _make(fresh, "--dry-run", "test").stdout
-    steps = ["-m venv .venv", "-e '.[test]'", ".swift/bin/python", "ruff check", "-m pytest"]
+    steps = [
+        "-m venv .venv",
+        "-e '.[dev]'",
+        ".swift/bin/python",
+        "ruff check",
+        "ruff format --check",
+        "lint-imports",
+        "-m pytest",
+    ]
     places = [lines.index(step) for step in steps]
     assert places == sorted(places)
 

@@ -103,6 +103,7 @@ def render_set(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: the folder is not empty; give a new one")
+    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
     people = max(2, -(-count // PER_PERSON))
     first = SET_PEOPLE + seed * 10_000
     train, test = [], []
@@ -119,7 +120,6 @@ def render_set(
         (test if index % people >= 0.9 * people else train).append(image_id)
     for name, ids in (("", sorted(train + test)), ("_train", train), ("_test", test)):
         (output / f"image_ids{name}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
-    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
     for name, prompts in (("prompts.jsonl", PROMPTS), ("prompts_pairs.jsonl", PAIR_PROMPTS)):
         (output / name).write_text("".join(json.dumps(row) + "\n" for row in prompts))
 

@@ -10,6 +10,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
+from base_install import command_in_base_install
 from PIL import Image
 from world import PROMPTS, save_prompts
 
@@ -262,6 +263,15 @@ def finished(made, tmp_path):
 
 def test_a_finished_dataset_verifies(finished):
     assert verify(finished[1].url) == []
+
+
+def test_the_base_install_verifies_and_cards_a_dataset(finished, tmp_path):
+    url = finished[1].url
+    verified = command_in_base_install("verify", url, folder=tmp_path)
+    assert (verified.returncode, verified.stdout) == (0, f"{url}: every shard is as the manifest says\n")
+    carded = command_in_base_install("card", url, folder=tmp_path)
+    assert carded.returncode == 0, carded.stderr
+    assert {"README.md", "card/index.html"} <= {info.key for info in finished[1].list("")}
 
 
 def test_the_manifest_is_the_same_when_stats_are_missing(finished):

@@ -1,0 +1,35 @@
+"""Extras of the package: which of them brings a library that the base install leaves out."""
+
+# The base install reads, verifies and cards datasets. A module that stands here is named by its import name; the
+# distributions that bring them stand in pyproject.toml under the same extra.
+EXTRAS = {
+    "pipeline": (
+        "accelerate",
+        "diffusers",
+        "facenet_pytorch",
+        "huggingface_hub",
+        "safetensors",
+        "torch",
+        "torchvision",
+        "transformers",
+    ),
+    "all": ("faiss", "fastapi", "ijson", "prefect", "ray", "sqlalchemy", "tensorboard", "tqdm"),
+}
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """Return one line that says which extra brings the module that could not be imported.
+
+    Args:
+        error: what an import raised.
+
+    Returns:
+        The line, None when the error is another one or the module belongs to no extra.
+    """
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    module = error.name.partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return f"{module} is not installed; run: pip install 'facediffuser[{extra}]'"
+    return None
