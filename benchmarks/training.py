@@ -35,7 +35,7 @@ from facediffuser.preprocess.parts import encode_part
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 from facediffuser.shipped import base_folder
 from facediffuser.training.loop import TrainingRun
-from facediffuser.training.speed import Speed
+from facediffuser.training.throughput import Throughput
 from facediffuser.training.train_settings import TrainSettings
 from facediffuser.training.worker_context import Worker
 
@@ -152,8 +152,8 @@ Step = Callable[[], object]
 def ours(settings: TrainSettings, loaders: int, device: str) -> Step:
     """Return a step of our loop."""
     run = TrainingRun(settings, Worker(device=device, loaders=loaders), lambda numbers: None)
-    upcoming, speed = run.upcoming(), Speed(run.recipe.batch_size)
-    return lambda: run.one_step(upcoming, speed)
+    batches, throughput = run.batch_iterator(), Throughput(run.recipe.batch_size)
+    return lambda: run.train_step(batches, throughput)
 
 
 def plain(settings: TrainSettings, device: str) -> Step:

@@ -1,4 +1,4 @@
-"""Cross-attention that can be looked at: a processor that keeps the maps of the subjects' tokens while asked to."""
+"""Recording of cross-attention maps: a processor that keeps the probabilities while a context is open."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 
 
 class AttentionMaps:
-    """The attention maps of one forward pass, one tensor a layer, (b, heads, cells, n) with n the text's tokens."""
+    """Context that records the attention maps of one forward pass: `maps`, per layer (b, heads, cells, n text tokens)."""
 
     def __init__(self):
         self.maps: list[torch.Tensor] = []
@@ -23,17 +23,20 @@ class AttentionMaps:
 
     @property
     def explicit(self) -> bool:
-        """Whether attention is computed by its probabilities.
+        """Whether attention is computed through explicit probabilities.
 
-        Gradient checkpointing runs the layers again during the backward pass: the same way, its maps not wanted.
+        Gradient checkpointing runs the layers a second time in the backward pass: they must compute as in the first
+        pass, but are not recorded.
         """
         return self.recording or (self.recorded and torch.is_grad_enabled())
 
 
 class RecordingProcessor:
-    """Cross-attention as diffusers computes it, with its probabilities given to an AttentionMaps while it records.
+    """Cross-attention as diffusers computes it, which adds its probabilities to an AttentionMaps while that records.
 
-    While nothing is recorded it is `plain`, the processor it stands in for.
+    Args:
+        store: receives the probabilities, (b, heads, cells, n) float32.
+        plain: the processor it replaces, which computes while nothing is recorded.
     """
 
     def __init__(self, store: AttentionMaps, plain: Callable[..., torch.Tensor]):
@@ -64,7 +67,7 @@ class RecordingProcessor:
 
 
 def _split(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """(b, cells, heads * d) to (b, heads, cells, d)."""
+    """Return (b, cells, heads * d) as (b, heads, cells, d)."""
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Reference pictures for training: cut out of the training image, and varied so that the SDM learns the person."""
+"""Reference pictures for training: cut out of an image and augmented, so that the SDM learns the person."""
 
 import numpy as np
 import torch
@@ -13,7 +13,14 @@ BLUR_PX, BLUR_SIGMA = 5, (0.1, 2.0)
 
 
 def segment_reference(image: Image.Image, ids: np.ndarray, segment_id: int, box: list[int]) -> torch.Tensor:
-    """Return the box of a segment (3, h, w) in [0, 1] with everything outside the segment replaced by noise."""
+    """Return a segment's box with everything outside the segment replaced by uniform noise, (3, h, w) in [0, 1].
+
+    Args:
+        image: the training image, RGB.
+        ids: segment id of each pixel, (H, W).
+        segment_id: the subject's segment.
+        box: x1, y1, x2, y2 in px; h = y2 - y1, w = x2 - x1.
+    """
     x1, y1, x2, y2 = box
     pixels = TF.to_dtype(TF.to_image(image.crop((x1, y1, x2, y2))), torch.float32, scale=True)
     inside = torch.from_numpy(np.ascontiguousarray(ids[y1:y2, x1:x2] == segment_id))[None]
@@ -21,14 +28,24 @@ def segment_reference(image: Image.Image, ids: np.ndarray, segment_id: int, box:
 
 
 def face_reference(image: Image.Image, crop_box: list[int], crop_turn: float = 0.0) -> torch.Tensor:
-    """Return the square around a face, turned upright by `crop_turn` degrees, as (3, h, h) in [0, 1]."""
+    """Return the square around a face, turned upright, (3, h, h) in [0, 1].
+
+    Args:
+        image: the training image, RGB.
+        crop_box: x1, y1, x2, y2 of the square in px.
+        crop_turn: rotation that makes the face upright, degrees.
+    """
     return TF.to_dtype(TF.to_image(crop_turned(image, crop_box, crop_turn)), torch.float32, scale=True)
 
 
 def augmenter(augmentation: Augmentation, size: int) -> v2.Transform:
-    """Return what varies a reference (3, h, w) in [0, 1] and makes it (3, size, size).
+    """Return the transform from a reference (3, h, w) in [0, 1] to its augmented square (3, size, size).
 
     Random numbers come from torch's global generator.
+
+    Args:
+        augmentation: probability and strength of each change.
+        size: side of the result, px.
     """
     strength = augmentation.jitter_strength
     return v2.Compose(

@@ -1,8 +1,9 @@
-"""Training batches: which rows, mirrored or not, with which caption, subjects and reference pictures."""
+"""Training batches: the rows of each, and every random choice about them (mirroring, dropout, references, noise)."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch.nn import functional as F
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.subject import CLIP_MEAN, CLIP_STD
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
-from facediffuser.training.conditioning import choose_told, mark_caption
-from facediffuser.training.frozen import CaptionEmbeddings, pixels_of
+from facediffuser.training.conditioning import draw_condition_dropout, mark_caption
+from facediffuser.training.latent_cache import CaptionEmbeddings, pixels_of
 from facediffuser.training.recipe import NO_AUGMENTATION, Recipe
 from facediffuser.training.records import Records, decode_ids, square
 
@@ -21,14 +22,20 @@ TIMESTEPS = 1000
 
 @dataclass
 class Batch:
-    """What one step is made of, for b images with up to s told subjects.
+    """One worker's input of one forward pass: b images with up to s subjects that kept their reference.
 
-    From the cache, `moments` (b, 2c, h, w) fp16, the latents' mean and log variance, and `text` (b, n, d) fp16, the
-    captions' embeddings; without it, `pixels` (b, 3, side, side) in [-1, 1]. `draw`, what the latents are drawn with, and
-    `noise`, both (b, c, h, w); `times` (b,) int64; `masked` (b,) bool, whose loss is over the subjects alone; `tokens`: the
-    captions' ids, subject mask and counts; `references` (k, 3, side, side), CLIP-normalised, those of all told subjects in the
-    order of rows and markers; `areas` (b, s, h, w) in [0, 1], each subject's area on the latent; `faces` (b, 1, h, w) in
-    [0, 1], where faces are.
+    Attributes:
+        moments: from the cache, mean and log variance of the latents, (b, 2c, h, w) float16; None without the cache.
+        text: from the cache, the captions' embeddings, (b, n, d) float16; None without the cache.
+        pixels: without the cache, the images, (b, 3, side, side) in [-1, 1]; else None.
+        draw: standard normal numbers with which latents are sampled from the moments, (b, c, h, w).
+        noise: the noise to predict, (b, c, h, w).
+        times: timesteps 0..999, (b,) int64.
+        masked: whether an image's loss covers its subjects only, (b,) bool.
+        tokens: the captions' ids, subject mask and subject counts.
+        references: CLIP-normalised reference pictures (k, 3, side, side), in the order of rows and markers.
+        areas: share of each latent cell that a subject covers, (b, s, h, w) in [0, 1].
+        faces: share of each latent cell that faces cover, (b, 1, h, w) in [0, 1].
     """
 
     moments: torch.Tensor | None
@@ -44,23 +51,25 @@ class Batch:
     faces: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
+        """Return the batch with all tensors on a device."""
+        return self._map_tensors(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same in memory from which it can be copied to a GPU beside other work."""
-        return self._each(torch.Tensor.pin_memory)
+        """Return the batch in page-locked memory (the name is DataLoader's)."""
+        return self._map_tensors(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        def changed(of) -> dict[str, torch.Tensor]:
-            values = ((field.name, getattr(of, field.name)) for field in fields(of))
-            return {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        def mapped(group) -> dict[str, torch.Tensor]:
+            values = ((field.name, getattr(group, field.name)) for field in fields(group))
+            return {name: function(value) for name, value in values if isinstance(value, torch.Tensor)}
 
-        return replace(self, **changed(self), tokens=replace(self.tokens, **changed(self.tokens)))
+        return replace(self, **mapped(self), tokens=replace(self.tokens, **mapped(self.tokens)))
 
 
 @dataclass
 class _Item:
+    """One image of a batch; fields as in Batch, `caption` with markers, `plain` without."""
+
     moments: torch.Tensor | None
     pixels: torch.Tensor | None
     draw: torch.Tensor
@@ -69,17 +78,26 @@ class _Item:
     masked: bool
     faces: torch.Tensor
     caption: str
-    """With markers."""
     plain: str
     references: list[torch.Tensor]
     areas: list[torch.Tensor]
 
 
 class Batches:
-    """Batches by their place in an endless sequence of images that visits all rows once an epoch.
+    """The endless sequence of images that visits all rows once per epoch; `batches[position]` is the batch from there on.
 
-    All chance about an image comes from torch's global generator, seeded for that image: it does not matter which worker
-    or which of its processes has it, nor beside which others. `batches[place]` is the batch of the images from there on.
+    All random numbers about an image come from torch's global generator, seeded for that image: its content does not
+    depend on the worker or process that prepares it, nor on the other images of its batch.
+
+    Args:
+        recipe: batch size, dropout probabilities, resolution, augmentation.
+        seed: seed of the order and of every image.
+        records: the split's rows.
+        latent_shape: (c, h, w).
+        tokenizer: the base model's CLIP tokenizer.
+        reference_size: side of the image encoder's input, px; 0 for the TDM, which takes no references.
+        moments: cached latents, (rows, 2, 2c, h, w) float16, or None to decode pictures.
+        texts: cached caption embeddings, or None.
     """
 
     def __init__(
@@ -97,37 +115,43 @@ class Batches:
         self.tokenizer, self.reference_size, self.moments, self.texts = tokenizer, reference_size, moments, texts
         self.augment = augmenter(recipe.augmentation, recipe.reference_resolution)
         self.plain = augmenter(recipe.augmentation.model_copy(update=NO_AUGMENTATION), recipe.reference_resolution)
-        self._others = records.others() if recipe.reference_pairing == "other" and reference_size else {}
+        self._other_pictures = (
+            records.other_pictures() if recipe.reference_pairing == "other" and reference_size else {}
+        )
         self._epoch, self._order = -1, None
 
-    def __getitem__(self, place: int) -> Batch:
+    def __getitem__(self, position: int) -> Batch:
         size = self.recipe.batch_size
-        return self.make(self.rows(place, size), [image_seed(self.seed, place + number) for number in range(size)])
+        seeds = [image_seed(self.seed, position + number) for number in range(size)]
+        return self.collate(self.rows(position, size), seeds)
 
     def rows(self, first: int, count: int) -> list[int]:
-        """The rows at places `first` to `first + count` of the sequence."""
-        return [self._row(place) for place in range(first, first + count)]
+        """Return the row numbers of the `count` images from position `first` on."""
+        return [self._row(position) for position in range(first, first + count)]
 
-    def _row(self, place: int) -> int:
-        epoch, within = divmod(place, len(self.records))
+    def _row(self, position: int) -> int:
+        epoch, within = divmod(position, len(self.records))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator).tolist()
         return self._order[within]
 
-    def make(self, rows: list[int], seeds: list[int], plain: bool = False) -> Batch:
-        """The batch of these rows, the chance about each from its own seed.
+    def collate(self, rows: list[int], seeds: list[int], plain: bool = False) -> Batch:
+        """Return the batch of the given rows.
 
-        With `plain` nothing is mirrored, dropped, masked or varied: what validation looks at.
+        Args:
+            rows: row numbers in the split.
+            seeds: one seed per row, from which all its random choices follow.
+            plain: for validation: no mirroring, dropout, loss mask or augmentation.
         """
         items = [self._item(row, seed, plain) for row, seed in zip(rows, seeds, strict=True)]
         tokens = tokenize_with_markers(self.tokenizer, [item.caption for item in items], lost="drop")
         areas = torch.zeros(len(rows), max(1, int(tokens.subject_counts.max())), *self.latent_shape[1:])
         references = [torch.zeros(0, 3, *[self.reference_size or 1] * 2)]
-        for place, (item, told) in enumerate(zip(items, tokens.subject_counts.tolist(), strict=True)):
-            references += [picture[None] for picture in item.references[:told]]
-            for slot, area in enumerate(item.areas[:told]):
-                areas[place, slot] = area
+        for number, (item, kept) in enumerate(zip(items, tokens.subject_counts.tolist(), strict=True)):
+            references += [picture[None] for picture in item.references[:kept]]
+            for slot, area in enumerate(item.areas[:kept]):
+                areas[number, slot] = area
         texts = self.texts
         return Batch(
             moments=None if self.moments is None else torch.stack([item.moments for item in items]),
@@ -144,7 +168,7 @@ class Batches:
         )
 
     def _item(self, row: int, seed: int, plain: bool) -> _Item:
-        # Not torch.manual_seed, which takes longer than the rest of some items: it tells GPUs, and keeps a stack trace.
+        # Not torch.manual_seed: it seeds GPUs too and keeps a stack trace, which takes longer than the rest of some items.
         torch.default_generator.manual_seed(seed)
         record = self.records.row(row)
         flip = bool(torch.rand(()) < 0.5) and not plain
@@ -157,32 +181,32 @@ class Batches:
         else:
             pixels = pixels_of(self.records, row, self.recipe.resolution)
             pixels = pixels.flip(-1) if flip else pixels
-        caption, references, areas = self._told(row, record, flip, plain)
-        told = record["caption"] if caption else ""
+        caption, references, areas = self._conditions(row, record, flip, plain)
+        without_markers = record["caption"] if caption else ""
         faces = self._faces(record, flip)
-        return _Item(moments, pixels, draw, noise, time, masked, faces, caption, told, references, areas)
+        return _Item(moments, pixels, draw, noise, time, masked, faces, caption, without_markers, references, areas)
 
-    def _told(self, row: int, record: dict, flip: bool, plain: bool):
-        """A row's caption with markers, its told subjects' references and areas, in the order of the markers."""
-        subjects = sorted({one["end"]: one for one in record["subjects"]}.values(), key=lambda one: one["end"])
+    def _conditions(self, row: int, record: dict, flip: bool, plain: bool):
+        """Return the caption with markers and the kept subjects' references and areas, in the order of the markers."""
+        subjects = sorted({subject["end"]: subject for subject in record["subjects"]}.values(), key=itemgetter("end"))
         subjects = subjects[: self.recipe.max_subjects] if self.reference_size else []
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         drop, keep = (0.0, 1.0) if plain else (self.recipe.caption_drop, self.recipe.subject_keep)
-        told = choose_told(len(subjects), drop, keep, generator)
-        if not told.caption:
+        kept = draw_condition_dropout(len(subjects), drop, keep, generator)
+        if not kept.caption:
             return "", [], []
-        subjects = [subjects[number] for number in told.subjects]
+        subjects = [subjects[number] for number in kept.subjects]
         if not subjects:
             return record["caption"], [], []
         ids = decode_ids(record["segmentation"])
-        vary = self.plain if plain else self.augment
-        pictures = [self._reference(row, record, one, ids, plain) for one in subjects]
-        references = [_normalised(vary(picture), self.reference_size) for picture in pictures]
-        areas = [self._area(ids == one["segment_id"], flip) for one in subjects]
-        return mark_caption(record["caption"], [one["end"] for one in subjects]), references, areas
+        augment = self.plain if plain else self.augment
+        pictures = [self._reference(row, record, subject, ids, plain) for subject in subjects]
+        references = [_normalised(augment(picture), self.reference_size) for picture in pictures]
+        areas = [self._area(ids == subject["segment_id"], flip) for subject in subjects]
+        return mark_caption(record["caption"], [subject["end"] for subject in subjects]), references, areas
 
     def _reference(self, row: int, record: dict, subject: dict, ids: np.ndarray, plain: bool) -> torch.Tensor:
-        others = self._others.get(row, []) if len(record["subjects"]) == 1 and not plain else []
+        others = self._other_pictures.get(row, []) if len(record["subjects"]) == 1 and not plain else []
         if others:
             row = others[int(torch.randint(len(others), ()))]
             record = self.records.row(row)
@@ -213,7 +237,7 @@ def _normalised(picture: torch.Tensor, size: int) -> torch.Tensor:
     return (picture - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
-def image_seed(seed: int, place: int) -> int:
-    """Return the seed of all chance about the image at a place in the endless sequence of images."""
-    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
+def image_seed(seed: int, position: int) -> int:
+    """Return the seed, below 2**63, of all random choices about the image at a position of the endless sequence."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""What trains: the UNet with its conditioning, as one module per role."""
+"""The models in training: the UNet with its conditioning as one module per role, and the frozen parts beside it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from facediffuser.modelfolder import (
 from facediffuser.subject import SubjectFuser
 from facediffuser.training.attention import AttentionMaps, record_cross_attention
 from facediffuser.training.batches import Batch
-from facediffuser.training.frozen import encode_moments
+from facediffuser.training.latent_cache import encode_moments
 from facediffuser.training.recipe import Recipe
 from facediffuser.training.train_check import UNET, require_stable_diffusion, require_start
 from facediffuser.training.train_settings import TrainSettings
@@ -38,12 +38,12 @@ class TextDenoiser(nn.Module):
         self.unet = unet
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, text: torch.Tensor, batch: Batch):
-        """Return predicted noise (b, c, h, w) and no attention maps."""
+        """Return predicted noise (b, c, h, w) and an empty list of attention maps."""
         return self.unet(noisy, times, text).sample, []
 
 
 class SubjectDenoiser(nn.Module):
-    """The SDM in training: predicts the noise from the caption into which reference pictures are fused."""
+    """The SDM in training: predicts the noise from the caption with reference pictures fused into it."""
 
     def __init__(self, unet: UNet2DConditionModel, image_encoder: nn.Module, subject_fuser: SubjectFuser, maps: bool):
         super().__init__()
@@ -54,13 +54,20 @@ class SubjectDenoiser(nn.Module):
             record_cross_attention(unet, self._attention)
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, text: torch.Tensor, batch: Batch):
-        """Return predicted noise (b, c, h, w) and the attention maps, one (b, heads, cells, tokens) a layer."""
+        """Return predicted noise (b, c, h, w) and the attention maps, (b, heads, cells, tokens) per layer.
+
+        Args:
+            noisy: noisy latents (b, c, h, w).
+            times: timesteps (b,).
+            text: plain caption embeddings (b, n, d).
+            batch: the batch, for its references, subject mask and counts.
+        """
         counts, slots = batch.tokens.subject_counts, batch.areas.shape[1]
         embeds = text.new_zeros(len(text), slots, text.shape[-1])
         if len(batch.references):
             present = torch.arange(slots, device=text.device) < counts[:, None]
-            pictured = self.image_encoder(batch.references).image_embeds
-            embeds = embeds.masked_scatter(present[..., None], pictured.to(text.dtype))
+            image_embeds = self.image_encoder(batch.references).image_embeds
+            embeds = embeds.masked_scatter(present[..., None], image_embeds.to(text.dtype))
         fused = self.subject_fuser(text, embeds, batch.tokens.subject_mask, counts)
         if not self._localizes:
             return self.unet(noisy, times, fused).sample, []
@@ -71,7 +78,7 @@ class SubjectDenoiser(nn.Module):
 
 @dataclass
 class Parts:
-    """The base model's parts for one role; `denoiser` trains (some of it), the rest is frozen."""
+    """The loaded base model for one role: `denoiser` is trained (at least in part), the rest is frozen."""
 
     denoiser: nn.Module
     text_encoder: CLIPTextModel
@@ -83,36 +90,44 @@ class Parts:
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The parts that a finished run saves, by name."""
+        """The components that a finished run saves, by name."""
         return dict(self.denoiser.named_children())
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """The denoiser's device."""
         return next(self.denoiser.parameters()).device
 
-    def computing(self) -> AbstractContextManager:
-        """The context in which the denoiser computes in the recipe's type."""
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which the denoiser computes in the recipe's precision."""
         half = self.compute_type == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> torch.Tensor:
-        """Return the batch's latents, scaled, (b, c, h, w) fp32."""
+        """Return the batch's clean latents, sampled and scaled as the UNet takes them, (b, c, h, w) float32."""
         moments = encode_moments(self.vae, batch.pixels) if batch.moments is None else batch.moments
         mean, logvar = moments.float().chunk(2, dim=1)
         return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * batch.draw) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def text(self, batch: Batch) -> torch.Tensor:
-        """Return the embeddings of the batch's captions, (b, n, d) fp32."""
+        """Return the plain embeddings of the batch's captions, (b, n, d) float32."""
         if batch.text is None:
             return self.text_encoder(batch.tokens.input_ids).last_hidden_state.float()
         return batch.text.float()
 
 
 def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
-    """Load the base model in fp32, its denoiser on the device; raises InputError when a part is missing or does not fit."""
+    """Return the base model in float32, its denoiser on the device and in training mode.
+
+    Args:
+        settings: settings of a single role (base, `start_from`, image encoder, recipe).
+        device: torch device of the denoiser; the frozen parts stay on the CPU.
+
+    Raises:
+        InputError: a part is missing, damaged, or does not fit the others.
+    """
     base, recipe = resolve_base(settings.base), settings.recipe()
     require_stable_diffusion(settings.base, base)
     digests = model_digests(base)
@@ -120,7 +135,7 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     unet = UNet2DConditionModel.from_pretrained(start / UNET[settings.role] if start else base / "unet").float()
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
-    eager = attention_of(recipe, torch.device(device), vae) == "eager"
+    eager = attention_implementation(recipe, torch.device(device), vae) == "eager"
     unet.set_attn_processor(AttnProcessor() if eager else AttnProcessor2_0())
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -154,14 +169,14 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
 
 
 def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) -> Path | None:
-    """Return the model folder to train on; InputError when its frozen parts are not the base's, or it lacks the role."""
+    """Return the local folder of `start_from`, None without; InputError when it does not belong to the base."""
     if settings.start_from is None:
         return None
     folder = resolve_model(settings.start_from)
     require_start(settings, folder)
-    theirs = model_digests(folder)
+    start_digests = model_digests(folder)
     for name in ("vae", "text_encoder"):
-        if not same_part(theirs.get(name), digests.get(name)):
+        if not same_part(start_digests.get(name), digests.get(name)):
             raise InputError(
                 f"--start-from {settings.start_from}: was trained from another base than {settings.base} ({name} differs); "
                 "give that base"
@@ -170,16 +185,16 @@ def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) 
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
-    """Return (c, h, w) of the latents of square pictures."""
+    """Return (c, h, w) of the latents of square pictures of `resolution` px."""
     side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     return vae.config.latent_channels, side, side
 
 
-def attention_of(recipe: Recipe, device: torch.device, vae: AutoencoderKL) -> str:
-    """Return how attention is computed, "eager" or "sdpa".
+def attention_implementation(recipe: Recipe, device: torch.device, vae: AutoencoderKL) -> str:
+    """Return the attention implementation, "eager" (plain matrix products) or "sdpa" (torch's fused attention).
 
-    On a CPU the backward pass of torch's fused attention in bf16 takes several times as long as plain matrix products do;
-    these need memory for cells squared, so they are for small latents.
+    On a CPU the backward pass of fused attention in bf16 takes several times as long as plain matrix products. Their
+    memory grows with the square of the latent cells, so they are chosen for small latents only.
     """
     if recipe.attention != "auto":
         return recipe.attention
@@ -188,15 +203,15 @@ def attention_of(recipe: Recipe, device: torch.device, vae: AutoencoderKL) -> st
 
 
 def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the type that matrix products are computed in; trained weights are float32 whatever it is."""
+    """Return the type of matrix products, bfloat16 or float32; trained weights are always float32."""
     if recipe.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def _cpu_has_bf16() -> bool:
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _encoder_folder(settings: TrainSettings, base: Path) -> Path:

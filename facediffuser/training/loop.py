@@ -13,44 +13,61 @@ from torch import nn
 
 from facediffuser.storage import open_store
 from facediffuser.training import training_run as runs
-from facediffuser.training.ahead import ahead
 from facediffuser.training.batches import Batch, image_seed
+from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss
+from facediffuser.training.monitoring import TrainingMonitor
 from facediffuser.training.parameters import select_trained
+from facediffuser.training.prefetch import prefetch_batches
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.speed import Speed
+from facediffuser.training.throughput import Throughput
 from facediffuser.training.train_settings import TrainSettings
-from facediffuser.training.validation import split_batches
-from facediffuser.training.watching import Watcher
 from facediffuser.training.worker_context import Worker
 
 logger = logging.getLogger(__name__)
 
 HIGH_LOSS, HIGH_STEPS = 5.0, 20
-"""A noise loss starts near 1, what guessing 0 costs: one of 5 for 20 steps on end comes from broken weights."""
+"""A noise loss starts near 1 (the cost of predicting 0): above 5 for 20 steps in a row the weights are broken."""
 
 Report = Callable[[dict[str, float]], None]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no finite number any more, or far beyond what it was; the last checkpoint is still good."""
+    """Loss or gradient is not finite, or the loss stays far above its start; the last checkpoint is still good."""
 
 
 def train_model(settings: TrainSettings, report: Report, worker: Worker | None = None) -> dict[str, Any]:
-    """Train to the recipe's steps, from the last checkpoint when there is one; return role, step, loss and seconds.
+    """Train one model to the recipe's number of steps, resuming from the last checkpoint when there is one.
 
-    `report` gets a dict of numbers every `log_every` steps: step, loss, localization,
-    learning_rate, images_per_second, waiting (the share of the time spent waiting for batches), grad_norm.
-    Every random choice about an image follows from the seed and its place in the sequence of all images, so a run that was
-    stopped ends as an undisturbed one, and two workers see what one with the doubled batch sees. Raises InputError for
-    settings and data that do not fit, DivergedError when loss or gradient is not finite.
+    Every random choice about an image follows from the seed and the image's position in the sequence of all images. A
+    resumed run therefore ends with the weights of an uninterrupted one, and two workers see the images that one worker
+    with twice the batch size sees.
+
+    Args:
+        settings: settings of a single role.
+        report: called every `log_every` steps with a dict of numbers: step, loss, localization, learning_rate,
+            grad_norm, images_per_second, waiting (share of the time spent waiting for batches, 0..1).
+        worker: this process among the workers; a single CPU worker by default.
+
+    Returns:
+        `role`, `step` (the last one), `loss` (of the last step) and `seconds`.
+
+    Raises:
+        InputError: the settings, the base model or the data do not fit together.
+        DivergedError: loss or gradient is not finite, or the loss stays far above its start.
     """
-    return TrainingRun(settings, worker or Worker(), report).go()
+    return TrainingRun(settings, worker or Worker(), report).run()
 
 
 class TrainingRun:
-    """A run of one worker: `go` for all of it, or `one_step` after another on what `upcoming` gives."""
+    """One worker's part of a run: `run` does all of it; or call `train_step` with the iterator of `batch_iterator`.
+
+    Args:
+        settings: settings of a single role.
+        worker: this process among the workers.
+        report: as for `train_model`.
+    """
 
     def __init__(self, settings: TrainSettings, worker: Worker, report: Report):
         self.settings, self.recipe, self.worker, self.report = settings, settings.recipe(), worker, report
@@ -60,12 +77,12 @@ class TrainingRun:
         named = select_trained(settings.role, self.parts.trained, self.recipe.train_image_encoder_layers)
         self.trained = list(named.values())
         self.batches = split_batches(settings, self.parts, "train", worker)
-        self.watcher: Watcher | None = None
+        self.monitor: TrainingMonitor | None = None
         if self.recipe.compile:
             self.parts.denoiser.unet.compile()
         self.model = worker.wrap(self.parts.denoiser)
         self.optimiser = torch.optim.AdamW(
-            _groups(named, self.recipe),
+            _parameter_groups(named, self.recipe),
             betas=(0.9, self.recipe.beta2),
             weight_decay=self.recipe.weight_decay,
             fused=True,
@@ -74,29 +91,30 @@ class TrainingRun:
         alphas = self.parts.schedule.alphas_cumprod
         weights = min_snr_weights(alphas, self.recipe.min_snr) if self.recipe.min_snr else torch.ones_like(alphas)
         self.time_weights = weights.to(self.device)
-        self.step = self.high = 0
+        self.step = self.high_loss_steps = 0
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
+        """Train from the last checkpoint to the last step and write the result; return what `train_model` does."""
         settings, steps = self.settings, self.recipe.steps
         if self.worker.rank == 0:
             runs.start(self.store, settings)
-        self._load_last()
+        self._load_last_checkpoint()
         if self.worker.rank == 0:
-            self.watcher = Watcher(settings, self.store, self.report, self.step)
+            self.monitor = TrainingMonitor(settings, self.store, self.report, self.step)
         if self.step == 0:
-            self._look()
+            self._validate_if_due()
         started, last = time.monotonic(), {"loss": math.nan}
-        upcoming = self.upcoming()
-        speed = Speed(self.recipe.batch_size * self.recipe.accumulate * self.worker.count)
+        batches = self.batch_iterator()
+        throughput = Throughput(self.recipe.batch_size * self.recipe.accumulate * self.worker.count)
         while self.step < steps:
-            last = self.one_step(upcoming, speed)
+            last = self.train_step(batches, throughput)
             if self.step % settings.log_every == 0 or self.step == steps:
-                last |= speed.since_last()
+                last |= throughput.rates()
                 self.report({"step": float(self.step), **last})
-                if self.watcher:
-                    self.watcher.write(self.step, last)
-            with speed.paused():
-                self._look()
+                if self.monitor:
+                    self.monitor.log(self.step, last)
+            with throughput.paused():
+                self._validate_if_due()
                 if self.step % settings.checkpoint_every == 0 and self.step < steps:
                     self._save_checkpoint()
         result = {"role": settings.role, "step": self.step, "loss": last["loss"], "seconds": time.monotonic() - started}
@@ -105,69 +123,81 @@ class TrainingRun:
             self._save_final(result)
         return result
 
-    def _look(self) -> None:
-        if self.watcher and self.watcher.is_due(self.step, self.recipe.steps):
-            with self._averaged():
-                self.watcher.look(self.step, self.recipe.steps, self.parts)
+    def _validate_if_due(self) -> None:
+        """Write the validation loss and the sample grid that are due after this step, with the averaged weights."""
+        if self.monitor and self.monitor.is_due(self.step, self.recipe.steps):
+            with self._ema_weights():
+                self.monitor.validate(self.step, self.recipe.steps, self.parts)
 
     def _save_final(self, result: dict[str, Any]) -> None:
         settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
         used = {"device": self.device.type, "compute_type": str(self.parts.compute_type).removeprefix("torch.")}
         record = {**result, **used, "settings": settings, "content": self.settings.content()}
-        with self._averaged():
+        with self._ema_weights():
             runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
-        self.watcher.close()
+        self.monitor.close()
 
-    def upcoming(self) -> Iterator[Batch]:
-        """Return this worker's batches from the step it is at, made ahead."""
+    def batch_iterator(self) -> Iterator[Batch]:
+        """Return this worker's batches from its current step to the last, prepared by the loader processes."""
         recipe, worker = self.recipe, self.worker
         first, last = (step * recipe.accumulate for step in (self.step, recipe.steps))
         all_workers = recipe.batch_size * worker.count
-        places = range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
-        return ahead(self.batches, places, worker.loaders, pin=self.device.type == "cuda")
+        positions = range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
+        return prefetch_batches(self.batches, positions, worker.loaders, pin_memory=self.device.type == "cuda")
 
-    def one_step(self, upcoming: Iterator[Batch], speed: Speed) -> dict[str, float]:
-        """Learn from the next batches; return loss, localization, learning_rate and grad_norm."""
+    def train_step(self, batches: Iterator[Batch], throughput: Throughput) -> dict[str, float]:
+        """Do one optimiser step.
+
+        Args:
+            batches: iterator of this worker's batches; `recipe.accumulate` of them are taken.
+            throughput: counts the step and the time spent waiting for the batches.
+
+        Returns:
+            `loss`, `localization`, `learning_rate` and `grad_norm` (before clipping), means over all workers.
+
+        Raises:
+            DivergedError: before the weights change, when loss or gradient cannot be used.
+        """
         recipe = self.recipe
         share = learning_rate_share(recipe, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_rate"] * share
-        # Whatever draws numbers on the way (a model's dropout) draws the same ones after a restart.
+        # Random numbers drawn during the step (a model's dropout) are the same after a restart.
         torch.manual_seed(image_seed(self.settings.seed, self.step))
         sums = torch.zeros(2, device=self.device)
         for part in range(recipe.accumulate):
-            with speed.waiting():
-                batch = next(upcoming)
-            with nullcontext() if part == recipe.accumulate - 1 else self._alone():
+            with throughput.waiting():
+                batch = next(batches)
+            with nullcontext() if part == recipe.accumulate - 1 else self._without_gradient_sync():
                 losses = self.losses(batch.to(self.device))
                 (losses[0] / recipe.accumulate).backward()
-            sums += torch.stack([one.detach() for one in losses]) / recipe.accumulate
+            sums += torch.stack([loss.detach() for loss in losses]) / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
         if self.worker.count > 1:
             torch.distributed.all_reduce(sums)
             sums /= self.worker.count
-        # One look at the device's numbers a step.
+        # One device synchronisation per step.
         loss, localization, norm = torch.stack([*sums, norm]).tolist()
-        self._require_sound(loss, norm)
+        self._check_divergence(loss, norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        speed.step()
-        self._move_average()
+        throughput.step()
+        self._update_ema()
         rate = recipe.learning_rate * share
         return {"loss": loss, "localization": localization, "learning_rate": rate, "grad_norm": norm}
 
-    def _alone(self) -> AbstractContextManager:
-        """Gradients are not exchanged: those of more batches come before the step."""
+    def _without_gradient_sync(self) -> AbstractContextManager:
+        """Return a context in which gradients accumulate locally: more batches follow before the step."""
         return self.model.no_sync() if self.worker.count > 1 else nullcontext()
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a batch's gradient is of, and its localization loss by itself."""
+        """Return a batch's total loss (the one with a gradient) and its localization loss alone, two scalars."""
         recipe, noise, times = self.recipe, batch.noise, batch.times
-        with self.parts.computing():
+        with self.parts.autocast():
             noisy = self.parts.schedule.add_noise(self.parts.latents(batch), noise, times)
             predicted, maps = self.model(noisy, times, self.parts.text(batch), batch)
-        # An image that is not to be masked, and one without subjects, count whole.
+        # The loss covers the whole image where it is not masked or has no subjects.
         inside = batch.areas.amax(1, keepdim=True)
         mask = torch.where(batch.masked[:, None, None, None], inside, 1.0) if self.settings.role == "sdm" else None
         emphasis = 1 + recipe.face_weight * batch.faces if recipe.face_weight else None
@@ -184,28 +214,28 @@ class TrainingRun:
         tokens = (order[:, None, :] == torch.arange(slots, device=self.device)[None, :, None]).int().argmax(-1)
         return localization_loss(maps, batch.areas, tokens, present, height / width).mean()
 
-    def _move_average(self) -> None:
+    def _update_ema(self) -> None:
         if self.average:
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The averaged weights, if there are any, in place of the trained ones for as long as the block lasts."""
-        kept = [p.detach().clone() for p in self.trained] if self.average else []
+    def _ema_weights(self) -> Iterator[None]:
+        """Put the averaged weights (EMA), if there are any, in place of the trained ones during the block."""
+        trained = [p.detach().clone() for p in self.trained] if self.average else []
         for parameter, mean in zip(self.trained, self.average, strict=bool(self.average)):
             parameter.data.copy_(mean)
         try:
             yield
         finally:
-            for parameter, own in zip(self.trained, kept, strict=bool(kept)):
+            for parameter, own in zip(self.trained, trained, strict=bool(trained)):
                 parameter.data.copy_(own)
 
-    def _require_sound(self, loss: float, norm: float) -> None:
-        """Raise DivergedError before a step that would spoil the weights, or when the loss has been far too high for long."""
+    def _check_divergence(self, loss: float, norm: float) -> None:
+        """Raise DivergedError when the gradient is not finite or the loss was too high for HIGH_STEPS steps."""
         if math.isfinite(norm):
-            self.high = self.high + 1 if loss > HIGH_LOSS else 0
-            if self.high < HIGH_STEPS:
+            self.high_loss_steps = self.high_loss_steps + 1 if loss > HIGH_LOSS else 0
+            if self.high_loss_steps < HIGH_STEPS:
                 return
         good = (runs.checkpoint_steps(self.store) or [0])[-1]
         raise DivergedError(
@@ -223,31 +253,39 @@ class TrainingRun:
                 "optimiser": self.optimiser.state_dict(),
             }
             runs.save_checkpoint(self.store, self.step, state, self.settings.keep_last, self.settings.keep_every)
-            self.watcher.upload()
+            self.monitor.upload()
 
-    def _load_last(self) -> None:
+    def _load_last_checkpoint(self) -> None:
         steps = runs.checkpoint_steps(self.store)
         if not steps:
             return
         state = runs.load_checkpoint(self.store, steps[-1])
         with torch.no_grad():
-            for mine, theirs in ((self.trained, state["trained"]), (self.average, state["average"])):
-                for parameter, value in zip(mine, theirs, strict=True):
+            for current, saved in ((self.trained, state["trained"]), (self.average, state["average"])):
+                for parameter, value in zip(current, saved, strict=True):
                     parameter.copy_(value)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
-        logger.info("%s: going on from step %d", self.settings.output, self.step)
+        logger.info("%s: resuming from step %d", self.settings.output, self.step)
 
 
 def learning_rate_share(recipe: Recipe, step: int) -> float:
-    """Return the share of the full learning rate at a step: rising in the warm-up, then constant or going down to 2%."""
+    """Return the factor on the full learning rate at a step, in (0, 1].
+
+    It rises linearly during the warm-up, then stays 1 or, with the `decay` schedule, falls linearly to 0.02 over the
+    second half of the steps.
+
+    Args:
+        recipe: steps, warm-up steps and schedule.
+        step: number of the step, counted from 0.
+    """
     rising = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     half = recipe.steps / 2
     falling = 1.0 if recipe.schedule == "constant" or step < half else max(0.02, (recipe.steps - step) / half)
     return rising * falling
 
 
-def _groups(named: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+def _parameter_groups(named: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
     rates = {
         "unet": recipe.learning_rate,
         "subject_fuser": recipe.subject_learning_rate or recipe.learning_rate,

@@ -1,4 +1,4 @@
-"""What the two models are trained to make small."""
+"""Training losses: noise prediction, localization of subjects' attention, min-SNR weights."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,12 @@ def noise_loss(
 ) -> torch.Tensor:
     """Return each image's mean squared error on the noise, (b,) float32.
 
-    `predicted`, `noise` (b, c, h, w). `mask` (b, 1, h, w) in [0, 1] multiplies prediction and noise, so that only cells
-    inside count; the mean is `over` the whole "image" (as released) or over the "mask" alone. An image whose mask is empty counts whole.
-    `emphasis` (b, 1, h, w) > 0: how much a cell counts, scaled to a mean of 1.
+    Args:
+        predicted: predicted noise (b, c, h, w).
+        noise: true noise (b, c, h, w).
+        mask: (b, 1, h, w) in [0, 1], multiplies prediction and noise; an image whose mask is empty is not masked.
+        over: the masked mean is over the whole "image" (as in the released code) or over the "mask" alone.
+        emphasis: (b, 1, h, w) > 0, weight of each cell, scaled to a mean of 1 per image.
     """
     error = (predicted.float() - noise.float()).pow(2).mean(dim=1, keepdim=True)
     if emphasis is not None:
@@ -39,8 +42,12 @@ def localization_loss(
     S, resized to A (bilinear, antialiased), the mean of A outside of S minus the mean of A inside; mean over the
     subjects present, heads and layers; 0 for an image without subjects.
 
-    `maps`: per layer (b, heads, cells, n); `masks` (b, s, h, w) in [0, 1]; `tokens` (b, s) int64, each subject's
-    token; `present` (b, s) bool; `aspect` is h / w of the latents.
+    Args:
+        maps: attention probabilities per layer, (b, heads, cells, n) with n text tokens.
+        masks: subjects' areas, (b, s, h, w) in [0, 1].
+        tokens: index of each subject's token, (b, s) int64.
+        present: which of the s places hold a subject, (b, s) bool.
+        aspect: height / width of the latents, to recover a layer's grid from its number of cells.
     """
     total = torch.zeros(masks.shape[0], device=masks.device)
     for probabilities in maps:
@@ -63,6 +70,11 @@ def _weighted(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return a weight per timestep, min(SNR, gamma) / SNR: the min-SNR strategy (arXiv 2303.09556) for noise prediction."""
+    """Return a loss weight per timestep, min(SNR, gamma) / SNR (min-SNR for noise prediction, arXiv 2303.09556).
+
+    Args:
+        alphas_cumprod: the schedule's cumulative products, (timesteps,) in (0, 1).
+        gamma: SNR above which a timestep counts less, > 0.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / snr

@@ -1,4 +1,4 @@
-"""Which parameters are trained: one table."""
+"""Which parameters are trained and which are frozen, by role."""
 
 from torch import nn
 
@@ -6,13 +6,19 @@ TRAINED = {
     "tdm": {"unet": "all"},
     "sdm": {"unet": "all", "subject_fuser": "all", "image_encoder": "last layers"},
 }
-"""By role and component. Whatever is not named here (text encoder, VAE, embeddings of the image encoder) is frozen."""
+"""Trained components by role; everything else (text encoder, VAE, embeddings of the image encoder) is frozen."""
 
 
 def select_trained(role: str, components: dict[str, nn.Module], image_encoder_layers: int) -> dict[str, nn.Parameter]:
-    """Freeze and unfreeze the components' parameters by the table; return the trained ones by `component.name`.
+    """Set `requires_grad` of all parameters by the table TRAINED and return the trained ones.
 
-    `image_encoder_layers`: how many of the vision tower's last layers train (-1: the whole image encoder).
+    Args:
+        role: `tdm` or `sdm`.
+        components: modules by component name.
+        image_encoder_layers: how many of the vision tower's last layers are trained; -1: the whole image encoder.
+
+    Returns:
+        The trained parameters by `component.parameter`.
     """
     trained: dict[str, nn.Parameter] = {}
     for component, module in components.items():

@@ -1,4 +1,4 @@
-"""Prepared Parquet in memory, by row."""
+"""The rows of prepared Parquet data, in memory."""
 
 import hashlib
 import io
@@ -30,7 +30,15 @@ COLUMNS = [
 
 
 class Records:
-    """The rows of one split, compressed as they are in Parquet (a 512 px FFHQ takes about 5 GB), by number."""
+    """The rows of one split by number, pictures compressed as in the files (FFHQ at 512 px takes about 5 GB).
+
+    Args:
+        url: folder or s3:// URL that `facediffuser preprocess` wrote.
+        split: `train` or `test`.
+
+    Raises:
+        InputError: the data is incomplete, has no such split or no rows, or another schema version.
+    """
 
     def __init__(self, url: str, split: str):
         store = open_store(url)
@@ -48,15 +56,15 @@ class Records:
         return len(self.table)
 
     def row(self, index: int) -> dict:
-        """One row as Python values, without its picture."""
+        """Return one row as Python values, without its picture."""
         return self._described.slice(index, 1).to_pylist()[0]
 
     def image(self, index: int) -> Image.Image:
-        """The decoded picture of a row, RGB."""
+        """Return the decoded picture of a row, RGB."""
         return decode(self.table["image"][index]["bytes"].as_py())
 
-    def others(self) -> dict[int, list[int]]:
-        """For each row of one known person, the other rows of that person alone."""
+    def other_pictures(self) -> dict[int, list[int]]:
+        """Return, for each row that shows one known person alone, the other rows that show that person alone."""
         rows: dict[str, list[int]] = {}
         for row, (who, subjects) in enumerate(
             zip(self.table["identity"].to_pylist(), self.table["subjects"].to_pylist(), strict=True)
@@ -66,11 +74,11 @@ class Records:
         return {row: [other for other in same if other != row] for same in rows.values() for row in same}
 
     def captions(self) -> list[str]:
-        """All captions and the empty one, each once, in order."""
+        """Return the distinct captions and the empty one, sorted."""
         return sorted({"", *self.table["caption"].to_pylist()})
 
     def digest(self) -> str:
-        """A digest of the pictures and their order."""
+        """Return the sha256 over the pictures' digests in row order."""
         digest = hashlib.sha256()
         for value in self.table["image_sha256"]:
             digest.update(str(value.as_py()).encode())
@@ -78,16 +86,16 @@ class Records:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return the picture in some bytes as RGB."""
+    """Return an encoded picture as RGB."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def decode_ids(data: bytes) -> np.ndarray:
-    """Return a segmentation PNG as (h, w) int array of segment ids."""
+    """Return a segmentation PNG as an (h, w) integer array of segment ids."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Tensor:
-    """Return (c, h, w) with its shorter side resized to `size` and its middle square cut out."""
+    """Return a picture (c, h, w) with its shorter side resized to `size` px, cropped to its centre square."""
     mode = TF.InterpolationMode.NEAREST if nearest else TF.InterpolationMode.BILINEAR
     return TF.center_crop(TF.resize(picture, [size], interpolation=mode, antialias=not nearest), [size, size])

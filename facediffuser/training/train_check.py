@@ -1,4 +1,4 @@
-"""What can be said of a training before anything is loaded: output, data, and the configuration of its base.
+"""Checks of a training before anything is loaded: output, data, and the configuration of the base model.
 
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
@@ -16,7 +16,7 @@ from facediffuser.training import training_run as runs
 from facediffuser.training.train_settings import TrainSettings
 
 UNET = {"tdm": "unet_text", "sdm": "unet"}
-"""What a model folder calls the UNet of a role."""
+"""The UNet component of each role in a model folder."""
 
 
 def check_train(settings: TrainSettings) -> None:
@@ -57,7 +57,15 @@ def require_schema(url: str, schema: pa.Schema) -> None:
 
 
 def require_stable_diffusion(name: str, base: Path) -> None:
-    """Raise InputError unless the folder has the parts of Stable Diffusion v1 or v2 and they fit each other."""
+    """Check that a base folder holds the parts of Stable Diffusion v1 or v2 and that they fit each other.
+
+    Args:
+        name: what the user gave, for messages.
+        base: its local folder.
+
+    Raises:
+        InputError: a part is missing, of another architecture, or of another width.
+    """
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (base / part).is_dir():
             raise InputError(f"{name}: has no {part}/; give a Stable Diffusion v1 or v2 folder")
@@ -66,12 +74,13 @@ def require_stable_diffusion(name: str, base: Path) -> None:
         raise InputError(f"{name}: its unet is a {unet.get('_class_name')}; give a Stable Diffusion v1 or v2 folder")
     if unet.get("addition_embed_type") or unet.get("class_embed_type"):
         raise InputError(
-            f"{name}: its unet wants more than a text (SDXL does); give a Stable Diffusion v1 or v2 folder"
+            f"{name}: its unet takes other conditions than text (as SDXL does); give a Stable Diffusion v1 or v2 folder"
         )
     widths = unet.get("cross_attention_dim"), text.get("hidden_size")
     if widths[0] != widths[1]:
         raise InputError(
-            f"{name}: its unet reads texts of width {widths[0]}, its text encoder makes {widths[1]}; mend it"
+            f"{name}: its unet takes text embeddings of width {widths[0]}, its text encoder gives {widths[1]}; give a "
+            "folder whose parts belong together"
         )
     channels = unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")
     if len(set(channels)) > 1:
@@ -82,7 +91,7 @@ def require_stable_diffusion(name: str, base: Path) -> None:
     prediction = read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise InputError(
-            f"{name}: predicts {prediction}, training here is on noise; give a model that predicts epsilon"
+            f"{name}: predicts {prediction}, training supports noise prediction only; give a model with prediction_type epsilon"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which of how many workers this one is, where it computes, and how it works together with the others."""
+"""A worker's place in a training run: its rank, its device, and how it synchronises with the other workers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Worker:
     count: int = 1
     device: str = "cpu"
     loaders: int = 0
-    """Processes that make batches ahead."""
+    """Processes that prepare batches in the background; 0: none."""
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    """Makes a module average its gradients over the workers."""
+    """Returns the module wrapped so that its gradients are averaged over the workers."""
 
     def wait_for_all(self) -> None:
-        """Return when all workers have come to this place."""
+        """Block until all workers have called this."""
         if self.count > 1:
             torch.distributed.barrier()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.prompts import IMAGE_MARKER, without_markers
-from facediffuser.training.conditioning import choose_told, mark_caption
+from facediffuser.training.conditioning import draw_condition_dropout, mark_caption
 
 
 def test_markers_follow_the_phrases_whatever_their_order():
@@ -35,7 +35,7 @@ def test_marked_captions_have_the_ids_of_plain_ones_so_cached_embeddings_fit():
 
 def test_captions_and_subjects_are_dropped_as_often_as_asked():
     generator = torch.Generator().manual_seed(0)
-    told = [choose_told(2, 0.1, 0.9, generator) for _ in range(4000)]
+    told = [draw_condition_dropout(2, 0.1, 0.9, generator) for _ in range(4000)]
     dropped = [one for one in told if not one.caption]
     assert abs(len(dropped) / len(told) - 0.1) < 0.02
     assert all(one.subjects == () for one in dropped)

@@ -76,7 +76,7 @@ def test_the_miniatures_model_folder_is_made_from_two_runs_in_half_precision(set
 
 
 def test_making_the_miniatures_model_folder_of_an_unfinished_run_is_refused_in_one_line(base, tmp_path, monkeypatch):
-    from facediffuser.miniature import make
+    from tools.miniature_weights import make
 
     shutil.copytree(base, tmp_path / "parts" / "base")
     (tmp_path / "run").mkdir()
@@ -190,14 +190,14 @@ def test_a_loss_far_beyond_a_guess_for_long_stops_the_run_before_more_is_spoilt(
 def test_two_workers_learn_from_what_one_with_the_doubled_batch_learns_from(settings):
     """The images of a step, and all chance about them, do not depend on how many workers share them."""
     from facediffuser.training.batches import image_seed
+    from facediffuser.training.data_loading import split_batches
     from facediffuser.training.denoisers import load_parts
-    from facediffuser.training.validation import split_batches
 
     chosen = settings("sdm", batch_size=2)
     batches = split_batches(chosen, load_parts(chosen), "train")
     seeds = [image_seed(0, place) for place in range(4)]
-    whole = batches.make(batches.rows(0, 4), seeds)
-    halves = [batches.make(batches.rows(first, 2), seeds[first : first + 2]) for first in (0, 2)]
+    whole = batches.collate(batches.rows(0, 4), seeds)
+    halves = [batches.collate(batches.rows(first, 2), seeds[first : first + 2]) for first in (0, 2)]
     for name in ("moments", "text", "draw", "noise", "times", "masked", "references"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
     assert torch.equal(whole.tokens.input_ids, torch.cat([half.tokens.input_ids for half in halves]))

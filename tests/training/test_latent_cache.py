@@ -7,10 +7,10 @@ import torch
 from training.test_loop import weights
 
 from facediffuser.storage import open_store
-from facediffuser.training import frozen
+from facediffuser.training import latent_cache
+from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
-from facediffuser.training.validation import split_batches
 
 
 def test_latents_and_text_embeddings_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):
@@ -56,39 +56,41 @@ def _make(some: range) -> np.ndarray:
 
 
 def test_parts_that_are_there_are_kept_and_missing_ones_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(frozen, "PART_ROWS", 4)
+    monkeypatch.setattr(latent_cache, "PART_ROWS", 4)
     store, asked = open_store(tmp_path), []
 
     def make(some: range) -> np.ndarray:
         asked.append(some)
         return _make(some)
 
-    frozen.fill(store, "rows", 10, make)
+    latent_cache.write_missing_parts(store, "rows", 10, make)
     store.delete("rows/part-00001.parquet")
-    frozen.fill(store, "rows", 10, make)
+    latent_cache.write_missing_parts(store, "rows", 10, make)
     assert asked == [range(0, 4), range(4, 8), range(8, 10), range(4, 8)]
-    assert np.array_equal(frozen.read(store, "rows", 10), _make(range(10)))
+    assert np.array_equal(latent_cache.read_array(store, "rows", 10), _make(range(10)))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_make_each_part_once_between_them(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(frozen, "PART_ROWS", 4)
+    monkeypatch.setattr(latent_cache, "PART_ROWS", 4)
     store, asked = open_store(tmp_path), []
     for worker in range(workers):
-        frozen.fill(store, "rows", 10, lambda some: asked.append(some.start) or _make(some), (worker, workers))
+        latent_cache.write_missing_parts(
+            store, "rows", 10, lambda some: asked.append(some.start) or _make(some), (worker, workers)
+        )
     assert sorted(asked) == [0, 4, 8]
-    assert np.array_equal(frozen.read(store, "rows", 10), _make(range(10)))
+    assert np.array_equal(latent_cache.read_array(store, "rows", 10), _make(range(10)))
 
 
 def test_a_part_opens_in_any_parquet_reader(tmp_path):
-    frozen.fill(open_store(tmp_path), "rows", 3, _make)
+    latent_cache.write_missing_parts(open_store(tmp_path), "rows", 3, _make)
     table = pq.read_table(tmp_path / "rows" / "part-00000.parquet")
     assert np.frombuffer(table["array"][2].as_py(), np.float16).tolist() == [2.0, 2.5]
 
 
 def test_the_cache_lies_beside_the_data_or_in_the_output_where_that_cannot_be_written(settings, prepared, tmp_path):
     beside = settings("tdm", cache=None)
-    assert frozen.open_cache(beside).url == f"{prepared}-latents"
+    assert latent_cache.open_cache(beside).url == f"{prepared}-latents"
     (tmp_path / "data-latents").write_text("a file where the folder would be")
     elsewhere = settings("tdm", cache=None, data=str(tmp_path / "data"))
-    assert frozen.open_cache(elsewhere).url == f"{elsewhere.output}/cache"
+    assert latent_cache.open_cache(elsewhere).url == f"{elsewhere.output}/cache"

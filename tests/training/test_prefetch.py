@@ -6,10 +6,10 @@ import pytest
 import torch
 from training.test_loop import same, weights
 
-from facediffuser.training.ahead import ahead
+from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
-from facediffuser.training.validation import split_batches
+from facediffuser.training.prefetch import prefetch_batches
 from facediffuser.training.worker_context import Worker
 
 
@@ -24,9 +24,9 @@ def test_any_number_of_processes_makes_the_same_batches_in_the_same_order(settin
     chosen = settings("sdm", batch_size=3, augmentation={"elastic": 0.5, "blur": 0.5, "rotate": 0.75, "zoom": 0.5})
     batches = split_batches(chosen, load_parts(chosen), "train")
     places = range(0, 24, 3)
-    theirs = list(ahead(batches, places, loaders))
+    theirs = list(prefetch_batches(batches, places, loaders))
     assert len(theirs) == len(places)
-    for ours, made in zip(ahead(batches, places, 0), theirs, strict=True):
+    for ours, made in zip(prefetch_batches(batches, places, 0), theirs, strict=True):
         assert torch.equal(ours.tokens.input_ids, made.tokens.input_ids)
         for name, value in _tensors(ours).items():
             assert torch.equal(value, _tensors(made)[name]), name

@@ -1,4 +1,4 @@
-"""What the frozen parts make of the data, computed once and kept as Parquet: pictures' latents and captions' embeddings."""
+"""Cache of the frozen encoders' outputs as Parquet: VAE latents of the pictures, text embeddings of the captions."""
 
 import hashlib
 import logging
@@ -21,12 +21,17 @@ from facediffuser.training.records import Records, square
 logger = logging.getLogger(__name__)
 
 PART_ROWS = 1024
-"""Rows of a part: what a run that is killed while it fills the cache has to compute again at most."""
-AT_ONCE = 32
+"""Rows of a cache file: at most so many are lost when a run is killed while it fills the cache."""
+ENCODE_BATCH = 32
 
 
 class CaptionEmbeddings:
-    """The text encoder's embeddings of all captions of a split and of the empty one, by caption: (n, d) float16."""
+    """Text embeddings of a split's captions and of the empty caption: `embeddings[caption]` is (n, d) float16.
+
+    Args:
+        captions: distinct captions, in the order of the rows of `embeddings`.
+        embeddings: (captions, n, d) float16.
+    """
 
     def __init__(self, captions: Sequence[str], embeddings: np.ndarray):
         self._embeddings = embeddings
@@ -37,50 +42,59 @@ class CaptionEmbeddings:
 
 
 def open_cache(settings) -> Store:
-    """Return where the settings keep what frozen parts make: as told, else beside the data, else in the output."""
+    """Return the store of the cache: the one in the settings, else beside the data, else in the run's output.
+
+    Raises:
+        InputError: the location in the settings is not a URL or folder that can be opened.
+    """
     if settings.cache:
         return open_store(settings.cache)
-    beside = open_store(f"{settings.data.rstrip('/')}-latents")
+    beside_data = open_store(f"{settings.data.rstrip('/')}-latents")
     try:
-        beside.require_writable()
-        return beside
+        beside_data.require_writable()
+        return beside_data
     except InputError:
         return open_store(settings.output).child("cache")
 
 
 def moments_name(records: Records, vae_digest: str, resolution: int) -> str:
-    """Return the name of the latents of these pictures by this autoencoder at this size."""
+    """Return the cache key of the latents: it covers the pictures, the VAE's sha256 and the side in px."""
     return f"moments-{records.digest()[:16]}-{vae_digest[:16]}-{resolution}"
 
 
 def embeddings_name(captions: Sequence[str], text_encoder_digest: str, tokenizer_digest: str) -> str:
-    """Return the name of the embeddings of these captions by this text encoder and tokenizer."""
+    """Return the cache key of the embeddings: it covers the captions and the sha256 of text encoder and tokenizer."""
     digest = hashlib.sha256("\0".join(captions).encode()).hexdigest()
     return f"captions-{digest[:16]}-{text_encoder_digest[:16]}-{tokenizer_digest[:16]}"
 
 
-def fill(
-    store: Store, name: str, rows: int, make: Callable[[range], np.ndarray], share: tuple[int, int] = (0, 1)
+def write_missing_parts(
+    store: Store, name: str, rows: int, compute: Callable[[range], np.ndarray], share: tuple[int, int] = (0, 1)
 ) -> None:
-    """Compute the parts of a table of `rows` arrays that are not in the store yet, each written whole or not at all.
+    """Compute the parts of an array that the store lacks; each is one object, written whole or not at all.
 
-    `make` returns the arrays of a range of rows, stacked, float16. `share` (k, n): of n that do this together, this is the k-th.
+    Args:
+        store: the cache.
+        name: cache key of the array.
+        rows: length of the array.
+        compute: returns the rows of a range, stacked along the first axis, float16.
+        share: (rank, workers): this worker computes every `workers`-th part, from part `rank` on.
     """
     parts = math.ceil(rows / PART_ROWS)
     for part in range(share[0], parts, share[1]):
         if store.exists(_key(name, part)):
             continue
-        arrays = make(range(part * PART_ROWS, min((part + 1) * PART_ROWS, rows)))
+        arrays = compute(range(part * PART_ROWS, min((part + 1) * PART_ROWS, rows)))
         shape = ",".join(str(side) for side in arrays.shape[1:])
         schema = pa.schema([("array", pa.binary())], metadata={b"shape": shape.encode()})
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table([[one.tobytes() for one in arrays]], schema=schema), sink, compression="none")
+        pq.write_table(pa.table([[row.tobytes() for row in arrays]], schema=schema), sink, compression="none")
         store.put(_key(name, part), sink.getvalue().to_pybytes())
-        logger.info("%s: part %d of %d kept", store.url_of(name), part + 1, parts)
+        logger.info("%s: part %d of %d written", store.url_of(name), part + 1, parts)
 
 
-def read(store: Store, name: str, rows: int) -> np.ndarray:
-    """Return what `fill` kept, (rows, ...) float16."""
+def read_array(store: Store, name: str, rows: int) -> np.ndarray:
+    """Return an array that `write_missing_parts` completed, (rows, ...) float16."""
     whole, start = None, 0
     for part in range(math.ceil(rows / PART_ROWS)):
         table = pq.read_table(pa.BufferReader(store.get(_key(name, part))))
@@ -99,22 +113,32 @@ def _key(name: str, part: int) -> str:
 
 @torch.no_grad()
 def encode_pictures(records: Records, rows: range, vae: AutoencoderKL, resolution: int) -> np.ndarray:
-    """Return the latents' mean and log variance of pictures and their mirror images: (n, 2, 2c, h, w) float16."""
+    """Return mean and log variance of the latents of pictures and of their mirror images.
+
+    Args:
+        records: the split's rows.
+        rows: the n rows to encode.
+        vae: frozen autoencoder, on the device to compute on.
+        resolution: side of the square pictures, px.
+
+    Returns:
+        (n, 2, 2c, h, w) float16; the second axis is the picture and its mirror image.
+    """
     parts = []
-    for some in _some(rows):
-        pixels = torch.stack([pixels_of(records, row, resolution) for row in some]).to(vae.device)
-        both = [encode_moments(vae, seen) for seen in (pixels, pixels.flip(-1))]
+    for chunk in _chunks(rows):
+        pixels = torch.stack([pixels_of(records, row, resolution) for row in chunk]).to(vae.device)
+        both = [encode_moments(vae, view) for view in (pixels, pixels.flip(-1))]
         parts.append(torch.stack(both, 1).half().cpu().numpy())
     return np.concatenate(parts)
 
 
 def pixels_of(records: Records, row: int, resolution: int) -> torch.Tensor:
-    """Return a picture as the autoencoder takes it, (3, resolution, resolution) in [-1, 1]."""
+    """Return the centre square of a row's picture as VAE input, (3, resolution, resolution) float32 in [-1, 1]."""
     return square(TF.to_image(records.image(row)), resolution).float() / 127.5 - 1
 
 
 def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Return mean and log variance of the latents, (b, 2c, h, w)."""
+    """Return mean and log variance of the latents of pixels (b, 3, H, W) in [-1, 1]: (b, 2c, h, w), mean first."""
     distribution = vae.encode(pixels).latent_dist
     return torch.cat([distribution.mean, distribution.logvar], 1)
 
@@ -123,13 +147,13 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 def encode_captions(
     captions: Sequence[str], rows: range, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
 ) -> np.ndarray:
-    """Return the embeddings of captions, (m, n, d) float16."""
+    """Return the text embeddings of `captions[row]` for m rows, (m, n, d) float16; captions carry no markers."""
     parts = []
-    for some in _some(rows):
-        ids = tokenize_with_markers(tokenizer, [captions[row] for row in some], lost="drop").input_ids
+    for chunk in _chunks(rows):
+        ids = tokenize_with_markers(tokenizer, [captions[row] for row in chunk], lost="drop").input_ids
         parts.append(text_encoder(ids.to(text_encoder.device)).last_hidden_state.half().cpu().numpy())
     return np.concatenate(parts)
 
 
-def _some(rows: range) -> list[range]:
-    return [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+def _chunks(rows: range) -> list[range]:
+    return [rows[start : start + ENCODE_BATCH] for start in range(0, len(rows), ENCODE_BATCH)]

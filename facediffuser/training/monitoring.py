@@ -1,9 +1,10 @@
-"""What people look at while a model trains: TensorBoard files, the loss on the test split, a grid of samples."""
+"""Monitoring of a training run: TensorBoard files, validation loss on the test split, grids of samples."""
 
 import io
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -15,27 +16,33 @@ from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
 from facediffuser.training.conditioning import mark_caption
+from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import Parts
 from facediffuser.training.losses import noise_loss
 from facediffuser.training.records import Records
 from facediffuser.training.train_settings import TrainSettings
-from facediffuser.training.validation import split_batches
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_TIMES = (100, 300, 500, 700, 900)
-# Gentle guidance, and references from the first step on: what the model has learnt shows, not what guidance makes of it.
+# Low guidance, and references from the first step on: samples show what the model has learnt, not the effect of guidance.
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 2.5
 GAP = 4
 
 
-class Watcher:
-    """Writes a run's numbers to TensorBoard files and, as often as the settings say, validation losses and samples."""
+class TrainingMonitor:
+    """Writes a run's numbers to TensorBoard files and, at the intervals of the settings, validation losses and samples.
+
+    Args:
+        settings: intervals, numbers of images, data and recipe of a single role.
+        store: the run's output.
+        report: called with `step` and `validation_loss` after each validation.
+        step: step from which the run is resumed; what an earlier process logged beyond it is not shown.
+    """
 
     def __init__(
         self, settings: TrainSettings, store: Store, report: Callable[[dict[str, float]], None], step: int = 0
     ):
-        """`step`: the one the run goes on from; what an earlier process wrote beyond it is not shown."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.settings, self.store, self.report = settings, store, report
@@ -43,24 +50,24 @@ class Watcher:
         self._writer = SummaryWriter(self._folder.name, purge_step=step + 1 if step else None)
         self._batches: list[Batch] = []
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Add numbers of one step to the TensorBoard files."""
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Add the numbers of one step to the TensorBoard files."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether a validation loss or a grid is wanted after this step."""
+        """Return whether a validation loss or a grid of samples is due after this step of `steps`."""
         return any(_due(step, steps, every) for every in (self.settings.validate_every, self.settings.sample_every))
 
-    def look(self, step: int, steps: int, parts: Parts) -> None:
-        """Compute and write what is due."""
+    def validate(self, step: int, steps: int, parts: Parts) -> None:
+        """Compute and write the validation loss and the samples that are due; random state and modes are restored."""
         parts.denoiser.eval()
         state = torch.get_rng_state()
         try:
             if _due(step, steps, self.settings.validate_every):
-                self._validate(step, parts)
+                self._write_validation_loss(step, parts)
             if _due(step, steps, self.settings.sample_every):
-                self._sample(step, parts)
+                self._write_samples(step, parts)
         finally:
             torch.set_rng_state(state)
             parts.denoiser.train()
@@ -70,32 +77,32 @@ class Watcher:
         self.upload()
 
     def upload(self) -> None:
-        """Put the TensorBoard files into the output, `tensorboard/`."""
+        """Copy the TensorBoard files to `tensorboard/` in the output."""
         self._writer.flush()
         for path in sorted(Path(self._folder.name).iterdir()):
             self.store.put(f"tensorboard/{path.name}", path.read_bytes())
 
     def close(self) -> None:
-        """Upload for the last time."""
+        """Upload the TensorBoard files and delete the local ones."""
         self.upload()
         self._writer.close()
         self._folder.cleanup()
 
-    def _validate(self, step: int, parts: Parts) -> None:
-        if not self.store_has_test():
+    def _write_validation_loss(self, step: int, parts: Parts) -> None:
+        if not self.has_test_split():
             return
         self._batches = self._batches or validation_batches(self.settings, parts)
         loss, count = validation_loss(self._batches, parts), sum(len(batch.noise) for batch in self._batches)
-        self.write(step, {"validation_loss": loss})
+        self.log(step, {"validation_loss": loss})
         logger.info("step %d: validation loss %.4f on %d images", step, loss, count)
         self.report({"step": float(step), "validation_loss": loss})
 
-    def store_has_test(self) -> bool:
-        """Whether the prepared data has a test split."""
+    def has_test_split(self) -> bool:
+        """Return whether the prepared data has a test split."""
         return bool(open_store(self.settings.data).list("test/"))
 
-    def _sample(self, step: int, parts: Parts) -> None:
-        records = Records(self.settings.data, "test" if self.store_has_test() else "train")
+    def _write_samples(self, step: int, parts: Parts) -> None:
+        records = Records(self.settings.data, "test" if self.has_test_split() else "train")
         sheet = sample_grid(records, parts, self.settings)
         buffer = io.BytesIO()
         sheet.save(buffer, format="PNG")
@@ -107,43 +114,52 @@ def _due(step: int, steps: int, every: int) -> bool:
 
 
 def validation_batches(settings: TrainSettings, parts: Parts) -> list[Batch]:
-    """Return the first rows of the test split: every caption told, every subject with its reference as it is."""
+    """Return batches of the test split's first rows, without dropout, mirroring or augmentation."""
     batches, size = split_batches(settings, parts, "test"), settings.recipe().batch_size
     rows = range(min(settings.validation_images, len(batches.records)))
-    some = (list(rows[start : start + size]) for start in range(0, len(rows), size))
-    return [batches.make(these, these, plain=True) for these in some]
+    chunks = (list(rows[start : start + size]) for start in range(0, len(rows), size))
+    return [batches.collate(chunk, chunk, plain=True) for chunk in chunks]
 
 
 @torch.no_grad()
 def validation_loss(batches: Sequence[Batch], parts: Parts) -> float:
-    """Return the mean noise loss of some batches at VALIDATION_TIMES with fixed noise, over the whole images."""
+    """Return the mean noise loss of batches at the timesteps VALIDATION_TIMES, with fixed noise and no mask."""
     losses = []
     for batch in batches:
         generator = torch.Generator().manual_seed(0)
-        moved = batch.to(parts.device)
-        latents, text = parts.latents(moved), parts.text(moved)
+        on_device = batch.to(parts.device)
+        latents, text = parts.latents(on_device), parts.text(on_device)
         for time in VALIDATION_TIMES:
             noise = torch.randn(batch.noise.shape, generator=generator).to(parts.device)
-            times = torch.full_like(moved.times, time)
-            with parts.computing():
-                predicted, _ = parts.denoiser(parts.schedule.add_noise(latents, noise, times), times, text, moved)
+            times = torch.full_like(on_device.times, time)
+            with parts.autocast():
+                predicted, _ = parts.denoiser(parts.schedule.add_noise(latents, noise, times), times, text, on_device)
             losses.append(noise_loss(predicted, noise))
     return float(torch.cat(losses).mean())
 
 
 def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Image.Image:
-    """Return samples of the first rows' captions from fixed noise, below each the reference for the SDM."""
+    """Return one sheet of samples from the first rows' captions, with fixed noise.
+
+    Args:
+        records: rows whose captions and references are used.
+        parts: the model in training.
+        settings: a single role's settings; for the SDM each sample's references stand below it.
+
+    Returns:
+        RGB picture, `sample_images` columns of squares of the recipe's resolution.
+    """
     role, recipe = settings.role, settings.recipe()
     count = min(settings.sample_images, len(records))
     prompts, references = [], []
     for number in range(count):
         row = records.row(number)
-        subjects = sorted({one["end"]: one for one in row["subjects"]}.values(), key=lambda one: one["end"])
+        subjects = sorted({subject["end"]: subject for subject in row["subjects"]}.values(), key=itemgetter("end"))
         subjects = subjects[: recipe.max_subjects] if role == "sdm" else []
-        prompts.append(mark_caption(row["caption"], [one["end"] for one in subjects]))
-        references.append([_reference(records, number, row, one) for one in subjects])
+        prompts.append(mark_caption(row["caption"], [subject["end"] for subject in subjects]))
+        references.append([_reference(records, number, row, subject) for subject in subjects])
     pipeline = _pipeline(parts, role)
-    made = pipeline(
+    samples = pipeline(
         prompt=prompts,
         reference_images=references if role == "sdm" else None,
         num_inference_steps=SAMPLE_STEPS,
@@ -154,7 +170,7 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
         width=recipe.resolution,
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
     ).images
-    return grid([[image, *pictures] for image, pictures in zip(made, references, strict=True)], recipe.resolution)
+    return grid([[image, *pictures] for image, pictures in zip(samples, references, strict=True)], recipe.resolution)
 
 
 def _reference(records: Records, number: int, row: dict, subject: dict) -> Image.Image:
