@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.cards.rendering import render
 from facediffuser.evaluation.tables import markdown
 from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.generation.generate_settings import GenerateSettings
@@ -29,7 +30,8 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     run = generate_shards(prepared.job)
     finished = finish_dataset(prepared.job)
     table = markdown(finished.table)
-    create_markdown_artifact(f"`{prepared.job.output}`\n\n{table}\n", key="dataset-scores")
+    text = render("dataset_scores.md.j2", output=prepared.job.output, table=table)
+    create_markdown_artifact(text, key="dataset-scores")
     return {
         "output": prepared.job.output,
         **finished.counts.model_dump(),

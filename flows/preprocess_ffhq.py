@@ -5,6 +5,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.cards.rendering import render
 from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.tasks.preprocess import prepare_photographs
@@ -14,8 +15,8 @@ from facediffuser.tasks.preprocess import prepare_photographs
 def preprocess_ffhq(settings: PreprocessSettings) -> dict[str, Any]:
     """Prepare the photographs of `settings.source`; return counts by split, rejections by reason, output, seconds."""
     result = prepare_photographs(settings)
-    rows = [("pictures", result["pictures"]), ("train", result["train"]), ("test", result["test"])]
-    rows += [(f"rejected: {reason}", count) for reason, count in result["rejected_by_reason"].items()]
-    table = "\n".join(f"| {name} | {count:,} |" for name, count in rows)
-    create_markdown_artifact(f"`{result['output']}`\n\n| | |\n|---|---:|\n{table}\n", key="prepared-photographs")
+    lines = [(name, f"{result[name]:,}") for name in ("pictures", "train", "test")]
+    lines += [(f"rejected: {reason}", f"{count:,}") for reason, count in result["rejected_by_reason"].items()]
+    text = render("prepared_photographs.md.j2", output=result["output"], lines=lines)
+    create_markdown_artifact(text, key="prepared-photographs")
     return result

@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.cards.rendering import render
 from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
@@ -19,9 +20,8 @@ def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
     manifest, problems = find_damage(settings)
     left = repair_damage(settings, manifest, problems) if problems else []
     found = [str(problem) for problem in problems]
-    lines = "\n".join(f"- {line}" for line in found) or "nothing"
-    rest = "\n".join(f"- {line}" for line in left) or "nothing"
-    create_markdown_artifact(f"`{settings.url}`\n\nFound:\n\n{lines}\n\nLeft:\n\n{rest}\n", key="dataset-repair")
+    text = render("dataset_repair.md.j2", output=settings.url, found=found, left=left)
+    create_markdown_artifact(text, key="dataset-repair")
     return {"output": settings.url, "found": found, "left": left}
 
 

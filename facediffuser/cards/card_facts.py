@@ -13,6 +13,12 @@ FLAG_TITLES = {
     "pasted_reference": "faces with a reference's pixels",
     "duplicate": "images like another of the dataset",
 }
+RIGHTS = (
+    "Every image in `data/` is synthetic: it was made by diffusion models and shows no event that took place. It may "
+    "show the likeness of the people in the reference pictures (`subjects.parquet`), whose consent and whose pictures' "
+    "licences are for the publisher of this dataset to secure; the licences of the models used apply as well. Scores "
+    "are recorded, not filtered on: choose your own thresholds."
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from facediffuser.markup import one_line
+
 TILE = 208
 GAP = 14
 MARGIN = 28
@@ -44,7 +46,7 @@ def contact_sheet(rows: Sequence[SheetRow], title: str, remark: str = "") -> Ima
     height = top + len(rows) * (TILE + CAPTION_HEIGHT) + MARGIN // 2
     sheet = Image.new("RGB", (width, height), GROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - 6), title, INK, font(24, bold=True))
+    draw.text((MARGIN, MARGIN - 6), one_line(title), INK, font(24, bold=True))
     draw.text((MARGIN, MARGIN + 26), remark, PALE, font(14))
     for index, row in enumerate(rows):
         y = top + index * (TILE + CAPTION_HEIGHT)
@@ -91,14 +93,14 @@ def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: 
     if tile.pc is not None:
         draw.text((x + 62, below), f"PC {tile.pc:.2f}", PC_COLOUR, font(13, bold=True))
     if tile.category:
-        draw.text((x + TILE, below), tile.category, PALE, font(12), anchor="ra")
+        draw.text((x + TILE, below), one_line(tile.category), PALE, font(12), anchor="ra")
     for line, words in enumerate(wrap(tile.prompt, font(13), TILE, CAPTION_LINES)):
         draw.text((x, below + 18 + 16 * line), words, INK, font(13))
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Return `text` broken into at most `lines` lines of `width` px; what does not fit ends in an ellipsis."""
-    broken, rest = [], text.split()
+    broken, rest = [], one_line(text).split()
     while rest and len(broken) < lines:
         count = 1
         while count < len(rest) and face.getlength(" ".join(rest[: count + 1])) <= width:

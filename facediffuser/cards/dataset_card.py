@@ -1,4 +1,4 @@
-"""The dataset card: README.md for readers and hubs, pictures and a page in card/, all from the Parquet alone."""
+"""The card of a dataset: README.md for readers and hubs, pictures and a page in card/, all from the Parquet alone."""
 
 import io
 import json
@@ -9,13 +9,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from facediffuser.cards.card_facts import Card, added_lines, flag_lines, run_lines, summary
+from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, flag_lines, run_lines, summary
 from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
+from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import Located, fetch_images, survey_dataset
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
+from facediffuser.markup import Markdown
 from facediffuser.prompts import without_markers
 from facediffuser.storage import Store
 
@@ -24,24 +26,6 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 7
 OTHERS = "others"
 SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-READING = """\
-import pyarrow.dataset as ds
-from datasets import load_dataset
-from torch.utils.data import DataLoader
-
-rows = load_dataset("parquet", data_files="data/*.parquet", split="train")  # rows[0]["image"] is a picture
-made = rows.filter(lambda status: status == "ok", input_columns="status")  # a failed row has no image and no scores
-columns = made.select_columns(["image", "prompt", "ip", "pc"]).with_format("torch")  # without those that hold None
-batch = next(iter(DataLoader(columns, batch_size=8)))  # batch["image"]: uint8 (8, 3, height, width)
-
-table = ds.dataset("data").to_table(["prompt", "ip"], filter=ds.field("ip") > 0.5)  # data/ alone, not the whole folder
-"""
-RIGHTS = (
-    "Every image in `data/` is synthetic: it was made by diffusion models and shows no event that took place. It may "
-    "show the likeness of the people in the reference pictures (`subjects.parquet`), whose consent and whose pictures' "
-    "licences are for the publisher of this dataset to secure; the licences of the models used apply as well. Scores "
-    "are recorded, not filtered on: choose your own thresholds."
-)
 
 
 def write_card(store: Store) -> list[ScoreRow]:
@@ -70,16 +54,16 @@ def write_card(store: Store) -> list[ScoreRow]:
     for key, data in pictures.items():
         store.put(key, data)
     facts, settings = summary(card), run_lines(card.run)
-    store.put("card/index.html", card_page(card, pictures, facts, settings, RIGHTS).encode())
+    store.put("card/index.html", card_page(card, pictures, facts, settings).encode())
     store.put("README.md", readme(card, facts, settings).encode())
     logger.info("%s: card of %d rows written", store.url, card.rows)
     return card.table
 
 
 def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, str]]) -> str:
-    """Return the text of README.md, with the front matter the Hugging Face Hub reads."""
+    """Return the text of README.md, with the front matter that the Hugging Face Hub reads."""
     tag = next((tag for limit, tag in SIZE_TAGS if card.rows < limit), "n>1M")
-    front = {
+    front_matter = {
         "pretty_name": card.name,
         "license": "other",
         "license_name": "see-rights-section",
@@ -88,43 +72,18 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         "size_categories": [tag],
         "configs": [{"config_name": "default", "data_files": "data/*.parquet"}],
     }
-    # JSON is YAML, and needs no quoting rules of our own.
-    head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
-    parts = [
-        f"---\n{head}\n---\n\n# {card.name}\n",
-        "Person-centric synthetic images, made by Face-diffuser's two diffusion models (scene and person) and\n"
-        "scored for identity preservation (IP) and prompt consistency (PC). More on one page: `card/index.html`.\n",
-        "![Subjects, images made of them, prompts and scores](card/contact_sheet.png)\n",
-        "## Contents\n\n" + _two_columns(facts),
-        "## Scores\n\nMean and 95% bootstrap interval over people and prompts. IP: cosine of face embeddings of image and reference,\n"
-        "negatives and missing faces 0, the minimum over an image's subjects. PC: cosine of CLIP's embeddings of\n"
-        "image and prompt.\n\n" + markdown(card.table),
-        "![Distributions of IP and PC](card/score_histograms.png)\n\n![IP against PC](card/ip_pc_plane.png)\n",
-        f"## Reading it\n\n```python\n{READING}```\n\n"
-        "```sql\nselect category, avg(ip), avg(pc) from 'data/*.parquet' where status = 'ok' group by category;\n```\n",
-    ]
-    if card.added:
-        parts.append(
-            "## Other scores\n\nColumns of `scores/*.parquet`, keyed by `sample_id`.\n\n"
-            + _two_columns(added_lines(card))
-        )
-    if card.survey.flags:
-        parts.append(
-            "## Copies\n\nLooked for after generation; every row's values are in `scores/copies.parquet`.\n\n"
-            + _two_columns(flag_lines(card.survey))
-        )
-    if card.failed:
-        lines = "\n".join(f"- {count:,} × {error}" for error, count in card.survey.failures.most_common(10))
-        parts.append(f"## Failed rows\n\nThey are kept as rows with `status` = `failed` and no image.\n\n{lines}\n")
-    if settings:
-        parts.append("## Made with\n\n" + _two_columns(settings))
-    parts.append(f"## Rights\n\n{RIGHTS}\n")
-    return "\n".join(parts)
-
-
-def _two_columns(lines: list[tuple[str, str]]) -> str:
-    cells = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in lines)
-    return f"| | |\n|---|---|\n{cells}\n"
+    return render(
+        "dataset_readme.md.j2",
+        card=card,
+        front_matter=front_matter,
+        facts=facts,
+        scores=markdown(card.table),
+        added=added_lines(card),
+        flags=flag_lines(card.survey),
+        failures=card.survey.failures.most_common(10),
+        settings=settings,
+        rights=Markdown(RIGHTS),
+    )
 
 
 def _sheet(card: Card) -> bytes:

@@ -15,7 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from facediffuser.cards.rendering import render
 from facediffuser.faces import turned_square
+from facediffuser.markup import markdown_table
 from facediffuser.preprocess.prepared_schema import CROP_STEP
 from facediffuser.preprocess.segment_maps import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -156,22 +158,16 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _readme(manifest: dict[str, Any], pictured: bool) -> str:
-    counts, source = manifest["counts"], manifest["source"]
-    splits = [name for name in (TRAIN, TEST) if counts[name]]
-    configs = "".join(f"      - split: {name}\n        path: {name}/part-*.parquet\n" for name in splits)
-    head = f"---\nconfigs:\n  - config_name: default\n    data_files:\n{configs}---\n" if splits else ""
-    rejected = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(manifest["rejected"].items()))
-    return (
-        f"{head}# Prepared photographs\n\n"
-        f"{counts['pictures']:,} pictures in the format {source['format']}: {counts[TRAIN]:,} in train, "
-        f"{counts[TEST]:,} in test, {counts['rejected']:,} rejected. {source['ignored_files']:,} other files of the "
-        "source belong to no picture.\n\n"
-        + ("![pictures with faces and subjects](card/contact-sheet.png)\n\n" if pictured else "")
-        + "Red: a face and its five landmarks. Yellow: its reference crop. Outlined: a subject's segment, in "
-        "the colour of its phrase.\n\n![histograms](card/histograms.png)\n\n"
-        + (f"| rejected because | pictures |\n|---|---:|\n{rejected}\n" if rejected else "")
-        + "Licence and author stand in each row where the source tells them; FFHQ as a whole is CC BY-NC-SA 4.0, its "
-        "pictures under licences of their own.\n\n"
-        f"Schema version {manifest['schema']}, fingerprint `{manifest['fingerprint'][:16]}`, made by facediffuser "
-        f"{manifest['facediffuser']}. Every file's rows, bytes and SHA-256 are in `manifest.json`.\n"
+    counts, rejected = manifest["counts"], sorted(manifest["rejected"].items())
+    table = markdown_table(("rejected because", "pictures"), [(why, f"{count:,}") for why, count in rejected], (1,))
+    return render(
+        "prepared_readme.md.j2",
+        splits=[name for name in (TRAIN, TEST) if counts[name]],
+        counts=counts,
+        source=manifest["source"],
+        pictured=pictured,
+        rejected=table if rejected else None,
+        schema=manifest["schema"],
+        fingerprint=manifest["fingerprint"][:16],
+        version=manifest["facediffuser"],
     )

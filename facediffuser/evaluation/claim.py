@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from facediffuser.evaluation.tables import FACES, ScoreRow, overall, title
+from facediffuser.markup import Markdown, bold, markdown_table
 
 OURS, PERSON, SCENE, RIVAL = "face-diffuser", "sdm", "tdm", "fastcomposer"
 KEPT = 0.95
@@ -56,12 +57,13 @@ def ordering_holds(checks: Sequence[Check]) -> bool:
     return all(check.holds for check in checks if not check.goal)
 
 
-def markdown(checks: Sequence[Check]) -> str:
+def markdown(checks: Sequence[Check]) -> Markdown:
     """Return the checks as a Markdown table and, in one sentence, whether the paper's ordering holds."""
-    lines = ["| claim | found | needed | |", "|---|---:|---:|---|"]
+    rows = []
     for check in checks:
-        verdict = "holds" if check.holds else "goal missed" if check.goal else "**fails**"
-        lines.append(f"| {check.says} | {check.found:.3f} | {check.needed:.3f} | {verdict} |")
+        verdict = "holds" if check.holds else "goal missed" if check.goal else bold("fails")
+        rows.append([check.says, f"{check.found:.3f}", f"{check.needed:.3f}", verdict])
     failed = sum(not check.holds for check in checks if not check.goal)
-    told = "The paper's ordering holds." if not failed else f"The paper's ordering does not hold: {failed} checks fail."
-    return "\n".join(lines) + f"\n\n{told}\n"
+    ordering = f"does not hold: {failed} checks fail" if failed else "holds"
+    table = markdown_table(["claim", "found", "needed", ""], rows, right=(1, 2))
+    return Markdown(f"{table}\nThe paper's ordering {ordering}.\n")

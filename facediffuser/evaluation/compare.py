@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from facediffuser.evaluation.statistics import Interval, paired_difference
-from facediffuser.evaluation.tables import METRICS, escaped, title
+from facediffuser.evaluation.tables import METRICS, title
+from facediffuser.markup import Markdown, bold, markdown_table
 
 DIFFERENCE_SCHEMA = pa.schema(
     [
@@ -88,24 +89,21 @@ def as_arrow(found: list[Difference]) -> pa.Table:
     return pa.Table.from_pylist(records, schema=DIFFERENCE_SCHEMA)
 
 
-def markdown(found: list[Difference]) -> str:
+def markdown(found: list[Difference]) -> Markdown:
     """Return the differences as a Markdown table, a line per pair of methods; bold where zero lies outside."""
     lines: dict[tuple[str, str, int], dict[str, Interval]] = {}
     for item in found:
         lines.setdefault((item.method, item.other, item.subjects), {})[item.metric] = item.interval
-    metrics = list(dict.fromkeys([*METRICS, *(item.metric for item in found)]))
-    titles = " | ".join(map(title, metrics))
-    text = [f"| method − other | subjects | pairs | {titles} |", "|---|---:|---:|" + "---|" * len(metrics)]
+    metrics, rows = list(dict.fromkeys([*METRICS, *(item.metric for item in found)])), []
     for (method, other, subjects), intervals in lines.items():
-        cells = " | ".join(_value(intervals[metric]) if metric in intervals else "–" for metric in metrics)
-        pairs = max(interval.n for interval in intervals.values())
-        text.append(f"| {escaped(f'{method} − {other}')} | {subjects} | {pairs} | {cells} |")
-    return "\n".join(text) + "\n"
+        cells = [_value(intervals[metric]) if metric in intervals else "–" for metric in metrics]
+        rows.append([f"{method} − {other}", subjects, max(interval.n for interval in intervals.values()), *cells])
+    return markdown_table(["method − other", "subjects", "pairs", *map(title, metrics)], rows, right=(1, 2))
 
 
-def _value(interval: Interval) -> str:
+def _value(interval: Interval) -> Markdown | str:
     if not np.isfinite(interval.mean):
         return "–"
     value = f"{interval.mean:+.3f}"
     sure = interval.n > 1 and (interval.low > 0 or interval.high < 0)
-    return f"{f'**{value}**' if sure else value} ({interval.low:+.3f} to {interval.high:+.3f})"
+    return Markdown(f"{bold(value) if sure else value} ({interval.low:+.3f} to {interval.high:+.3f})")

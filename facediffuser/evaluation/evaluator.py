@@ -15,6 +15,7 @@ from facediffuser.evaluation import compare, tables
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings, several
 from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url, open_image
 from facediffuser.evaluation.plots import method_plane
+from facediffuser.markup import code_span
 from facediffuser.prompts import without_markers
 from facediffuser.scoring.columns import ColumnScorer, column_scores, load_columns, short_name
 from facediffuser.scoring.scorers import ImageScore, Scorers, load_scorers
@@ -202,7 +203,7 @@ def _markdown(
     scorers: str | None,
 ) -> str:
     failed = images.num_rows - images["status"].to_pylist().count("ok")
-    scored_by = f"Scored with `{scorers}`." if scorers else "The datasets' recorded scores."
+    scored_by = f"Scored with {code_span(scorers)}." if scorers else "The datasets' recorded scores."
     parts = [
         "# IP and PC\n",
         f"{images.num_rows} images"

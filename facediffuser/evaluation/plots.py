@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from facediffuser.evaluation.score_sample import Scores
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow
+from facediffuser.markup import one_line
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D00", "#555555")
@@ -32,7 +33,7 @@ def score_histograms(groups: Mapping[str, Scores]) -> bytes:
         for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
             values = getattr(scores, metric)
             shares = np.histogram(values, edges)[0] * 100.0 / max(len(values), 1)
-            axis.stairs(shares, edges, color=colour, linewidth=1.8, label=f"{category} ({scores.count})")
+            axis.stairs(shares, edges, color=colour, linewidth=1.8, label=_label(f"{category} ({scores.count})"))
         if count:
             mean = sum(getattr(scores, f"{metric}_sum") for scores in groups.values()) / count
             axis.axvline(mean, color="#333333", linewidth=1, linestyle="--")
@@ -64,7 +65,7 @@ def image_plane(groups: Mapping[str, Scores]) -> bytes:
         )
     else:
         for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
-            axis.scatter(scores.ip, scores.pc, s=16, alpha=0.7, color=colour, linewidths=0, label=category)
+            axis.scatter(scores.ip, scores.pc, s=16, alpha=0.7, color=colour, linewidths=0, label=_label(category))
         if groups:
             axis.legend(frameon=False, fontsize=9)
     _plain(axis, *AXES)
@@ -94,7 +95,7 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
                 capsize=3,
                 markersize=8,
                 elinewidth=1.4,
-                label=f"{label} ({ip.n})",
+                label=_label(f"{label} ({ip.n})"),
             )
     if overall:
         axis.legend(frameon=False, fontsize=9, title="method (images)", title_fontsize=9)
@@ -105,6 +106,12 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
 
 def _all(groups: Mapping[str, Scores], metric: str) -> np.ndarray:
     return np.concatenate([getattr(scores, metric) for scores in groups.values()]) if groups else np.zeros(0)
+
+
+def _label(text: str) -> str:
+    """The text as a legend shows it: a dollar sign would start mathematics, and a leading underscore hides the entry."""
+    line = one_line(text).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
 
 
 def _spread(row: ScoreRow) -> np.ndarray:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facediffuser.evaluation.statistics import Interval, RunningMean, coded, mean_interval
+from facediffuser.markup import Markdown, bold, markdown_table
 
 METRICS = ("ip", "pc")
 FACES = "faces"
@@ -197,7 +198,7 @@ def title(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
-def paper_markdown(rows: Sequence[ScoreRow]) -> str:
+def paper_markdown(rows: Sequence[ScoreRow]) -> Markdown:
     """Return the paper's table in Markdown: a line per method, IP, PC and right faces for one, two, ... subjects."""
     values, metrics = overall(rows), [metric for metric in metrics_of(rows) if metric in TITLES]
     counts = sorted({row.subjects for row in rows})
@@ -205,17 +206,17 @@ def paper_markdown(rows: Sequence[ScoreRow]) -> str:
     for count in counts:
         shown = "single" if count == 1 else f"{count} subjects"
         head += [f"{shown}: images", *(f"{shown}: {title(metric)}" for metric in metrics)]
-    text = [f"| {' | '.join(head)} |", "|---" + "|---" * (len(head) - 1) + "|"]
+    lines = []
     for method in sorted({row.method for row in rows}):
-        cells = [escaped(method)]
+        cells = [method]
         for count in counts:
             found = [values.get((method, count, metric)) for metric in metrics]
-            cells += [str(max((row.n for row in found if row), default=0)), *map(value_with_interval, found)]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
+            cells += [max((row.n for row in found if row), default=0), *map(value_with_interval, found)]
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
-def markdown(rows: Sequence[ScoreRow]) -> str:
+def markdown(rows: Sequence[ScoreRow]) -> Markdown:
     """Return the rows as a Markdown table: a line per method, number of subjects and category, a column per metric.
 
     A value reads `0.514 (0.502 to 0.526)`: the mean and its 95% interval; the interval is left out for a single image.
@@ -223,20 +224,15 @@ def markdown(rows: Sequence[ScoreRow]) -> str:
     lines: dict[tuple[str, int, str], dict[str, ScoreRow]] = {}
     for row in rows:
         lines.setdefault((row.method, row.subjects, row.category), {})[row.metric] = row
-    metrics = metrics_of(rows)
-    titles = " | ".join(map(title, metrics))
-    text = [f"| method | subjects | category | images | {titles} |", "|---|---:|---|---:|" + "---|" * len(metrics)]
+    metrics, cells = metrics_of(rows), []
     for (method, subjects, category), found in lines.items():
         count = max(row.n for row in found.values())
-        cells = " | ".join(value_with_interval(found.get(metric)) for metric in metrics)
-        name, tag = escaped(method), escaped(category)
-        if category == OVERALL:
-            name, tag = f"**{name}**", f"**{tag}**"
-        text.append(f"| {name} | {subjects} | {tag} | {count} | {cells} |")
-    return "\n".join(text) + "\n"
+        name, tag = (bold(method), bold(category)) if category == OVERALL else (method, category)
+        cells.append([name, subjects, tag, count, *(value_with_interval(found.get(metric)) for metric in metrics)])
+    return markdown_table(["method", "subjects", "category", "images", *map(title, metrics)], cells, right=(1, 3))
 
 
-def subject_markdown(rows: Sequence[SubjectRow]) -> str:
+def subject_markdown(rows: Sequence[SubjectRow]) -> Markdown:
     """Return a line per subject and number of subjects, a column of IP and one of PC per method.
 
     Of many subjects only those with the lowest IP (its mean over the methods) are shown, and the text says so.
@@ -250,19 +246,15 @@ def subject_markdown(rows: Sequence[SubjectRow]) -> str:
         return float(np.mean([row.mean for row in found if row and row.n] or [np.inf]))
 
     shown = sorted(sorted(lines, key=ip)[:SHOWN_SUBJECTS])
-    head = [f"{escaped(method)}: {title(metric)}" for method in methods for metric in METRICS]
-    text = [f"| subject | subjects | {' | '.join(head)} |", "|---|---:|" + "---|" * len(head)]
-    for count, name in shown:
-        found = [values.get((method, name, count, metric)) for method in methods for metric in METRICS]
-        text.append(f"| {escaped(name)} | {count} | {' | '.join(map(value_with_interval, found))} |")
+    columns = [(method, metric) for method in methods for metric in METRICS]
+    cells = [
+        [name, count, *(value_with_interval(values.get((method, name, count, metric))) for method, metric in columns)]
+        for count, name in shown
+    ]
+    head = ["subject", "subjects", *(f"{method}: {title(metric)}" for method, metric in columns)]
     left = len(lines) - len(shown)
     note = f"\nThe {len(shown)} with the lowest IP; {left} more are in `per_subject.parquet`.\n" if left else ""
-    return "\n".join(text) + "\n" + note
-
-
-def escaped(text: str) -> str:
-    """Return a text that cannot end a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+    return Markdown(markdown_table(head, cells, right=(1,)) + note)
 
 
 def value_with_interval(row: ScoreRow | SubjectRow | Interval | None) -> str:
