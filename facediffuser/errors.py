@@ -1,8 +1,8 @@
-"""Errors a user can cause and mend, and a stop that was asked for."""
+"""Errors that one line explains to the user, and a requested stop."""
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the thing, its value and the mend.
+    """Bad input: one line that names what is wrong, its value and how to fix it.
 
     The command line prints the line and exits with code 2; nothing has been written when it is raised.
     """
@@ -11,5 +11,9 @@ class InputError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+class RunError(RuntimeError):
+    """A run failed for a reason that its one line explains; the command line prints it and exits with code 1."""
+
+
 class Stopped(RuntimeError):
-    """The run was asked to stop (SIGTERM) and did, with the work in hand finished; the command line exits with 143."""
+    """The run was asked to stop (SIGTERM) and did, after its current units of work; the command line exits with 143."""

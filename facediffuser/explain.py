@@ -10,15 +10,14 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.errors import InputError
+from facediffuser.explain_settings import ExplainSettings
 from facediffuser.pictures import to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import without_markers
-from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName, choose_scheduler, set_scheduler
+from facediffuser.schedulers import choose_scheduler, set_scheduler
 from facediffuser.stages import Stage, plan_stages
-from facediffuser.window import default_fusion_window
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +25,6 @@ ROWS = ("TDM response", "SDM response", "mask (yellow: SDM)", "estimate")
 STAGE_NAMES = {Stage.TEXT: "TDM alone", Stage.FUSION: "fused", Stage.SUBJECT: "SDM alone"}
 _CELL_INCHES = 1.25
 _MASK_COLOURS = ListedColormap(["#2b2d5c", "#f2c14e"])
-
-
-class ExplainSettings(BaseModel):
-    """One prompt sampled with the Face-diffuser method, drawn step by step as one PNG."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    models: str = Field(description="model folder, s3:// URL, hub id, or `miniature`")
-    prompt: str = Field(description="prompt with <|image|> after each word that names a subject")
-    reference: list[Path] = Field(description="reference pictures, one per marker, in order (repeat the option)")
-    output: Path = Field(Path("explain.png"), description="the PNG to write")
-    steps: int = Field(50, ge=1, description="inference steps")
-    guidance_scale: float = Field(5.0, description="guidance scale s")
-    fusion_start: int | None = Field(None, ge=0, description="first fused step; default 16 of 50, scaled")
-    fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone; default 31 of 50, scaled")
-    scheduler: SchedulerName | None = Field(None, description=SCHEDULER_HELP)
-    columns: int = Field(10, ge=2, description="steps to draw, spread evenly over the run")
-    seed: int = Field(0, ge=0, description="the same seed draws the same picture on the same hardware")
-    device: str = Field("auto", description="cpu, cuda, or auto: the GPU where there is one")
 
 
 @dataclass(frozen=True)
@@ -84,9 +64,7 @@ def record(
 ) -> tuple[list[Frame], Image.Image]:
     """Return the frames of `settings.columns` steps spread over the run, first and last included, and the result."""
     alphas = _alphas(pipe.scheduler)
-    default_start, default_end = default_fusion_window(settings.steps)
-    start = default_start if settings.fusion_start is None else settings.fusion_start
-    end = default_end if settings.fusion_end is None else settings.fusion_end
+    start, end = settings.fusion_window
     pipe.scheduler.set_timesteps(settings.steps)
     count = len(pipe.scheduler.timesteps)
     stages = plan_stages("face-diffuser", count, settings.steps, start, end)

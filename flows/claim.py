@@ -12,8 +12,10 @@ from facediffuser.evaluation.claim import judge, markdown, ordering_holds
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.tables import from_arrow
 from facediffuser.flows.evaluate import evaluate
-from facediffuser.flows.flow_settings import ClaimSettings, check_claim
+from facediffuser.flows.flow_check import check_claim
+from facediffuser.flows.flow_settings import ClaimSettings
 from facediffuser.miniature.render import write_subjects
+from facediffuser.settings import Sampling, Seeded
 from facediffuser.storage import open_store
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
@@ -41,19 +43,14 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
     fusion_start, fusion_end = settings.fusion_window
     tables = evaluate(
         EvaluateSettings(
-            benchmark="miniature-30,miniature-pairs-8",
+            **settings.values_of(Sampling, Seeded) | {"fusion_start": fusion_start, "fusion_end": fusion_end},
+            benchmark=["miniature-30", "miniature-pairs-8"],
             models=settings.models,
             subjects=render_people(settings.people, f"{output}/people"),
             scorers=settings.scorers,
             output=output,
             subject_sets=settings.people,
             images_per_prompt=settings.images_per_prompt,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            scheduler=settings.scheduler,
-            fusion_start=fusion_start,
-            fusion_end=fusion_end,
-            seed=settings.seed,
             workers=settings.workers,
             cpus_per_worker=1,
             generate_batch_size=settings.batch_size,

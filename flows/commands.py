@@ -1,56 +1,58 @@
-"""What each command of the command line does: call its flow, or the library for what is no batch work."""
+"""The commands: each checks its settings, runs the flow or the library call behind it, and prints the result.
+
+The parameters are the settings models, whose fields are the options; the docstrings are the help texts. Prefect, Ray and
+torch are imported after the input has been checked.
+"""
 
 import logging
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from cyclopts import Parameter
+
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
+from facediffuser.explain_settings import ExplainSettings
+from facediffuser.flows.flow_settings import (
+    AssembleSettings,
+    ClaimSettings,
+    ConvertSettings,
+    DemoSettings,
+    RenderSettings,
+)
+from facediffuser.flows.terminal import warnings_held_back
+from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.settings import Dataset
+from facediffuser.training.train_settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AssembleSettings(_Settings):
-    """Two trained models and the base they were trained from become one model folder."""
-
-    base: str = Field(description="base model: a diffusers folder, an s3:// URL, a hub id, or `miniature`")
-    tdm: str = Field(description="URL that `train tdm` wrote to")
-    sdm: str = Field(description="URL that `train sdm` wrote to")
-    output: Path = Field(description="the model folder to make")
+FIELDS = Parameter(name="*")
+"""The fields of a settings model are the options of a command."""
 
 
-class ConvertSettings(_Settings):
-    """Released Face-diffuser checkpoints become a model folder."""
-
-    base: str = Field(description="Stable Diffusion v1-5: a diffusers folder, an s3:// URL or a hub id")
-    image_encoder: str = Field(description="CLIP ViT-L/14: a transformers folder, an s3:// URL or a hub id")
-    sdm: Path = Field(description="the released SDM/pytorch_model.bin")
-    tdm: Path = Field(description="the released TDM/pytorch_model.bin")
-    output: Path = Field(description="the model folder to make")
+@contextmanager
+def _starting(text: str, *arguments: Any) -> Iterator[None]:
+    """Log what a command starts, then let the caller check its input."""
+    logger.info(text, *arguments)
+    with warnings_held_back():
+        yield
 
 
-class DatasetSettings(_Settings):
-    """One of our datasets."""
+def demo(settings: Annotated[DemoSettings | None, FIELDS] = None) -> None:
+    """The whole factory at a small scale: photographs to scored dataset.
 
-    url: str = Field(description="the dataset: a folder or s3://bucket/prefix")
+    ```
+    facediffuser demo --output out/demo
+    ```
+    """
+    settings = settings or DemoSettings()
+    with _starting("Making the demonstration in %s: photographs, training, dataset", settings.output):
+        from facediffuser.flows.flow_check import check_demo
 
-
-class RenderSettings(_Settings):
-    """A photo set of the miniature world in the ffhq-fastcomposer layout, with subjects/ and prompts.jsonl."""
-
-    count: int = Field(ge=1, description="pictures")
-    seed: int = Field(0, ge=0, description="the same seed renders the same pictures")
-    output: Path = Field(description="folder to write")
-    size: Literal[64, 128] = Field(64, description="side of a picture, px")
-    pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures on which two people stand")
-    actions: float = Field(0.3, ge=0, le=1, description="share of the people who do something")
-
-
-def demo(settings) -> None:
-    """Run the flow `demo`; print where its dataset is, its scores, and what to type next."""
+        check_demo(settings)
     from facediffuser.flows.demo import demo as flow
 
     result = flow(settings)
@@ -63,23 +65,82 @@ def demo(settings) -> None:
     )
 
 
-def preprocess(settings) -> None:
-    """Run the flow `preprocess-ffhq`."""
+def preprocess(settings: Annotated[PreprocessSettings, FIELDS]) -> None:
+    """Prepare photographs for training: faces, captions, segments and splits as Parquet.
+
+    ```
+    facediffuser preprocess --source photos --output out/prepared
+    facediffuser preprocess --source s3://bucket/ffhq.tgz --output s3://bucket/prepared --workers 4
+    ```
+    """
+    with _starting("Preparing the photographs of %s in %s", settings.source, settings.output):
+        from facediffuser.preprocess.preprocess_check import check_preprocess
+
+        check_preprocess(settings)
     from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
 
     _print_fields(preprocess_ffhq(settings))
 
 
-def train(settings) -> None:
-    """Run the flow `train`."""
+def train(settings: Annotated[TrainSettings, FIELDS]) -> None:
+    """Train the TDM, the SDM or both from prepared Parquet.
+
+    ```
+    facediffuser train both --data out/prepared --base miniature --output out/training
+    facediffuser train sdm --data s3://bucket/prepared --base sd15 --output s3://bucket/sdm --workers 4 --resume
+    ```
+    """
+    with _starting("Training %s from %s in %s", " and ".join(settings.roles), settings.data, settings.output):
+        from facediffuser.training.train_check import check_train
+
+        check_train(settings)
     from facediffuser.flows.train import train as flow
 
     for result in flow(settings).values():
         _print_fields(result)
 
 
-def generate(settings) -> None:
-    """Run the flow `generate-dataset`."""
+def assemble(settings: Annotated[AssembleSettings, FIELDS]) -> None:
+    """Put two trained models and their base together as one model folder.
+
+    ```
+    facediffuser assemble --base miniature --tdm out/training/tdm --sdm out/training/sdm --output out/models
+    ```
+    """
+    logger.info("Assembling %s and %s in %s", settings.tdm, settings.sdm, settings.output)
+    from facediffuser.checkpoints import assemble as assemble_models
+    from facediffuser.checkpoints import resolve_base
+
+    print(assemble_models(resolve_base(settings.base), settings.tdm, settings.sdm, settings.output))
+
+
+def convert(settings: Annotated[ConvertSettings, FIELDS]) -> None:
+    """Convert the released checkpoints to a model folder.
+
+    ```
+    facediffuser convert --base sd15 --image-encoder clip-vit-large-patch14 --sdm SDM/pytorch_model.bin \
+        --tdm TDM/pytorch_model.bin --output out/models
+    ```
+    """
+    logger.info("Converting %s and %s to %s", settings.tdm, settings.sdm, settings.output)
+    from facediffuser.checkpoints import convert as convert_checkpoints
+
+    print(convert_checkpoints(settings.base, settings.image_encoder, settings.sdm, settings.tdm, settings.output))
+
+
+def generate(settings: Annotated[GenerateSettings, FIELDS]) -> None:
+    """Generate a scored image dataset from subjects and prompts; run it again to resume.
+
+    ```
+    facediffuser generate --models miniature --subjects people --prompts prompts.jsonl --output out/mine
+    facediffuser generate --models MODELS --subjects people --benchmark single-30 --output s3://bucket/dataset
+    facediffuser generate --config generate.yaml --dry-run
+    ```
+    """
+    with _starting("Generating images of %s with %s in %s", settings.subjects, settings.models, settings.output):
+        from facediffuser.generation.generate_check import check_generate
+
+        check_generate(settings)
     from facediffuser.flows.generate_dataset import generate_dataset
 
     result = generate_dataset(settings)
@@ -89,57 +150,69 @@ def generate(settings) -> None:
     print(f"\n{result['output']}: {_counts(result)}\n\n{result['table']}")
 
 
-def _counts(result: dict) -> str:
-    kept = f", {result['shards_kept']} shards of them from before" if result["shards_kept"] else ""
-    return f"{result['rows']} images, {result['ok']} ok, {result['failed']} failed{kept}"
+def evaluate(settings: Annotated[EvaluateSettings | None, FIELDS] = None) -> None:
+    """Tabulate IP and PC of datasets, of methods on a benchmark, of folders of images.
+
+    ```
+    facediffuser evaluate --dataset out/mine --output out/table
+    facediffuser evaluate --models MODELS --subjects people --benchmark single-30,pairs-20 --output out/methods
+    facediffuser evaluate --images theirs=out/theirs --subjects people --prompts single-30 --dataset out/mine
+    ```
+    """
+    settings = settings or EvaluateSettings()
+    with _starting("Evaluating %s", ", ".join([*settings.dataset, *settings.images, *settings.benchmark])):
+        from facediffuser.evaluation.evaluate_check import check_evaluate
+
+        check_evaluate(settings)
+    from facediffuser.flows.evaluate import evaluate as flow
+
+    print(flow(settings))
 
 
-def _print_fields(result) -> None:
-    for name, value in (result if isinstance(result, dict) else result.model_dump()).items():
-        print(f"{name}: {value}")
+def score(settings: Annotated[ScoreSettings, FIELDS]) -> None:
+    """Add the columns of other scorers to a dataset.
 
+    ```
+    facediffuser score out/mine --add sharpness,my_package:Aesthetic
+    ```
+    """
+    with _starting("Scoring %s with %s", settings.url, ", ".join(settings.add)):
+        from facediffuser.evaluation.evaluate_check import check_score
 
-def evaluate_images(settings) -> None:
-    """Run the flow `evaluate` and print its table."""
-    from facediffuser.flows.evaluate import evaluate
+        check_score(settings)
+    from facediffuser.flows.score import score as flow
 
-    print(evaluate(settings))
-
-
-def score_dataset(settings) -> None:
-    """Run the flow `score` and print what it wrote."""
-    from facediffuser.flows.score import score
-
-    for key in score(settings):
+    for key in flow(settings):
         print(f"{settings.url}/{key}")
 
 
-def flag_copies(settings) -> None:
-    """Run the flow `copies` and print how many images each flag is raised on."""
-    from facediffuser.flows.score import copies
+def copies(settings: Annotated[CopySettings, FIELDS]) -> None:
+    """Flag copied training faces, pasted references and near-duplicates in a dataset.
 
-    _print_fields(copies(settings))
+    ```
+    facediffuser copies out/mine --training out/prepared
+    ```
+    """
+    with _starting("Searching %s for copies", settings.url):
+        from facediffuser.evaluation.evaluate_check import check_copies
 
+        check_copies(settings)
+    from facediffuser.flows.score import copies as flow
 
-def assemble_models(settings: AssembleSettings) -> None:
-    """Make the model folder."""
-    from facediffuser.checkpoints import assemble, resolve_base
-
-    print(assemble(resolve_base(settings.base), settings.tdm, settings.sdm, settings.output))
-
-
-def convert_checkpoints(settings: ConvertSettings) -> None:
-    """Make the model folder."""
-    from facediffuser.checkpoints import convert
-
-    print(convert(settings.base, settings.image_encoder, settings.sdm, settings.tdm, settings.output))
+    _print_fields(flow(settings))
 
 
-def verify_dataset(settings: DatasetSettings) -> int:
-    """Print what is wrong with the dataset, a line each; return 1 when anything is."""
-    from facediffuser.dataset.verify import verify
+def verify(settings: Annotated[Dataset, FIELDS]) -> int:
+    """Check every shard of a dataset against its manifest; exit with 1 when something is wrong.
 
-    problems = verify(settings.url)
+    ```
+    facediffuser verify s3://bucket/dataset
+    ```
+    """
+    logger.info("Verifying %s", settings.url)
+    from facediffuser.dataset.verify import verify as find_problems
+
+    problems = find_problems(settings.url)
     for problem in problems:
         print(problem)
     print(
@@ -150,8 +223,17 @@ def verify_dataset(settings: DatasetSettings) -> int:
     return 1 if problems else 0
 
 
-def repair(settings) -> int:
-    """Run the flow `repair-dataset`; print what was found and what is left; return 1 when anything is."""
+def repair(settings: Annotated[RepairSettings, FIELDS]) -> int:
+    """Make what `verify` finds missing or damaged, and nothing else; exit with 1 when something is left.
+
+    ```
+    facediffuser repair s3://bucket/dataset
+    ```
+    """
+    with _starting("Repairing %s", settings.url):
+        from facediffuser.generation.generate_check import check_repair
+
+        check_repair(settings)
     from facediffuser.flows.repair_dataset import repair_dataset
 
     result = repair_dataset(settings)
@@ -162,23 +244,38 @@ def repair(settings) -> int:
     return 1 if result["left"] else 0
 
 
-def retry(settings) -> int:
-    """Run the flow `retry-failed`; print the counts; return 1 when rows are still failed."""
-    from facediffuser.flows.repair_dataset import retry_failed
+def retry_failed(settings: Annotated[RetrySettings, FIELDS]) -> int:
+    """Make the shards that hold failed rows anew; exit with 1 when rows are still failed.
 
-    result = retry_failed(settings)
+    ```
+    facediffuser retry-failed s3://bucket/dataset
+    ```
+    """
+    with _starting("Retrying the failed rows of %s", settings.url):
+        from facediffuser.generation.generate_check import check_repair
+
+        check_repair(settings)
+    from facediffuser.flows.repair_dataset import retry_failed as flow
+
+    result = flow(settings)
     print(f"{settings.url}: {result['rows']} images, {result['ok']} ok, {result['failed']} failed")
     return 1 if result["failed"] else 0
 
 
-def remake_image(settings) -> int:
-    """Print whether the image comes out as it is in the dataset, and what differs; return 1 when it does."""
+def remake(settings: Annotated[RemakeSettings, FIELDS]) -> int:
+    """Make one image anew from its row and compare the bytes; exit with 1 when they differ.
+
+    ```
+    facediffuser remake ada~reading~0 --dataset out/mine --output out/remade
+    ```
+    """
+    logger.info("Making %s of %s anew", settings.sample_id, settings.dataset)
     import torch
 
-    from facediffuser.generation.repair import remake
+    from facediffuser.generation.repair import remake as remake_image
     from facediffuser.storage import open_store
 
-    made = remake(settings, gpu=torch.cuda.is_available())
+    made = remake_image(settings, gpu=torch.cuda.is_available())
     beside = f"in a batch of {made.company}" if made.company > 1 else "alone"
     if settings.output and made.row["image"]:
         store = open_store(settings.output)
@@ -191,33 +288,71 @@ def remake_image(settings) -> int:
     return 0 if made.equal else 1
 
 
-def card(settings: DatasetSettings) -> None:
-    """Write the dataset's card again."""
+def card(settings: Annotated[Dataset, FIELDS]) -> None:
+    """Write a dataset's card anew: README.md and card/index.html.
+
+    ```
+    facediffuser card out/mine
+    ```
+    """
+    logger.info("Writing the card of %s", settings.url)
     from facediffuser.cards.dataset_card import write_card
     from facediffuser.storage import open_store
 
     write_card(open_store(settings.url))
 
 
-def explain_picture(settings) -> None:
-    """Draw the picture."""
-    from facediffuser.explain import explain
+def explain(settings: Annotated[ExplainSettings, FIELDS]) -> None:
+    """Draw what both models respond to and which of them each cell follows, step by step.
 
-    print(explain(settings))
+    ```
+    facediffuser explain --models miniature --prompt "a woman <|image|> on the beach" --reference ada.png
+    ```
+    """
+    logger.info("Drawing %s with %s", settings.prompt, settings.models)
+    from facediffuser.explain import explain as draw_steps
+
+    print(draw_steps(settings))
 
 
-def render(settings: RenderSettings) -> None:
-    """Render the photo set."""
+def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
+    """Render a photo set of the miniature world, with subjects and prompts.
+
+    ```
+    facediffuser miniature render --count 480 --output out/photos
+    ```
+    """
+    logger.info("Rendering %d pictures in %s", settings.count, settings.output)
     from facediffuser.miniature.render import render_set
 
     render_set(settings.count, settings.seed, settings.output, settings.size, settings.pairs, settings.actions)
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
 
 
-def claim(settings) -> int:
-    """Run the flow `claim`, print its tables and judgement; return 1 when the paper's ordering does not hold."""
+def claim(settings: Annotated[ClaimSettings | None, FIELDS] = None) -> int:
+    """Compare all methods on the miniature's benchmark; exit with 1 when the paper's ordering fails on it.
+
+    ```
+    facediffuser miniature claim --output out/claim
+    ```
+    """
+    settings = settings or ClaimSettings()
+    with _starting("Comparing the methods with %s in %s", settings.models, settings.output):
+        from facediffuser.flows.flow_check import check_claim
+
+        check_claim(settings)
     from facediffuser.flows.claim import claim as flow
 
     text, holds = flow(settings)
     print(text)
     return 0 if holds else 1
+
+
+def _counts(result: dict[str, Any]) -> str:
+    kept = f", {result['shards_kept']} shards of them from before" if result["shards_kept"] else ""
+    return f"{result['rows']} images, {result['ok']} ok, {result['failed']} failed{kept}"
+
+
+def _print_fields(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        print(f"{name}: {value}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from prefect import flow, task
 
 from facediffuser.checkpoints import assemble, resolve_base
-from facediffuser.flows.flow_settings import DemoSettings, check_demo
+from facediffuser.flows.flow_check import check_demo
+from facediffuser.flows.flow_settings import DemoSettings
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
 from facediffuser.flows.train import train

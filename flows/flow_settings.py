@@ -1,30 +1,25 @@
-"""The settings of the flows that are made of other flows, and what is checked of them first; without Prefect and Ray."""
+"""The settings of the flows that are made of other flows, and of commands without a flow."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pathlib import Path
+from typing import Literal
 
-from facediffuser.generation.generate_check import check_models
+from pydantic import Field
+
 from facediffuser.schedulers import SchedulerName
-from facediffuser.scoring.folder import require_scorers
-from facediffuser.storage import open_store
-from facediffuser.training import training_run as runs
+from facediffuser.settings import ImagesPerPrompt, Sampling, Seeded, Settings, Steps, Workers
 from facediffuser.training.train_settings import TrainSettings
-from facediffuser.window import fusion_window
 
 
-class DemoSettings(BaseModel):
+class DemoSettings(Workers, Seeded):
     """How large the demonstration is; the defaults take a few minutes on two CPU cores."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    output: str = Field("out/demo", description="where everything goes: a folder or s3://bucket/prefix")
+    output: str = Field("out/demo", description="where everything goes: a folder or `s3://bucket/prefix`")
     photos: int = Field(480, ge=8, description="photographs to render")
     train_steps: int = Field(60, ge=1, description="training steps of each model")
-    batch_size: int = Field(32, ge=1, description="images a training step")
+    batch_size: int = Field(32, ge=1, description="images of a training step")
     subjects: int = Field(6, ge=1, description="people to make images of")
     prompts: int = Field(16, ge=1, description="prompts for each of them")
-    steps: int = Field(30, ge=1, description="denoising steps an image")
-    seed: int = Field(0, ge=0, description="the same seed makes the same dataset")
-    workers: int | None = Field(None, ge=1, description="Ray workers (default: the GPUs, or 1)")
+    steps: Steps = 30
 
     @property
     def root(self) -> str:
@@ -53,56 +48,58 @@ class DemoSettings(BaseModel):
         )
 
 
-def check_demo(settings: DemoSettings) -> None:
-    """Raise InputError when the output cannot be written to, holds another training, or the shipped parts are missing."""
-    open_store(settings.root).require_writable()
-    check_models("miniature")
-    require_scorers("miniature")
-    for role in settings.training.roles:
-        of_role = settings.training.of(role)
-        runs.require_startable(open_store(of_role.output), of_role)
-
-
-class ClaimSettings(BaseModel):
+class ClaimSettings(Sampling, Seeded):
     """The paper's table in small: 15 unseen people x 30 prompts, 15 pairs x 8 prompts, three images of each, 4 methods.
 
     The defaults fit 20 minutes on two CPU cores.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     models: str = Field("miniature", description="model folder to judge, or `miniature` for the shipped one")
-    scorers: str = Field("miniature", description="miniature, or a folder with identity/ and prompt/")
-    output: str = Field("out/claim", description="where people, images and tables go; run again, it goes on")
+    scorers: str = Field("miniature", description="`miniature`, or a folder with `identity/` and `prompt/`")
+    output: str = Field("out/claim", description="where people, images and tables go; run again, it resumes")
     people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
-    images_per_prompt: int = Field(3, ge=1, description="images of each prompt and subjects, each from its own seed")
-    steps: int = Field(12, ge=1, le=1000, description="denoising steps of an image")
-    guidance_scale: float = Field(
-        5.0, ge=0, le=100, description="strength of the guidance, the paper's; less suits pictures of 64 px better"
-    )
+    images_per_prompt: ImagesPerPrompt = 3
+    steps: Steps = 12
     scheduler: SchedulerName = Field(
-        "dpm", description="noise scheduler; at a change of models pndm, with a longer memory, mixes their noises"
+        "dpm", description="noise scheduler; at a change of models `pndm`, with a longer memory, mixes their noises"
     )
-    fusion_start: int | None = Field(None, ge=0, description="first step of both models (default: 3 of 12)")
+    fusion_start: int | None = Field(
+        None, ge=0, description="first step in which both models are fused (default: 3 of 12)"
+    )
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 11 of 12)")
-    seed: int = Field(0, ge=0, description="seed of all images")
     workers: int = Field(2, ge=1, description="Ray workers, each with a core")
-    batch_size: int = Field(45, ge=1, le=1024, description="images made together")
+    batch_size: int = Field(45, ge=1, le=1024, description="images denoised together")
 
     @property
-    def fusion_window(self) -> tuple[int, int]:
-        """First step of both models and first step of the SDM alone; what suits the miniature where none is given."""
-        suits = round(self.steps * 3 / 12), round(self.steps * 11 / 12)
-        return fusion_window(self.steps, self.fusion_start, self.fusion_end, suits)
-
-    @model_validator(mode="after")
-    def _has_a_window(self) -> "ClaimSettings":
-        _ = self.fusion_window
-        return self
+    def default_fusion_window(self) -> tuple[int, int]:
+        """The window that suits the miniature."""
+        return round(self.steps * 3 / 12), round(self.steps * 11 / 12)
 
 
-def check_claim(settings: ClaimSettings) -> None:
-    """Raise InputError when the output cannot be written to, or models or scorers cannot be had."""
-    open_store(settings.output).require_writable()
-    check_models(settings.models)
-    require_scorers(settings.scorers)
+class AssembleSettings(Settings):
+    """Two trained models and the base they were trained from become one model folder."""
+
+    base: str = Field(description="base model: a diffusers folder, an `s3://` URL, a hub id, or `miniature`")
+    tdm: str = Field(description="URL that `train tdm` wrote to")
+    sdm: str = Field(description="URL that `train sdm` wrote to")
+    output: Path = Field(description="model folder to write")
+
+
+class ConvertSettings(Settings):
+    """Released Face-diffuser checkpoints become a model folder."""
+
+    base: str = Field(description="Stable Diffusion v1-5: a diffusers folder, an `s3://` URL or a hub id")
+    image_encoder: str = Field(description="CLIP ViT-L/14: a transformers folder, an `s3://` URL or a hub id")
+    sdm: Path = Field(description="the released `SDM/pytorch_model.bin`")
+    tdm: Path = Field(description="the released `TDM/pytorch_model.bin`")
+    output: Path = Field(description="model folder to write")
+
+
+class RenderSettings(Seeded):
+    """A photo set of the miniature world in the layout of FastComposer's FFHQ, with `subjects/` and `prompts.jsonl`."""
+
+    count: int = Field(ge=1, description="number of pictures")
+    output: Path = Field(description="folder to write")
+    size: Literal[64, 128] = Field(64, description="side of a picture, px")
+    pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures that show two people")
+    actions: float = Field(0.3, ge=0, le=1, description="share of the people who do something")

@@ -2,8 +2,7 @@
 
 from prefect import flow
 
-from facediffuser.evaluation.add_columns import ScoreSettings
-from facediffuser.evaluation.copies import CopySettings
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.tasks.add_columns import add_scores, flag_copies, write_card_again
 

@@ -5,11 +5,11 @@ from prefect import task
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import count_rows
-from facediffuser.evaluation.add_columns import ScoreSettings, add_columns
-from facediffuser.evaluation.copies import CopySettings, find_copies, scorers_of
+from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.copies import find_copies, scorers_of
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
-from facediffuser.evaluation.evaluate_settings import several
 from facediffuser.evaluation.evaluator import pick_device
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
 from facediffuser.scoring.columns import load_columns
 from facediffuser.scoring.scorers import load_scorers
@@ -23,7 +23,7 @@ def add_scores(settings: ScoreSettings) -> list[str]:
     check_score(settings)
     store = open_store(settings.url)
     total = count_rows(store)
-    scorers = load_columns(several(settings.add), pick_device(settings.device))
+    scorers = load_columns(settings.add, pick_device(settings.device))
     with Progress(total, "images", "score") as progress:
         return add_columns(store, scorers, settings.batch_size, progress.advance)
 

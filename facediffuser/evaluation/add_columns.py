@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import list_shards, row_groups
@@ -15,20 +14,6 @@ from facediffuser.scoring.columns import ColumnScorer, column_scores, short_name
 from facediffuser.storage import Store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")
-
-
-class ScoreSettings(BaseModel):
-    """Add the columns of other scorers to a finished dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str = Field(description="the dataset: a folder or s3://bucket/prefix")
-    add: str = Field(
-        "sharpness",
-        description="scorers, separated by commas: sharpness, an entry point of facediffuser.scorers, or module:Class",
-    )
-    batch_size: int = Field(16, ge=1, description="images scored at a time")
-    device: str = Field("auto", description="where the scorers run: auto, cpu, cuda, cuda:1, ...")
 
 
 def add_columns(

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.reading import list_shards, row_groups
 from facediffuser.evaluation.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
+from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.storage import Store
 
 # What copies are to be looked for in can be checked without torch, which takes seconds to import.
@@ -22,32 +22,6 @@ if TYPE_CHECKING:
 
 BATCH = 64
 SEEN_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
-
-
-class CopySettings(BaseModel):
-    """Flag copies in a finished dataset: of training faces, of the references' pixels, of other images in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str = Field(description="the dataset: a folder or s3://bucket/prefix")
-    training: str | None = Field(
-        None,
-        description="what the models were trained on: `preprocess`'s output, or a folder of pictures; without it no "
-        "training faces are looked for",
-    )
-    scorers: str | None = Field(
-        None,
-        description="whose face network: paper, miniature, or a folder with identity/, prompt/ (default: what the "
-        "dataset was scored with)",
-    )
-    face_threshold: float = Field(0.9, ge=0, le=1, description="flag faces with a training face this alike (cosine)")
-    paste_threshold: float = Field(
-        0.92, ge=0, le=1, description="flag faces whose pixels are a reference's (correlation)"
-    )
-    duplicate_threshold: float = Field(
-        0.99, ge=0, le=1, description="flag images with another this alike (correlation)"
-    )
-    device: str = Field("auto", description="where the face network runs: auto, cpu, cuda, ...")
 
 
 def scorers_of(store: Store) -> str:

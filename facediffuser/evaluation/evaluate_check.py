@@ -4,11 +4,11 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 """
 
 from facediffuser.dataset.reading import list_shards
-from facediffuser.evaluation.add_columns import ScoreSettings
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
-from facediffuser.evaluation.copies import CopySettings, scorers_of
-from facediffuser.evaluation.evaluate_settings import EvaluateSettings, several
+from facediffuser.evaluation.copies import scorers_of
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import dataset_keys, folder_source, name_and_url
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import training_keys
 from facediffuser.generation.generate_check import check_generate
 from facediffuser.scoring.columns import find_column
@@ -20,11 +20,12 @@ def check_evaluate(settings: EvaluateSettings) -> None:
     """Raise InputError for an output, datasets, folders of images, scorers or benchmark runs that cannot be used."""
     if settings.output:
         open_store(settings.output).require_writable()
-    for _, url in map(name_and_url, several(settings.dataset)):
+    for _, url in map(name_and_url, settings.dataset):
         dataset_keys(open_store(url), with_subjects=settings.rescore or bool(settings.add))
-    for name, url in map(name_and_url, several(settings.images)):
-        folder_source(name or url, url, settings)
-    _require_columns(settings.add)
+    for name, url in map(name_and_url, settings.images):
+        folder_source(name or url, url, settings, settings.batch_size)
+    for name in settings.add:
+        find_column(name)
     if settings.images or settings.rescore:
         require_scorers(settings.scorers)
     for run in benchmark_runs(settings):
@@ -36,7 +37,8 @@ def check_score(settings: ScoreSettings) -> None:
     store = open_store(settings.url)
     list_shards(store)
     store.require_writable()
-    _require_columns(settings.add)
+    for name in settings.add:
+        find_column(name)
 
 
 def check_copies(settings: CopySettings) -> None:
@@ -47,8 +49,3 @@ def check_copies(settings: CopySettings) -> None:
     if settings.training:
         training_keys(settings.training)
     require_scorers(settings.scorers or scorers_of(store))
-
-
-def _require_columns(names: str | None) -> None:
-    for name in several(names):
-        find_column(name)

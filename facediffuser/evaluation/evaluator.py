@@ -12,7 +12,7 @@ from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.evaluation import compare, tables
-from facediffuser.evaluation.evaluate_settings import EvaluateSettings, several
+from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url, open_image
 from facediffuser.evaluation.plots import method_plane
 from facediffuser.markup import code_span
@@ -47,16 +47,16 @@ class Evaluator:
         self.settings = settings
         if settings.output:
             open_store(settings.output).require_writable()
-        datasets = [*map(name_and_url, several(settings.dataset)), *((None, url) for url in made)]
+        datasets = [*map(name_and_url, settings.dataset), *((None, url) for url in made)]
         self.sources = [dataset_source(name, open_store(url), settings) for name, url in datasets]
         self.sources += [
-            folder_source(name or url.rstrip("/").rsplit("/", 1)[-1], url, settings)
-            for name, url in map(name_and_url, several(settings.images))
+            folder_source(name or url.rstrip("/").rsplit("/", 1)[-1], url, settings, settings.batch_size)
+            for name, url in map(name_and_url, settings.images)
         ]
         self.total = sum(source.count for source in self.sources)
         # Last, as it takes longest; before any image, so that a missing weight is told at the start.
         needed, device = any(source.references for source in self.sources), pick_device(settings.device)
-        self.others = load_columns(several(settings.add), device)
+        self.others = load_columns(settings.add, device)
         self.scorers = load_scorers(settings.scorers, device) if needed else None
         self.recorded = self._recorded()
 

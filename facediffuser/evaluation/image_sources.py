@@ -17,7 +17,7 @@ from facediffuser.dataset.reading import list_shards, read_footer, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
-from facediffuser.evaluation.evaluate_settings import EvaluateSettings
+from facediffuser.evaluation.evaluate_settings import ForeignSettings, TableSettings
 from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
 from facediffuser.storage import Store, local_copy, open_store
 
@@ -64,7 +64,7 @@ def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
     return keys
 
 
-def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -> Source:
+def dataset_source(name: str | None, store: Store, settings: TableSettings) -> Source:
     """The images of a dataset; `name` stands for the method its rows name."""
     keys = dataset_keys(store, with_subjects=settings.rescore or bool(settings.add))
     footers = [read_footer(store, key) for key in keys]
@@ -97,7 +97,8 @@ def dataset_source(name: str | None, store: Store, settings: EvaluateSettings) -
     )
 
 
-def folder_source(method: str, url: str, settings: EvaluateSettings) -> Source:
+def folder_source(method: str, url: str, settings: ForeignSettings, batch_size: int) -> Source:
+    """The images of a folder that another system made; `method` names it in the table."""
     store = open_store(url)
     subjects = read_subjects(settings.subjects)
     prompts = []
@@ -109,8 +110,8 @@ def folder_source(method: str, url: str, settings: EvaluateSettings) -> Source:
         listed = from_fastcomposer_layout(store, subjects, prompts)
 
     def batches() -> Iterator[list[dict]]:
-        for start in range(0, len(listed), settings.batch_size):
-            yield [_external_row(store, method, image) for image in listed[start : start + settings.batch_size]]
+        for start in range(0, len(listed), batch_size):
+            yield [_external_row(store, method, image) for image in listed[start : start + batch_size]]
 
     shown = {name for image in listed for name in image.subject_ids}
 

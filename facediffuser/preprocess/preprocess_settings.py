@@ -1,38 +1,43 @@
-"""The settings of preprocess: what a user may choose, and which of the choices change the prepared rows."""
+"""The settings of `facediffuser preprocess`, and which of them decide the prepared rows."""
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from facediffuser.settings import Settings, Workers
 
 NONE = "none"
 
 
-class PreprocessSettings(BaseModel):
-    """Photographs become prepared Parquet: faces, captions, segments, subject phrases, splits."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class SourceSettings(Settings):
+    """Which photographs are prepared, and where the result goes."""
 
     source: str = Field(
-        min_length=1, description="photographs: a folder, s3://bucket/prefix, or a .tgz or .tar file in either"
+        min_length=1, description="photographs: a folder, `s3://bucket/prefix`, or a `.tgz` or `.tar` file in either"
     )
-    output: str = Field(min_length=1, description="where the prepared data goes: a folder or s3://bucket/prefix")
+    output: str = Field(min_length=1, description="where the prepared data goes: a folder or `s3://bucket/prefix`")
     stages: str | None = Field(
         None,
         description="where what each stage finds is kept, so that another run needs only the stages whose settings "
-        "changed: a folder or s3://bucket/prefix (default: stages in the output)",
+        "changed: a folder or `s3://bucket/prefix` (default: `stages` in the output)",
     )
+
+
+class PreprocessSettings(Workers, SourceSettings):
+    """Photographs become prepared Parquet: faces, captions, segments, subject phrases, splits."""
+
     format: Literal["auto", "ffhq", "ffhq-fastcomposer", "folder"] = Field(
-        "auto", description="layout of the source; auto looks at its file names"
+        "auto", description="layout of the source; `auto` looks at its file names"
     )
     ffhq_images: Literal["auto", "aligned", "in-the-wild", "thumbnails"] = Field(
-        "auto", description="which of FFHQ's picture sets to read; auto takes the first of them that is there"
+        "auto", description="which of FFHQ's picture sets to read; `auto` takes the first of them that is there"
     )
     part_size: int = Field(100, ge=1, le=100_000, description="pictures a part; memory per worker grows with it")
     size: int | None = Field(
         None, ge=32, description="reduce pictures to this shorter side, px (default: keep the files untouched)"
     )
     encode: Literal["same", "jpeg", "png"] = Field(
-        "same", description="file format of pictures that must be encoded again; same keeps lossy and lossless apart"
+        "same", description="file format of pictures that must be encoded again; `same` keeps lossy and lossless apart"
     )
     min_side: int = Field(64, ge=1, description="reject pictures whose shorter side is smaller, px")
     max_megapixels: float = Field(100.0, gt=0, description="reject pictures that decode to more megapixels")
@@ -45,19 +50,19 @@ class PreprocessSettings(BaseModel):
     face_margin: float = Field(0.3, ge=0, le=3, description="margin on each side, in face sizes, for `margin`")
     captioner: str = Field(
         "Salesforce/blip-image-captioning-large",
-        description="BLIP or BLIP-2 for pictures without a caption: a transformers folder, s3:// URL, hub id, or none",
+        description="BLIP or BLIP-2 for pictures without a caption: a transformers folder, `s3://` URL, hub id, or `none`",
     )
     caption_tokens: int = Field(40, ge=1, description="longest caption made, tokens")
     segmenter: str = Field(
         "facebook/mask2former-swin-large-coco-panoptic",
-        description="panoptic Mask2Former for pictures without segments: a folder, s3:// URL, hub id, or none",
+        description="panoptic Mask2Former for pictures without segments: a folder, `s3://` URL, hub id, or `none`",
     )
     matcher: str = Field(
         "openai/clip-vit-large-patch14",
-        description="CLIP that tells which phrase is which segment where the source does not: a folder, s3:// URL, "
-        "hub id, or none (then from left to right)",
+        description="CLIP that tells which phrase is which segment where the source does not: a folder, `s3://` URL, "
+        "hub id, or `none` (then from left to right)",
     )
-    batch_size: int = Field(8, ge=1, description="pictures a model sees at once")
+    batch_size: int = Field(8, ge=1, description="pictures of a batch for the models")
     test_share: float = Field(
         0.1, ge=0, le=1, description="share of pictures in test, for sources without splits of their own"
     )
@@ -70,9 +75,8 @@ class PreprocessSettings(BaseModel):
     earlier: str | None = Field(
         None,
         description="prepared data of this set before it grew, whose pictures keep their side: a folder or "
-        "s3://bucket/prefix",
+        "`s3://bucket/prefix`",
     )
-    workers: int | None = Field(None, ge=1, description="Ray workers (default: the GPUs, or 1)")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores of each worker")
 
     def content(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""What a user says to train a model: where from, where to, a preset, and what should differ from it."""
+"""The settings of `facediffuser train`: inputs, output, a preset, and what should differ from the preset."""
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
+from facediffuser.settings import Seeded, Settings, Workers
 from facediffuser.training.recipe import PRESETS, Augmentation, Preset, Recipe, Role
 
 
@@ -15,35 +16,39 @@ def _overrides(model: type[BaseModel]) -> type[BaseModel]:
     for name, field in model.model_fields.items():
         kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         fields[name] = (kind | None, Field(None, description=f"{field.description} [the preset's]"))
-    return create_model("Overrides", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+    return create_model("Overrides", __base__=Settings, **fields)
 
 
-class TrainSettings(_overrides(Recipe)):
-    """Train the TDM or the SDM from prepared Parquet. A preset fills in what is not given."""
+class RunSettings(Settings):
+    """What is trained, from what, and where the run goes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    positional: ClassVar[str | None] = "role"
 
     role: Literal["tdm", "sdm", "both"] = Field(
-        description="tdm, sdm, or both, which then lie in OUTPUT/tdm and OUTPUT/sdm"
+        description="`tdm`, `sdm`, or `both`, which then go to `OUTPUT/tdm` and `OUTPUT/sdm`"
     )
-    data: str = Field(min_length=1, description="prepared data: a folder or s3://bucket/prefix")
-    base: str = Field(min_length=1, description="base model: a diffusers folder, an s3:// URL, a hub id, or miniature")
-    output: str = Field(min_length=1, description="where the run goes: a folder or s3://bucket/prefix")
+    data: str = Field(min_length=1, description="prepared data: a folder or `s3://bucket/prefix`")
+    base: str = Field(
+        min_length=1, description="base model: a diffusers folder, an `s3://` URL, a hub id, or `miniature`"
+    )
+    output: str = Field(min_length=1, description="where the run goes: a folder or `s3://bucket/prefix`")
     start_from: str | None = Field(
         None,
-        description="model folder, s3:// URL, hub id or miniature: its TDM or SDM is trained on (default: the base's parts)",
+        description="model folder, `s3://` URL, hub id or `miniature`: training starts from its TDM or SDM (default: the base's parts)",
     )
     image_encoder: str = Field(
         "openai/clip-vit-large-patch14",
-        description="image encoder of the SDM when the base has none: a transformers folder, s3:// URL or hub id",
+        description="image encoder of the SDM when the base has none: a transformers folder, `s3://` URL or hub id",
     )
+
+
+class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
+    """Train the TDM or the SDM from prepared Parquet. A preset fills in what is not given."""
+
     preset: Preset | None = Field(
         None, description="numbers to start from (default: the paper's for the role; miniature for that base)"
     )
-    seed: int = Field(0, ge=0, description="the same seed on the same machine trains the same weights")
-    resume: bool = Field(False, description="go on from the run's last checkpoint; a new output starts a new run")
-    workers: int | None = Field(None, ge=1, description="Ray workers, each with a GPU if there is any (default: the "
-                                                        "GPUs, or 1)")  # fmt: skip
+    resume: bool = Field(False, description="continue from the run's last checkpoint; a new output starts a new run")
     cpus_per_worker: int | None = Field(None, ge=1, description="CPU cores of each worker (default: its even share)")
     loaders: int | None = Field(
         None, ge=0, description="processes of each worker that make batches ahead; 0: none (default: by its CPU cores)"
@@ -97,7 +102,7 @@ class TrainSettings(_overrides(Recipe)):
         return preset.model_copy(update=given)
 
     def content(self) -> dict[str, Any]:
-        """Return what decides the weights that come out: not places, not workers' cores, not how often things are told.
+        """Return what decides the weights that come out: not places, not workers' cores, not how often progress is reported.
 
         The number of steps is left out while the learning rate does not depend on it, so that a run can be prolonged.
         """

@@ -1,0 +1,163 @@
+"""The parts that the settings of several commands and flows share; each description and each default stands once.
+
+A settings model is at once the options of a command, the form of a Prefect deployment and a Python object. Neither torch,
+Ray nor Prefect is imported here or by the settings models.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName
+from facediffuser.window import default_fusion_window, fusion_window
+
+Method = Literal["face-diffuser", "tdm", "sdm", "fastcomposer"]
+
+
+def _split(value: Any) -> Any:
+    """Return the parts of a text, or of every text in a list, that commas separate; anything else as it is."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        return value
+    parts = [part.strip() for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
+    return [part for part in parts if part]
+
+
+CommaSeparated = BeforeValidator(_split)
+"""Put on a list: its items may also be given as one text with commas, or several such texts."""
+
+Names = Annotated[list[str], CommaSeparated]
+
+Steps = Annotated[int, Field(ge=1, le=1000, description="denoising steps of an image")]
+ImagesPerPrompt = Annotated[int, Field(ge=1, description="images of each prompt and set of subjects")]
+
+
+def _choices(kind: Any) -> list[Any]:
+    """Return the values that an annotation with `Literal` in it allows, none for another one."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [choice for part in get_args(kind) for choice in _choices(part)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown field is an error.
+
+    On the command line every field is an option, but for the one that `positional` names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    positional: ClassVar[str | None] = None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **arguments: Any) -> None:
+        super().__pydantic_init_subclass__(**arguments)
+        for name, field in cls.model_fields.items():
+            field.kw_only = name != cls.positional
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_of_choices(cls, given: Any) -> Any:
+        """Turn text into the number it stands for where a field is a choice of numbers.
+
+        A command line and a form hand over text; pydantic reads it as a number for `int`, but not for `Literal[64, 128]`.
+        """
+        if not isinstance(given, dict):
+            return given
+        texts = {name for name, value in given.items() if isinstance(value, str)} & cls.model_fields.keys()
+        numbers = {name: {str(one): one for one in _choices(cls.model_fields[name].annotation)} for name in texts}
+        return given | {name: numbers[name].get(given[name], given[name]) for name in texts}
+
+    def values_of(self, *parts: type["Settings"]) -> dict[str, Any]:
+        """Return the fields that these parts define, name -> value, to make other settings with the same parts."""
+        return {name: getattr(self, name) for part in parts for name in part.model_fields}
+
+
+class Sampling(Settings):
+    """How an image is sampled."""
+
+    steps: Steps = 50
+    guidance_scale: float = Field(5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale")
+    fusion_start: int | None = Field(
+        None, ge=0, description="first step in which both models are fused (default: 16 of 50, scaled to the steps)"
+    )
+    fusion_end: int | None = Field(
+        None, ge=0, description="first step of the SDM alone (default: 31 of 50, scaled to the steps)"
+    )
+    scheduler: SchedulerName | None = Field(None, description=SCHEDULER_HELP)
+
+    @property
+    def fusion_window(self) -> tuple[int, int]:
+        """First fused step and first step of the SDM alone, defaults filled in."""
+        return fusion_window(self.steps, self.fusion_start, self.fusion_end, self.default_fusion_window)
+
+    @property
+    def default_fusion_window(self) -> tuple[int, int]:
+        """The window where none is given: the released one, scaled to the steps."""
+        return default_fusion_window(self.steps)
+
+    @model_validator(mode="after")
+    def _check_fusion_window(self) -> "Sampling":
+        _ = self.fusion_window
+        return self
+
+
+class Repeats(Settings):
+    """How many images are made of the prompts and subjects."""
+
+    images_per_prompt: ImagesPerPrompt = 1
+    subject_sets: int | None = Field(
+        None,
+        ge=1,
+        description="how many sets of subjects a prompt is made with, chosen evenly (default: every set there is)",
+    )
+    shard_size: int = Field(500, ge=1, le=100_000, description="rows of a shard, the unit of work and of resuming")
+
+
+class Workers(Settings):
+    """How many processes work side by side."""
+
+    workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+
+
+class GenerateWorkers(Workers):
+    """How many processes make images, and on how many cores each."""
+
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPU cores of a worker without a GPU; the last bits of an image can depend on it"
+    )
+
+
+class Seeded(Settings):
+    """What random numbers are drawn from."""
+
+    seed: int = Field(0, ge=0, description="random seed; the same seed gives the same result on the same hardware")
+
+
+class Device(Settings):
+    """Where a single process computes."""
+
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, or `auto`: the GPU where there is one")
+
+
+class Scoring(Device):
+    """How a single process scores images."""
+
+    batch_size: int = Field(16, ge=1, description="images scored at a time")
+
+
+class Dataset(Settings):
+    """A finished dataset, the first argument of its commands."""
+
+    positional: ClassVar[str | None] = "url"
+
+    url: str = Field(description="the dataset: a folder or `s3://bucket/prefix`")
+
+
+class Moved(Settings):
+    """Where the models and scorers that made a finished dataset are now."""
+
+    models: str | None = Field(None, description="where the models are now (default: where `generate` found them)")
+    scorers: str | None = Field(None, description="where the scorers are now (default: where `generate` found them)")

@@ -1,0 +1,91 @@
+"""What a command shows on the terminal: the product's own lines; those of Prefect, Ray and other libraries on request."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+PRODUCT = "facediffuser"
+
+
+class Verbosity(Enum):
+    """How much a command says on stderr while it works."""
+
+    QUIET = "warnings and errors"
+    NORMAL = "what the product does"
+    VERBOSE = "what its libraries say, too"
+
+
+@contextmanager
+def shown(verbosity: Verbosity) -> Iterator[None]:
+    """Write log records to stderr as `verbosity` says for as long as the context lasts.
+
+    To be entered before Prefect, Ray or transformers is imported: they read their settings from the environment. What
+    the user has set there stays.
+    """
+    verbose = verbosity is Verbosity.VERBOSE
+    for name, value in (_LIBRARIES if verbose else _LIBRARIES | _SILENT_LIBRARIES).items():
+        os.environ.setdefault(name, value)
+    root, ours, ray = logging.getLogger(), logging.getLogger(PRODUCT), logging.getLogger("ray")
+    before = root.level, ours.level, ray.level
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(verbose))
+    handler.setLevel(logging.WARNING if verbosity is Verbosity.QUIET else logging.INFO)
+    if not verbose:
+        handler.addFilter(logging.Filter(PRODUCT))
+    # Prefect adds no handler of its own to a root logger that has one.
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ray.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    if verbose:
+        root.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        if not verbose and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            for logger, level in zip((root, ours, ray), before, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def warnings_held_back() -> Iterator[None]:
+    """Show no log lines: an input check runs once more in the flow, and its warnings are shown there."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class _Formatter(logging.Formatter):
+    """`08:15:00 text` with the level where it is a warning or worse, and with the logger's name in verbose mode."""
+
+    def __init__(self, verbose: bool):
+        super().__init__("%(asctime)s %(level)s%(message)s", datefmt="%H:%M:%S")
+        self.verbose = verbose
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = f"{record.name}: " if self.verbose else ""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        record.level = name + level
+        return super().format(record)
+
+
+_LIBRARIES = {
+    "PREFECT_LOGGING_EXTRA_LOGGERS": PRODUCT,
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_SILENT_LIBRARIES = {
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
