@@ -85,10 +85,9 @@ def _in_a_process(options: list[str], cheap: bool) -> dict:
 
 def _prepare(options: list[str], cheap: bool) -> dict:
     import facediffuser.tasks.preprocess as stage
-    from facediffuser.flows.cli import parse_settings
-    from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+    from facediffuser.flows.cli import app
 
-    settings = parse_settings(PreprocessSettings, options, "benchmarks.preprocess")
+    settings = app.parse_args(["preprocess", *options])[1].arguments["settings"]
     stage.PartActor = _Cheap if cheap else _Watched
     result = stage.prepare_photographs.fn(settings)
     workers = [float(path.read_text()) for path in Path(f"{settings.output}-memory").iterdir()]

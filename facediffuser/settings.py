@@ -4,7 +4,6 @@ A settings model is at once the options of a command, the form of a Prefect depl
 Ray nor Prefect is imported here or by the settings models.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,12 +16,13 @@ Method = Literal["face-diffuser", "tdm", "sdm", "fastcomposer"]
 
 def _split(value: Any) -> Any:
     """Return the parts of a text, or of every text in a list, that commas separate; anything else as it is."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Iterable) or isinstance(value, bytes):
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
         return value
-    parts = [part.strip() for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
-    return [part for part in parts if part]
+    parts: list[Any] = []
+    for item in given:
+        parts += filter(None, map(str.strip, item.split(","))) if isinstance(item, str) else [item]
+    return parts
 
 
 CommaSeparated = BeforeValidator(_split)

@@ -42,11 +42,12 @@ def _default_text(value: Any) -> str | None:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-_DEFAULTS = Parameter(negative_iterable=(), show_default=_default_text)
+# Of an option given twice the last one counts; a list takes all of them.
+_DEFAULTS = Parameter(negative_iterable=(), show_default=_default_text, allow_repeating=True)
 
 app = App(
     name="facediffuser",
-    version=__version__,
+    version=f"facediffuser {__version__}",
     version_format="plaintext",
     help="Person-centric image datasets with Face-diffuser: people and prompts in, scored images in Parquet out.",
     help_epilogue="`facediffuser COMMAND --help` lists the options of a command and shows an example.",

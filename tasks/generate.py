@@ -14,6 +14,7 @@ from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.shards import finished_shards
+from facediffuser.errors import RunError
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
 from facediffuser.generation.generate_settings import GenerateSettings
@@ -35,7 +36,7 @@ class Finished(NamedTuple):
     table: list[ScoreRow]
 
 
-class FailedRowsError(RuntimeError):
+class FailedRowsError(RunError):
     """More rows failed than the settings allow; the dataset is complete and says which and why."""
 
 

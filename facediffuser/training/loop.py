@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from facediffuser.errors import RunError
 from facediffuser.storage import open_store
 from facediffuser.training import training_run as runs
 from facediffuser.training.batches import Batch, image_seed
@@ -33,7 +34,7 @@ HIGH_LOSS, HIGH_STEPS = 5.0, 20
 Report = Callable[[dict[str, float]], None]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """Loss or gradient is not finite, or the loss stays far above its start; the last checkpoint is still good."""
 
 

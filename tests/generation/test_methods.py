@@ -83,9 +83,9 @@ def test_images_of_other_systems_are_scored_by_the_same_scorers(settings):
 def test_more_subjects_than_there_are_is_told_before_anything_is_made(settings, tmp_path):
     wanted = save_prompts(tmp_path / "three.jsonl", [{"prompt": "{subject_1}, {subject_2} and {subject_3}"}])
     with pytest.raises(InputError, match="2 subjects, and .*three.jsonl shows 3 in an image"):
-        benchmark_runs(settings.model_copy(update={"benchmark": str(wanted)}))
+        benchmark_runs(settings.model_copy(update={"benchmark": [str(wanted)]}))
     with pytest.raises(InputError, match="no such file"):
-        benchmark_runs(settings.model_copy(update={"benchmark": str(tmp_path / "none.jsonl")}))
+        benchmark_runs(settings.model_copy(update={"benchmark": [str(tmp_path / "none.jsonl")]}))
 
 
 @pytest.mark.parametrize(("left_out", "says"), [("models", "--benchmark needs --models"), ("output", "needs --output")])
@@ -93,5 +93,5 @@ def test_a_benchmark_needs_models_and_an_output(settings, left_out, says):
     given = settings.model_dump()
     with pytest.raises(ValidationError, match=says):
         EvaluateSettings(**(given | {left_out: None}))
-    with pytest.raises(ValidationError, match="method 'ours': no such sampler; give some of face-diffuser"):
+    with pytest.raises(ValidationError, match="methods.1\n  Input should be 'face-diffuser', 'tdm'"):
         EvaluateSettings(**(given | {"methods": "sdm,ours"}))

@@ -7,7 +7,8 @@ from PIL import Image
 from sampler.conftest import scheduler
 
 from facediffuser.errors import InputError
-from facediffuser.explain import ExplainSettings, explain, record
+from facediffuser.explain import explain, record
+from facediffuser.explain_settings import ExplainSettings
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import logging
 import pytest
 from diffusers import PNDMScheduler
 
-from facediffuser.explain import ExplainSettings, explain
+from facediffuser.explain import explain
+from facediffuser.explain_settings import ExplainSettings
 from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler, say_once, set_scheduler
 
 DPM, PNDM, DDIM = "DPMSolverMultistepScheduler", "PNDMScheduler", "DDIMScheduler"

@@ -13,10 +13,11 @@ from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.errors import InputError
 from facediffuser.evaluation import likeness
-from facediffuser.evaluation.copies import CopySettings, find_copies
+from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
 from facediffuser.evaluation.likeness import nearest, thumbnail
+from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.evaluation.training_faces import training_faces
 from facediffuser.flows.cli import main
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA

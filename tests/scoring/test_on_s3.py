@@ -5,9 +5,10 @@ from scoring.made import beside, row, write_dataset
 
 from facediffuser.dataset.added_columns import read_added, write_added
 from facediffuser.evaluation.add_columns import add_columns
-from facediffuser.evaluation.copies import CopySettings, find_copies
+from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
 from facediffuser.scoring.columns import load_columns
 from facediffuser.scoring.scorers import load_scorers
