@@ -27,10 +27,10 @@ def shown(verbosity: Verbosity) -> Iterator[None]:
     the user has set there stays.
     """
     verbose = verbosity is Verbosity.VERBOSE
-    for name, value in (_LIBRARIES if verbose else _LIBRARIES | _SILENT_LIBRARIES).items():
+    for name, value in (_LIBRARIES | (_VERBOSE_LIBRARIES if verbose else _SILENT_LIBRARIES)).items():
         os.environ.setdefault(name, value)
-    root, ours, ray = logging.getLogger(), logging.getLogger(PRODUCT), logging.getLogger("ray")
-    before = root.level, ours.level, ray.level
+    root, ours = logging.getLogger(), logging.getLogger(PRODUCT)
+    before = root.level, ours.level
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(verbose))
     handler.setLevel(logging.WARNING if verbosity is Verbosity.QUIET else logging.INFO)
@@ -39,7 +39,6 @@ def shown(verbosity: Verbosity) -> Iterator[None]:
     # Prefect adds no handler of its own to a root logger that has one.
     root.addHandler(handler)
     ours.setLevel(logging.INFO)
-    ray.setLevel(logging.INFO if verbose else logging.CRITICAL)
     if verbose:
         root.setLevel(logging.INFO)
     with warnings.catch_warnings():
@@ -49,8 +48,8 @@ def shown(verbosity: Verbosity) -> Iterator[None]:
             yield
         finally:
             root.removeHandler(handler)
-            for logger, level in zip((root, ours, ray), before, strict=True):
-                logger.setLevel(level)
+            root.setLevel(before[0])
+            ours.setLevel(before[1])
 
 
 @contextmanager
@@ -83,9 +82,17 @@ _LIBRARIES = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_VERBOSE_LIBRARIES = {
+    "RAY_LOGGER_LEVEL": "info",
+    "RAY_LOG_TO_DRIVER": "1",
+}
 _SILENT_LIBRARIES = {
     "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # Errors of a run reach the terminal as exceptions; Ray's own lines say what it recovers from.
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "RAY_LOGGER_LEVEL": "critical",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }

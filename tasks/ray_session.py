@@ -28,7 +28,12 @@ def connect_ray() -> None:
         if ray.is_initialized():
             return
         address = os.environ.get("RAY_ADDRESS")
-        quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
+        # What Ray and its workers say is shown where Ray's own variables ask for it, as --verbose does.
+        quiet = {
+            "log_to_driver": os.environ.get("RAY_LOG_TO_DRIVER", "0") == "1",
+            "logging_level": os.environ.get("RAY_LOGGER_LEVEL", "warning"),
+            "ignore_reinit_error": True,
+        }
         if address and address != "local":
             if LOOPBACK.fullmatch(address.split("://")[-1].rsplit(":", 1)[0]):
                 _stay_on_loopback()  # else Ray looks for that cluster at the machine's outer address
