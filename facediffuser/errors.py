@@ -17,3 +17,7 @@ class RunError(RuntimeError):
 
 class Stopped(RuntimeError):
     """The run was asked to stop (SIGTERM) and did, after its current units of work; the command line exits with 143."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Latents, pixels or scores of one image hold NaN or infinity, or its pixels are all equal; the image is unusable."""

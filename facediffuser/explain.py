@@ -90,6 +90,8 @@ def record(
         callback_on_step_end=watch,
         callback_on_step_end_tensor_inputs=["latents", "noise_pred", "mask", "text_saliency", "subject_saliency"],
     )  # fmt: skip
+    if out.errors[0]:
+        raise InputError(f"{settings.models}: {out.errors[0]}; give models whose weights are finite")
     return frames, out.images[0]
 
 

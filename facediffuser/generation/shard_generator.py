@@ -19,6 +19,7 @@ from facediffuser.dataset.image_files import SUFFIXES, encode_image
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import RESULT_FIELDS
 from facediffuser.dataset.shards import encode_shard, shard_mark
+from facediffuser.errors import NotFiniteError
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.job import GenerationJob
 from facediffuser.prompts import without_markers
@@ -161,7 +162,7 @@ class ShardGenerator:
             torch.cuda.empty_cache()
         return [made for part in parts for made in self._denoise_or_split(part, clock, counts, again=True)]
 
-    def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None]]:
+    def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None] | NotFiniteError]:
         first = rows[0]
         text, fused, null = self.conditions.of(rows)
         out = self.pipeline(
@@ -178,9 +179,10 @@ class ShardGenerator:
             # Noise of a row's own generator on the CPU: the same wherever and beside whatever the row is made.
             generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
         )
+        # Rows whose numbers are not finite fail by themselves: made again they would end the same way.
         return [
-            (image, None if fraction != fraction else float(fraction))
-            for image, fraction in zip(out.images, out.subject_fraction, strict=True)
+            NotFiniteError(error) if error else (image, None if fraction != fraction else float(fraction))
+            for image, fraction, error in zip(out.images, out.subject_fraction, out.errors, strict=True)
         ]
 
     def _finish_or_split(self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter) -> list[Row]:
@@ -210,6 +212,8 @@ class ShardGenerator:
             references = [self.conditions.identities(row["subject_ids"]) for row, _ in made]
             prompts = [without_markers(row["prompt"]) for row, _ in made]
             scores = self.scorers.score(images, references, prompts)
+        for score in scores:
+            score.require_finite()
         with clock("encode"):
             kind = self.job.made["image_format"]
             marked = self.job.made["provenance"]

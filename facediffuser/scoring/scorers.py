@@ -1,6 +1,7 @@
 """The scorers of a run: loaded once, checked at the start, with the digests of what they are."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from facediffuser.errors import NotFiniteError
 from facediffuser.scoring.folder import PAPER, scorers_folder
 from facediffuser.scoring.identity import (
     IdentityScorer,
@@ -37,6 +39,12 @@ class ImageScore:
     face_probs: list[float]
     pc: float
     subject_faces: list[int] = field(default_factory=list)
+
+    def require_finite(self) -> None:
+        """Raise NotFiniteError when a score is NaN or infinite."""
+        for name, value in (("ip", self.ip), ("pc", self.pc)):
+            if not math.isfinite(value):
+                raise NotFiniteError(f"the score {name} is {value}; check the scorer's weights")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import datasets
 import duckdb
@@ -128,6 +129,43 @@ def test_a_row_that_always_fails_ends_as_a_row_with_its_error(made, world, tmp_p
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert rows[1]["error"] == "ValueError: bad row"
     assert rows[1]["image"] is None and rows[1]["ip"] is None and rows[1]["seed"] is not None
+
+
+class Spoiling(Stumbling):
+    """A pipeline or scorers that put NaN into what they get or give of the second row of the first batch."""
+
+    def __init__(self, real, method):
+        super().__init__(real, method, lambda rows, call: None)
+
+    def __call__(self, **given):
+        embeds = given["prompt_embeds"].clone()
+        if self.method == "__call__" and not self.sizes:
+            embeds[1] = float("nan")
+        return super().__call__(**given | {"prompt_embeds": embeds})
+
+    def score(self, images, references, prompts):
+        scores = super().score(images, references, prompts)
+        spoilt = self.method == "score" and (len(self.sizes) in (1, 2) or len(self.sizes) == 4)
+        return [*scores[:-1], replace(scores[-1], pc=float("nan"))] if spoilt else scores
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("__call__", "latents are not finite at step 0 of 3"),
+        ("score", "the score pc is nan; check the scorer's weights"),
+    ],
+)
+def test_a_row_whose_numbers_are_not_finite_fails_and_its_neighbours_do_not(made, world, tmp_path, method, error):
+    part = "pipeline" if method == "__call__" else "scorers"
+    job, generator = again(made, world, tmp_path, **{part: Spoiling(getattr(made[1], part), method)})
+    stats = generator(0)
+    assert (stats["ok"], stats["failed"]) == (2, 1)
+    rows = pq.read_table(job.output + "/data").to_pylist()
+    assert [row["error"] for row in rows] == [None, f"NotFiniteError: {error}", None]
+    assert rows[1]["image"] is None and rows[1]["pc"] is None
+    undisturbed = pq.read_table(made[0].output + "/data").to_pylist()
+    assert [row["image_sha256"] for row in rows[::2]] == [row["image_sha256"] for row in undisturbed[:3:2]]
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("CUDA error: misaligned address")])

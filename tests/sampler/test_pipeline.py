@@ -1,5 +1,6 @@
 """What FaceDiffuserPipeline promises besides its numbers: passes, batches, seeds, callbacks, folders, refusals."""
 
+import copy
 import logging
 import math
 from collections import Counter
@@ -266,8 +267,94 @@ def test_without_a_fused_step_there_is_no_fraction(pipeline, picture):
 
 def test_a_window_that_leaves_the_subject_out_is_warned_of(pipeline, picture, caplog):
     with caplog.at_level(logging.WARNING, logger="facediffuser.pipeline"):
-        pipeline(ONE, [picture(0)], num_inference_steps=4, output_type="latent")
+        pipeline(ONE, [picture(0)], num_inference_steps=4, fusion_start=16, fusion_end=31, output_type="latent")
     assert "the subjects are not used at all" in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(4, (1, 2)), (20, (6, 12)), (50, (16, 31))])
+def test_without_a_window_the_released_one_is_scaled_to_the_steps(parts, picture, steps, expected):
+    pipe = FaceDiffuserPipeline(**parts, scheduler=scheduler("ddim"))
+    ran: list[tuple[bool, bool]] = []
+    pipe(
+        ONE, [picture(0)], num_inference_steps=steps, output_type="latent",
+        callback_on_step_end=lambda p, i, t, seen: ran.append(
+            (seen["text_saliency"] is not None, seen["subject_saliency"] is not None)
+        ),
+        callback_on_step_end_tensor_inputs=["text_saliency", "subject_saliency"],
+    )  # fmt: skip
+    start, end = expected
+    assert ran == [(True, False)] * start + [(True, True)] * (end - start) + [(False, True)] * (steps - end)
+
+
+def test_a_callback_may_interrupt_and_properties_tell_of_the_call(pipeline, picture, rows):
+    seen = []
+
+    def stop(pipe, i, t, tensors):
+        seen.append((i, pipe.num_timesteps, pipe.guidance_scale, pipe.interrupt))
+        pipe._interrupt = i == 1
+
+    how = {**SHORT, "guidance_scale": 2.0, "output_type": "latent"}
+    pipeline(ONE, [picture(0)], **how, callback_on_step_end=stop)
+    assert seen == [(0, 5, 2.0, False), (1, 5, 2.0, False)] and len(rows) == 3
+    pipeline(ONE, [picture(0)], **how)
+    assert not pipeline.interrupt and len(rows) == 3 + 7
+
+
+# --- values that are not finite ---------------------------------------------------------------------------------------
+
+
+def replaced(module, **changes):
+    """A copy of a model with some elements of parameters set, as {"conv_out.bias": value of its first element}."""
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, value in changes.items():
+            module.get_parameter(name.replace("__", ".")).flatten()[0] = value
+    return module
+
+
+@pytest.mark.parametrize(("name", "step"), [("unet_text", 0), ("unet", 1)])
+def test_a_model_with_one_nan_is_named_by_the_first_step_it_spoils(parts, picture, name, step):
+    broken = replaced(parts[name], conv_out__bias=math.nan)
+    pipe = FaceDiffuserPipeline(**{**parts, name: broken}, scheduler=scheduler())
+    for output_type in ("latent", "pil"):
+        out = pipe(ONE, [picture(0)], **SHORT, output_type=output_type)
+        assert out.errors == [f"latents are not finite at step {step} of 5"]
+
+
+def test_only_the_rows_that_are_not_finite_have_an_error(parts, picture):
+    encoder = copy.deepcopy(parts["text_encoder"])
+    hat = parts["tokenizer"]("hat", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[hat] = math.inf
+    pipe = FaceDiffuserPipeline(**{**parts, "text_encoder": encoder}, scheduler=scheduler())
+    how = {**SHORT, "output_type": "np"}
+    both = pipe([ONE, "a red hat"], [[picture(0)], []], generator=[seeded(0), seeded(1)], **how)
+    assert both.errors == [None, "latents are not finite at step 0 of 5"]
+    alone = pipe(ONE, [picture(0)], generator=[seeded(0)], **how)
+    assert alone.errors == [None] and np.allclose(alone.images[0], both.images[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_decoder_that_is_not_finite_is_an_error_of_the_image(parts, picture, value):
+    broken = replaced(parts["vae"], decoder__conv_out__bias=value)
+    pipe = FaceDiffuserPipeline(**{**parts, "vae": broken}, scheduler=scheduler())
+    out = pipe(ONE, [picture(0)], **SHORT)
+    assert out.errors == ["the decoded image is not finite"] and isinstance(out.images[0], Image.Image)
+
+
+def test_an_image_that_overflows_in_half_precision_is_decoded_in_float32(parts):
+    """The decoder's first activations exceed float16's range, and its group norms bring them back."""
+    vae = copy.deepcopy(parts["vae"])
+    with torch.no_grad():
+        vae.post_quant_conv.weight.copy_(vae.post_quant_conv.weight.sign() * 6e4)
+    vae = vae.half()
+    latents = torch.randn(2, 4, 16, 16, generator=seeded(3))
+    with torch.no_grad():
+        assert not vae.decode(latents.half() / vae.config.scaling_factor).sample.isfinite().all()
+    pipe = FaceDiffuserPipeline(**{**parts, "vae": vae}, scheduler=scheduler())
+    images = pipe.decode_latents(latents, "np")
+    assert np.isfinite(images).all() and all(image.std() > 0 for image in images)
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -313,7 +400,7 @@ def test_half_precision_folders_are_loaded_as_float32_unless_told(pipeline, tmp_
         ({"prompt": "a man <|image|>" * 5, "reference_images": 5}, "takes up to 4"),
         ({"prompt": None}, "give one of the two"),
         ({"prompt": []}, "no prompts"),
-        ({"prompt": [3]}, "no text"),
+        ({"prompt": [3]}, "not a string"),
         ({"prompt": ONE, "reference_images": 1, "method": "sdxl"}, "choose one of face-diffuser, tdm"),
         ({"prompt": ONE, "reference_images": 1, "fusion_start": -1}, "counted from 0"),
         ({"prompt": ONE, "reference_images": 1, "alpha": 1.5}, "alpha 1.5"),
