@@ -1,4 +1,4 @@
-"""The lines that README.md and a dataset's own card give a reader work as they stand, failed rows and nulls included."""
+"""The lines that docs/read.md and a dataset's own card give a reader work as they stand, failed rows and nulls included."""
 
 import re
 from pathlib import Path
@@ -43,10 +43,10 @@ def require_what_they_say(found: dict) -> None:
     assert len(found["batch"]["prompt"]) == 8 and found["batch"]["ip"].shape == (8,)
 
 
-def test_the_readmes_lines(dataset, tmp_path, monkeypatch):
+def test_the_documents_lines(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found: dict = {}
-    exec(lines_below((ROOT / "README.md").read_text(), "Reading it"), found)
+    exec(lines_below((ROOT / "docs" / "read.md").read_text(), "# Reading a dataset"), found)
     require_what_they_say(found)
     assert found["good"].num_rows == 3 and found["rows"].count_rows() == 10
 
