@@ -19,30 +19,15 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPVisionCo
 
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import (
-    assemble,
     copy_component,
-    load_image_encoder,
-    model_digests,
     read_json,
     require_free,
     resolve_base,
     resolve_image_encoder,
-    resolve_model,
     write_model_index,
     written_whole,
 )
 from facediffuser.subject import SubjectFuser
-
-__all__ = [
-    "assemble",
-    "convert",
-    "load_image_encoder",
-    "model_digests",
-    "released_modules",
-    "resolve_base",
-    "resolve_image_encoder",
-    "resolve_model",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ A model folder is a diffusers folder with `unet` (SDM), `unet_text` (TDM), `vae`
 Weights are safetensors.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from facediffuser.digests import folder_digest
 from facediffuser.errors import InputError
 from facediffuser.storage import local_copy
 
@@ -131,7 +131,9 @@ def model_digests(folder: str | Path) -> dict[str, str]:
     A digest covers the component's files, names and contents in name order; hidden files and notes (*.md) are left out.
     """
     folder = Path(folder)
-    return {component: _digest(folder / component) for component in _components(folder)}
+    return {
+        component: folder_digest(folder / component, _files(folder / component)) for component in _components(folder)
+    }
 
 
 def same_part(theirs: str | None, ours: str | None) -> bool:
@@ -148,19 +150,11 @@ def _components(folder: Path) -> list[str]:
     return sorted({name for name in [*named, *extra] if (folder / name).is_dir()})
 
 
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _files(folder: Path) -> list[Path]:
+    """The names of a component's files, relative to it, in the order of their digests."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     kept = [name for name in names if not any(p.startswith(".") for p in name.parts) and name.suffix != ".md"]
-    return [folder / name for name in sorted(kept, key=lambda name: name.as_posix())]
+    return sorted(kept, key=Path.as_posix)
 
 
 # --- making -----------------------------------------------------------------------------------------------------------
@@ -218,13 +212,13 @@ def copy_component(source: Path, target: Path) -> None:
 
     target.mkdir(parents=True)
     has_safetensors = any(source.glob("*.safetensors"))
-    for path in _files(source):
-        if path.suffix != ".bin":
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.relative_to(source))
+    for file in _files(source):
+        if file.suffix != ".bin":
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target / file)
         elif not has_safetensors:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model")
+            state = torch.load(source / file, map_location="cpu", weights_only=True)
+            name = file.with_suffix(".safetensors").name.replace("pytorch_model", "model")
             name = name.replace("diffusion_model", _DIFFUSERS_WEIGHTS)
             tensors = {key: value.contiguous() for key, value in state.items()}
             save_file(tensors, target / name, metadata={"format": "pt"})

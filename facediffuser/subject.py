@@ -11,22 +11,7 @@ from PIL import Image
 from torch import nn
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import CLIP_MEAN, CLIP_STD, pad_to_square, to_rgb
-from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
-from facediffuser.prompts import IMAGE_MARKER, count_markers, without_markers
-
-__all__ = [
-    "IMAGE_MARKER",
-    "SubjectFuser",
-    "TokenizedPrompts",
-    "count_markers",
-    "encode_references",
-    "pad_to_square",
-    "preprocess_references",
-    "to_rgb",
-    "tokenize_with_markers",
-    "without_markers",
-]
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD, to_rgb
 
 # A picture whose short side is more than this many times the tower's is shrunk by a whole factor first, to save memory.
 HUGE = 16

@@ -136,7 +136,11 @@ def _fail(prog: str, error: Exception, file: "_ConfigFile | None" = None) -> int
     code = exit_code(error)
     if code is None:
         raise error
-    line = _option_errors(error, file) if isinstance(error, CycloptsError | ValidationError) else missing_extra(error) or error
+    line = (
+        _option_errors(error, file)
+        if isinstance(error, CycloptsError | ValidationError)
+        else missing_extra(error) or error
+    )
     print(f"{prog}: {line}", file=sys.stderr)
     return code
 

@@ -108,8 +108,8 @@ def assemble(settings: Annotated[AssembleSettings, FIELDS]) -> None:
     ```
     """
     logger.info("Assembling %s and %s in %s", settings.tdm, settings.sdm, settings.output)
-    from facediffuser.checkpoints import assemble as assemble_models
-    from facediffuser.checkpoints import resolve_base
+    from facediffuser.modelfolder import assemble as assemble_models
+    from facediffuser.modelfolder import resolve_base
 
     print(assemble_models(resolve_base(settings.base), settings.tdm, settings.sdm, settings.output))
 

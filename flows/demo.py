@@ -9,7 +9,6 @@ from pathlib import Path
 
 from prefect import flow, task
 
-from facediffuser.checkpoints import assemble, resolve_base
 from facediffuser.flows.flow_check import check_demo
 from facediffuser.flows.flow_settings import DemoSettings
 from facediffuser.flows.generate_dataset import generate_dataset
@@ -17,6 +16,7 @@ from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
 from facediffuser.flows.train import train
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.miniature.render import render_set
+from facediffuser.modelfolder import assemble, resolve_base
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
 

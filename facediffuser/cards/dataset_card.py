@@ -1,7 +1,6 @@
 """The card of a dataset: README.md for readers and hubs, pictures and a page in card/, all from the Parquet alone."""
 
 import io
-import json
 import logging
 from typing import Any
 
@@ -14,7 +13,7 @@ from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import Located, fetch_images, survey_dataset
-from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
+from facediffuser.dataset.reading import recorded_run
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown
@@ -136,6 +135,5 @@ def _run_facts(store: Store) -> dict[str, Any]:
     if not plans:
         return {}
     with store.open(plans[0]) as source:
-        metadata = pq.read_schema(source).metadata or {}
-    run = json.loads(metadata.get(RUN_KEY, b"{}"))
-    return {"fingerprint": metadata[FINGERPRINT_KEY].decode(), **run} if FINGERPRINT_KEY in metadata else run
+        fingerprint, run = recorded_run(pq.read_schema(source))
+    return {"fingerprint": fingerprint, **run} if fingerprint else run

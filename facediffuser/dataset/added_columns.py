@@ -1,12 +1,12 @@
 """Columns added to a finished dataset: Parquet files of their own beside the shards, keyed by sample_id."""
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -80,8 +80,6 @@ def read_added(store: Store) -> Added:
 def write_added(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:
     """Put a table with a sample_id column as `scores/<name>.parquet`, with its scorers' digests; return the key."""
     marks = {f"facediffuser_scorer_{part}": digest for part, digest in digests.items()}
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(marks), sink, compression="zstd", write_page_index=True)
     key = f"{ADDED_PREFIX}{name}.parquet"
-    store.put(key, sink.getvalue())
+    store.put(key, parquet_bytes(table.replace_schema_metadata(marks)))
     return key

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import itertools
 import math
 import re
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.inputs import Prompt, Subject
 from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
 from facediffuser.errors import InputError
@@ -222,12 +222,7 @@ def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> i
 
 def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
     """Return the Parquet of a plan part; the same rows give the same bytes."""
-    sink = io.BytesIO()
-    pq.write_table(
-        rows.replace_schema_metadata(schema.metadata), sink, row_group_size=layout.shard_size, compression="zstd",
-        write_page_index=True,
-    )  # fmt: skip
-    return sink.getvalue()
+    return parquet_bytes(rows.replace_schema_metadata(schema.metadata), row_group_size=layout.shard_size)
 
 
 def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:

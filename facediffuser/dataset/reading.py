@@ -1,11 +1,14 @@
 """Reading the Parquet of a dataset piece by piece: its shards, their row groups, footers and columns."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
@@ -67,6 +70,13 @@ def read_footer(store: Store, key: str) -> pq.FileMetaData:
     """Return the footer of a Parquet object."""
     with store.open(key) as source:
         return pq.read_metadata(source)
+
+
+def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
+    """Return fingerprint and run document from the metadata of a Parquet object that a run wrote; None and {} without."""
+    metadata = (schema.metadata if schema is not None else None) or {}
+    fingerprint = metadata.get(FINGERPRINT_KEY)
+    return fingerprint.decode() if fingerprint else None, json.loads(metadata.get(RUN_KEY, b"{}"))
 
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:

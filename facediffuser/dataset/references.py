@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.storage import Store
 
@@ -35,12 +36,7 @@ def references_digest(table: pa.Table) -> str:
 
 def encode_references(table: pa.Table, schema: pa.Schema) -> bytes:
     """Return subjects.parquet; `schema` carries the run's marks."""
-    sink = io.BytesIO()
-    pq.write_table(
-        table.replace_schema_metadata(schema.metadata), sink, row_group_size=ROWS_PER_GROUP, compression="zstd",
-        write_page_index=True,
-    )  # fmt: skip
-    return sink.getvalue()
+    return parquet_bytes(table.replace_schema_metadata(schema.metadata), row_group_size=ROWS_PER_GROUP)
 
 
 def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, References]:

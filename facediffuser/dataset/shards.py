@@ -1,7 +1,5 @@
 """Shards: finished rows as one Parquet object, encoded in memory; its presence with the run's fingerprint ends it."""
 
-import functools
-import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
 from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY
 from facediffuser.storage import ObjectInfo, Store
@@ -27,27 +26,15 @@ def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
     `schema` is DATASET_SCHEMA with the run's marks. The same rows give the same bytes.
     """
     table = pa.Table.from_pylist(list(rows), schema=schema)
-    sink = io.BytesIO()
-    others = [path for path in _column_paths() if path != IMAGE_BYTES]
-    pq.write_table(
+    others = [path for path in column_paths(DATASET_SCHEMA) if path != IMAGE_BYTES]
+    return parquet_bytes(
         table,
-        sink,
         row_group_size=ROWS_PER_GROUP,
         # Images are compressed already; a second pass would cost time and win nothing.
         compression={IMAGE_BYTES: "none"} | dict.fromkeys(others, "zstd"),
         use_dictionary=["prompt_id", "prompt", "category", "subject_ids.list.element", "method", "scheduler", "status"],
         write_statistics=others,
-        write_page_index=True,
     )
-    return sink.getvalue()
-
-
-@functools.cache
-def _column_paths() -> tuple[str, ...]:
-    sink = io.BytesIO()
-    pq.write_table(DATASET_SCHEMA.empty_table(), sink)
-    schema = pq.ParquetFile(sink).schema
-    return tuple(schema.column(index).path for index in range(len(schema)))
 
 
 def shard_mark(store: Store, key: str) -> str | None:

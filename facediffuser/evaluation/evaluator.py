@@ -1,15 +1,14 @@
 """Evaluation: images of our datasets and of other systems, scored alike, in one table of methods."""
 
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.errors import InputError
 from facediffuser.evaluation import compare, tables
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -122,14 +121,14 @@ class Evaluator:
 def write_evaluation(store: Store, evaluation: Evaluation) -> None:
     """Write table.parquet, per_subject.parquet, table.md, plot.png, scores.parquet, of several methods differences."""
     digests = {f"facediffuser_scorer_{name}": digest for name, digest in evaluation.digests.items()}
-    store.put("scores.parquet", _parquet(evaluation.images.replace_schema_metadata(digests)))
+    store.put("scores.parquet", parquet_bytes(evaluation.images.replace_schema_metadata(digests)))
     if evaluation.differences:
-        store.put("differences.parquet", _parquet(compare.as_arrow(evaluation.differences)))
+        store.put("differences.parquet", parquet_bytes(compare.as_arrow(evaluation.differences)))
     per_subject = tables.as_arrow(evaluation.subjects, tables.SUBJECT_SCHEMA)
-    store.put("per_subject.parquet", _parquet(per_subject.replace_schema_metadata(digests)))
+    store.put("per_subject.parquet", parquet_bytes(per_subject.replace_schema_metadata(digests)))
     store.put("plot.png", method_plane(evaluation.table))
     store.put("table.md", evaluation.markdown.encode())
-    store.put("table.parquet", _parquet(tables.as_arrow(evaluation.table).replace_schema_metadata(digests)))
+    store.put("table.parquet", parquet_bytes(tables.as_arrow(evaluation.table).replace_schema_metadata(digests)))
 
 
 def pick_device(name: str) -> str:
@@ -187,12 +186,6 @@ def _columns(score: ImageScore) -> dict:
         "status": "ok",
         "error": None,
     }
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 def _markdown(

@@ -1,7 +1,6 @@
 """Where the images of an evaluation come from: our datasets, or folders of any other system."""
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
 from facediffuser.dataset.inputs import Subject, open_picture, read_prompts, read_subjects
-from facediffuser.dataset.reading import list_shards, read_footer, row_groups
-from facediffuser.dataset.schema import DATASET_SCHEMA, RUN_KEY
+from facediffuser.dataset.reading import list_shards, read_footer, recorded_run, row_groups
+from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import ForeignSettings, TableSettings
@@ -68,7 +67,7 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
     """The images of a dataset; `name` stands for the method its rows name."""
     keys = dataset_keys(store, with_subjects=settings.rescore or bool(settings.add))
     footers = [read_footer(store, key) for key in keys]
-    recorded = json.loads((footers[0].metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
+    recorded = recorded_digests(footers[0].schema.to_arrow_schema())
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
     added = read_added(store)
     always = {"source": store.url} | ({"method": name} if name else {})
@@ -188,7 +187,7 @@ def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
 
 def recorded_digests(schema: pa.Schema) -> dict[str, str]:
     """Return the digests of the scorers that a dataset's footer names, empty when it names none."""
-    return json.loads((schema.metadata or {}).get(RUN_KEY, b"{}")).get("scorers", {})
+    return recorded_run(schema)[1].get("scorers", {})
 
 
 def open_image(data: bytes, name: str) -> Image.Image:

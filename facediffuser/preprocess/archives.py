@@ -1,6 +1,7 @@
 """Pictures in a tar archive, read from beginning to end without unpacking it: neither to disk nor all into memory."""
 
 import gzip
+import io
 import posixpath
 import tarfile
 import zlib
@@ -40,10 +41,11 @@ def scan_archive(url: str) -> FileTable:
         elif posixpath.basename(name) in (*ID_LISTS.values(), FFHQ_METADATA):
             lists[name] = archive.extractfile(member).read()
     top = _top_folder(sizes)
+    kept = {name.removeprefix(top): data for name, data in lists.items()}
     return FileTable(
         url,
         {name.removeprefix(top): size for name, size in sizes.items()},
-        {name.removeprefix(top): data for name, data in lists.items()}.__getitem__,
+        lambda key: io.BytesIO(kept[key]),
         links=frozenset(name.removeprefix(top) for name in links),
         top=top,
     )

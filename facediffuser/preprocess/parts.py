@@ -9,7 +9,6 @@
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.errors import InputError
 from facediffuser.preprocess.prepared_schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
@@ -65,27 +65,15 @@ def to_json(content: Any) -> bytes:
 def encode_part(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str) -> bytes:
     """Return the rows as the bytes of a Parquet file: row groups of 100, images as they are, the rest zstd."""
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: fingerprint.encode()})
-    buffer = io.BytesIO()
     plain = ("image.bytes", "segmentation")
-    leaves = [column.path for column in pq.ParquetFile(_empty(schema)).schema]
-    with pq.ParquetWriter(
-        buffer,
-        schema,
-        compression={leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
-        use_dictionary=[leaf for leaf in leaves if leaf not in plain],
-        write_page_index=True,
-        write_statistics=[leaf for leaf in leaves if leaf not in plain],
-    ) as writer:
-        for start in range(0, len(rows), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(list(rows[start : start + ROW_GROUP]), schema))
-    return buffer.getvalue()
-
-
-def _empty(schema: pa.Schema) -> io.BytesIO:
-    buffer = io.BytesIO()
-    pq.write_table(schema.empty_table(), buffer)
-    buffer.seek(0)
-    return buffer
+    others = [path for path in column_paths(schema) if path not in plain]
+    return parquet_bytes(
+        pa.Table.from_pylist(list(rows), schema),
+        row_group_size=ROW_GROUP,
+        compression=dict.fromkeys(plain, "none") | dict.fromkeys(others, "zstd"),
+        use_dictionary=others,
+        write_statistics=others,
+    )
 
 
 def put_part(store: Store, part: int, fingerprint: str, rows: dict[str, list[dict]], facts: dict[str, Any]) -> dict:

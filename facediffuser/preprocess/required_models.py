@@ -1,9 +1,9 @@
 """The models that a source may need: where they are, and whether they can be had, asked before any work begins."""
 
-import hashlib
 import os
 from pathlib import Path
 
+from facediffuser.digests import folder_digest
 from facediffuser.errors import InputError
 from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
 from facediffuser.preprocess.sources import FASTCOMPOSER, Listing
@@ -69,13 +69,4 @@ def _folder_and_config(option: str, name: str):
 def _digest(option: str, name: str) -> str:
     folder, config = _folder_and_config(option, name)
     # A hub's model is known by its commit, a folder by what is in it: the name may come to hold something else.
-    return _folder_digest(folder) if os.path.isdir(folder) else str(getattr(config, "_commit_hash", None))
-
-
-def _folder_digest(folder: str | Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return folder_digest(Path(folder)) if os.path.isdir(folder) else str(getattr(config, "_commit_hash", None))

@@ -1,7 +1,9 @@
 """The files of a source of photographs, by name: what a listing and a reader of archives share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from facediffuser.preprocess.splits import TEST, TRAIN
 
@@ -36,7 +38,7 @@ class Record:
 
 @dataclass(frozen=True)
 class FileTable:
-    """The files of a source: `sizes` in bytes by name, how to `read` one of the root's, names that are `links`.
+    """The files of a source: `sizes` in bytes by name, how to `open` one of the root's, names that are `links`.
 
     `others`: names in a folder that are no files: links that lead nowhere, pipes and the like.
 
@@ -45,7 +47,7 @@ class FileTable:
 
     url: str
     sizes: dict[str, int]
-    read: Callable[[str], bytes]
+    open: Callable[[str], AbstractContextManager[BinaryIO]]
     links: frozenset[str] = frozenset()
     others: frozenset[str] = frozenset()
     top: str = ""

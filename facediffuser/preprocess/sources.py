@@ -1,12 +1,13 @@
 """Where photographs come from: the layouts that are read, and the list of pictures in one of them."""
 
 import hashlib
-import json
 import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import ijson
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.archives import is_archive, scan_archive
@@ -83,8 +84,8 @@ def scan_store(url: str) -> FileTable:
     store.require_readable()
     if isinstance(store, LocalStore):
         sizes, others = _scan_folder(store.root)
-        return FileTable(url, sizes, store.get, others=others)
-    return FileTable(url, {info.key: info.size for info in store.list()}, store.get)
+        return FileTable(url, sizes, store.open, others=others)
+    return FileTable(url, {info.key: info.size for info in store.list()}, store.open)
 
 
 def _scan_folder(root: Path) -> tuple[dict[str, int], frozenset[str]]:
@@ -118,7 +119,8 @@ def _is_fastcomposer_path(key: str) -> bool:
 
 def _text(table: FileTable, key: str) -> str:
     try:
-        return table.read(key).decode("utf-8-sig")
+        with table.open(key) as stream:
+            return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{table.url}: {key} is not UTF-8 text; write it again") from error
 
@@ -163,6 +165,8 @@ def _list_ffhq(table: FileTable, images: str) -> list[Record]:
     kind = wanted[0]
     described = FFHQ_METADATA in table
     metadata = dict(_ffhq_metadata(table, FFHQ_ENTRIES[kind])) if described else {}
+    if described and not metadata:
+        raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged (no object of pictures); download it again")
     records = []
     for key in sorted(table.sizes):
         if not key.startswith(f"{FFHQ_FOLDERS[kind]}/") or not key.lower().endswith(EXTENSIONS):
@@ -181,47 +185,28 @@ def _list_ffhq(table: FileTable, images: str) -> list[Record]:
 
 def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]:
     """Each id of FFHQ's JSON with what is kept of it; read item by item, since all of it as objects takes gigabytes."""
-    text = _text(table, FFHQ_METADATA)
-    decoder = json.JSONDecoder()
     try:
-        position = _after(text, 0, "{")
-        while text[position] != "}":
-            key, position = decoder.raw_decode(text, position)
-            value, position = decoder.raw_decode(text, _after(text, position, ":"))
-            details = value.get("metadata") or {}
-            yield (
-                int(key),
-                Record(
-                    key,
-                    "",
-                    split=FFHQ_SPLITS[value["category"]],
-                    licence=_plain_text(details.get("license")),
-                    author=_plain_text(details.get("author")),
-                    pixel_md5=(value.get(entry) or {}).get("pixel_md5"),
-                ),
-            )
-            position = _skip(text, position)
-            position = _after(text, position, ",") if text[position] == "," else position
-    except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        with table.open(FFHQ_METADATA) as stream:
+            for key, value in ijson.kvitems(stream, "", buf_size=1 << 20, use_float=True):
+                details = value.get("metadata") or {}
+                yield (
+                    int(key),
+                    Record(
+                        key,
+                        "",
+                        split=FFHQ_SPLITS[value["category"]],
+                        licence=_plain_text(details.get("license")),
+                        author=_plain_text(details.get("author")),
+                        pixel_md5=(value.get(entry) or {}).get("pixel_md5"),
+                    ),
+                )
+    except (ijson.JSONError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged ({error!r}); download it again") from error
 
 
 def _plain_text(value: object) -> str | None:
     # JSON can spell half of a surrogate pair, which Parquet cannot hold.
     return None if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def _skip(text: str, position: int) -> int:
-    while text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _after(text: str, position: int, sign: str) -> int:
-    position = _skip(text, position)
-    if text[position] != sign:
-        raise ValueError(f"{sign!r} expected at character {position}")
-    return _skip(text, position + 1)
 
 
 def _list_folder(table: FileTable) -> list[Record]:

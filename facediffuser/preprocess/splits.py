@@ -2,14 +2,15 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 TRAIN, TEST = "train", "test"
 HASH_SIDE = 16
-HASH_BITS = HASH_SIDE * HASH_SIDE
 
 
 def split_of(image_id: str, test_share: float) -> str:
@@ -38,36 +39,36 @@ def near_duplicates(hashes: Sequence[bytes], bits: int) -> np.ndarray:
     if not len(hashes):
         return np.zeros(0, np.int64)
     table = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+    # The first picture with each distinct hash stands for all of them, so that many flat pictures cost no pairs.
     unique, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
-    # Representatives: the first picture with each distinct hash, so that many flat pictures cost no pairs.
-    parent = np.arange(len(unique))
     spread = np.unpackbits(unique, axis=1)
+    pairs = [np.zeros((0, 2), np.int64)]
     for band in np.array_split(np.arange(spread.shape[1]), bits + 1):
         _, key = np.unique(np.packbits(spread[:, band], axis=1), axis=0, return_inverse=True)
         order = np.argsort(key.reshape(-1), kind="stable")
         bounds = np.flatnonzero(np.diff(key.reshape(-1)[order])) + 1
         for bucket in np.split(order, bounds):
-            _join_bucket(bucket, unique, bits, parent)
-    roots = np.array([_root(parent, index) for index in range(len(unique))])
-    smallest = np.full(len(unique), len(hashes), np.int64)
-    np.minimum.at(smallest, roots, first)
-    return smallest[roots[inverse.reshape(-1)]]
+            pairs += _close_pairs(bucket, unique, bits)
+    near = np.concatenate(pairs)
+    links = coo_array((np.ones(len(near), bool), (near[:, 0], near[:, 1])), shape=(len(unique), len(unique)))
+    count, group = connected_components(links, directed=False)
+    smallest = np.full(count, len(hashes), np.int64)
+    np.minimum.at(smallest, group, first)
+    return smallest[group[inverse.reshape(-1)]]
 
 
-def _join_bucket(bucket: np.ndarray, table: np.ndarray, bits: int, parent: np.ndarray) -> None:
-    for position, index in enumerate(bucket[:-1]):
-        others = bucket[position + 1 :]
-        distance = np.bitwise_count(table[others] ^ table[index]).sum(axis=1)
-        for other in others[distance <= bits]:
-            a, b = _root(parent, index), _root(parent, other)
-            parent[max(a, b)] = min(a, b)
+def _close_pairs(bucket: np.ndarray, table: np.ndarray, bits: int) -> Iterator[np.ndarray]:
+    """Pairs (k, 2) that join the hashes of a bucket that differ in at most `bits` bits.
 
-
-def _root(parent: np.ndarray, index: int) -> int:
-    while parent[index] != index:
-        parent[index] = parent[parent[index]]
-        index = parent[index]
-    return int(index)
+    Pairs of hashes that earlier ones join already are left out: a thousand alike take a thousand pairs, not a million.
+    """
+    joined = np.arange(len(bucket))
+    for place, index in enumerate(bucket[:-1]):
+        others = np.arange(place + 1, len(bucket))[joined[place + 1 :] != joined[place]]
+        close = others[np.bitwise_count(table[bucket[others]] ^ table[index]).sum(axis=1) <= bits]
+        if len(close):
+            joined[close] = joined[place]
+            yield np.stack([np.full(len(close), index), bucket[close]], axis=1)
 
 
 def assign_splits(

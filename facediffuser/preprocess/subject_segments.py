@@ -11,6 +11,7 @@ from PIL import Image
 from facediffuser.faces import Face
 from facediffuser.preprocess.phrases import Phrase
 from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment
+from facediffuser.scoring.matching import greedy_pairs
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,6 @@ class PhraseMatcher:
         return (text @ image.T).cpu().numpy()
 
 
-def greedy_match(similarity: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (row, column), each row and column at most once, the most similar first.
-
-    Equal similarities go to the first row and then to the first column: from left to right when both are sorted so.
-    """
-    rows, columns = similarity.shape
-    order = sorted(
-        ((row, column) for row in range(rows) for column in range(columns)),
-        key=lambda pair: (-float(similarity[pair]), pair),
-    )
-    pairs, used_rows, used_columns = [], set(), set()
-    for row, column in order:
-        if row not in used_rows and column not in used_columns:
-            pairs.append((row, column))
-            used_rows.add(row)
-            used_columns.add(column)
-    return pairs
-
-
 def match_subjects(
     image: Image.Image, phrases: Sequence[Phrase], segments: Sequence[Segment], matcher: PhraseMatcher | None
 ) -> list[Subject]:
@@ -82,7 +64,7 @@ def match_subjects(
         similarity = matcher.similarity([image.crop(item.box) for item in people], [item.text for item in phrases])
     return [
         Subject(phrases[row].text, phrases[row].start, phrases[row].end, people[column].id, people[column].box)
-        for row, column in sorted(greedy_match(similarity))
+        for row, column in sorted(greedy_pairs(similarity))
     ]
 
 
@@ -94,7 +76,7 @@ def tie_faces(subjects: Sequence[Subject], faces: Sequence[Face], ids: np.ndarra
     share = np.array([[_share(face, ids, subject.segment_id) for face in faces] for subject in subjects])
     faces_of = {}
     if share.size:
-        faces_of = {row: column for row, column in greedy_match(share) if share[row, column] > 0}
+        faces_of = {row: column for row, column in greedy_pairs(share) if share[row, column] > 0}
     return [
         Subject(item.phrase, item.start, item.end, item.segment_id, item.box, faces_of.get(index, -1))
         for index, item in enumerate(subjects)

@@ -1,6 +1,5 @@
 """Identity: MTCNN finds faces, a face network turns each into a unit vector, cosines compare them."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from facediffuser.digests import files_digest
 from facediffuser.errors import InputError
 from facediffuser.faces import Face, crop_square, face_crop_box
 from facediffuser.scoring.face_detector import FaceDetector
@@ -161,7 +161,7 @@ def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentitySco
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{weights}: not InceptionResnetV1's weights ({reason}); give {FACENET_FILE}") from error
     detector = FaceDetector(device, min_side=0)
-    return IdentityScorer(detector, network, FACENET_CROP, facenet_normalise, device), file_digest([weights])
+    return IdentityScorer(detector, network, FACENET_CROP, facenet_normalise, device), files_digest([weights])
 
 
 def published_facenet() -> Path:
@@ -193,7 +193,7 @@ def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityS
     network = load_identity_embedder(folder)
     detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)
     scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device, square_face_crop)
-    return scorer, file_digest([folder / "config.json", folder / "model.safetensors"])
+    return scorer, files_digest([folder / "config.json", folder / "model.safetensors"])
 
 
 def detector_digest() -> str:
@@ -201,15 +201,4 @@ def detector_digest() -> str:
     import facenet_pytorch
 
     folder = Path(facenet_pytorch.__file__).parent / "data"
-    return file_digest([folder / f"{name}.pt" for name in ("pnet", "rnet", "onet")])
-
-
-def file_digest(paths: Sequence[Path]) -> str:
-    """Return the sha256 over the names and contents of files, in the order given."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+    return files_digest([folder / f"{name}.pt" for name in ("pnet", "rnet", "onet")])

@@ -12,20 +12,28 @@ def cosine_scores(faces: np.ndarray, references: np.ndarray) -> np.ndarray:
     return np.clip(products, 0.0, 1.0)
 
 
+def greedy_pairs(scores: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs (row, column) of a matrix, each row and column at most once, the highest score first.
+
+    Of equal scores that of the first row is taken, then that of the first column.
+    """
+    left, pairs = scores.astype(np.float64), []
+    for _ in range(min(scores.shape)):
+        row, column = map(int, np.unravel_index(np.argmax(left), left.shape))
+        pairs.append((row, column))
+        left[row, :] = left[:, column] = -np.inf
+    return pairs
+
+
 def match_greedily(scores: np.ndarray) -> list[int]:
     """Return for every subject the index of its face, -1 for none; no face serves two subjects.
 
     `scores` (faces, subjects). The best pair of all is taken first, then the best among what is left (METHOD:
     Evaluation). Of equal pairs the earlier face, then the earlier subject, is taken, so the result is one.
     """
-    faces, subjects = scores.shape
-    left = scores.astype(np.float64, copy=True)
-    chosen = [-1] * subjects
-    for _ in range(min(faces, subjects)):
-        face, subject = np.unravel_index(np.argmax(left), left.shape)
-        chosen[subject] = int(face)
-        left[face, :] = -1.0
-        left[:, subject] = -1.0
+    chosen = [-1] * scores.shape[1]
+    for face, subject in greedy_pairs(scores):
+        chosen[subject] = face
     return chosen
 
 

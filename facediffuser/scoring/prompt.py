@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from facediffuser.digests import files_digest
 from facediffuser.errors import InputError
 from facediffuser.pictures import CLIP_MEAN, CLIP_STD
-from facediffuser.scoring.identity import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer,
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: not a CLIP model with tokenizer ({reason}); give the whole folder") from error
     text = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
-    return PromptScorer(model, tokenizer, device), file_digest([*text, weights[0]])
+    return PromptScorer(model, tokenizer, device), files_digest([*text, weights[0]])
 
 
 def published_clip(model: str = PAPER_CLIP) -> Path:

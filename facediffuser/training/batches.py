@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
-from facediffuser.subject import CLIP_MEAN, CLIP_STD
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
 from facediffuser.training.conditioning import draw_condition_dropout, mark_caption
 from facediffuser.training.latent_cache import CaptionEmbeddings, pixels_of

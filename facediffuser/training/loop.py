@@ -17,7 +17,7 @@ from facediffuser.training import training_run as runs
 from facediffuser.training.batches import Batch, image_seed
 from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
-from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss
+from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss, update_average
 from facediffuser.training.monitoring import TrainingMonitor
 from facediffuser.training.parameters import select_trained
 from facediffuser.training.prefetch import prefetch_batches
@@ -217,8 +217,7 @@ class TrainingRun:
 
     def _update_ema(self) -> None:
         if self.average:
-            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
+            update_average(self.average, self.trained, self.recipe.ema, self.step)
 
     @contextmanager
     def _ema_weights(self) -> Iterator[None]:

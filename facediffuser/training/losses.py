@@ -69,6 +69,22 @@ def _weighted(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     return (values * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
 
+@torch.no_grad()
+def update_average(
+    averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], decay: float, updates: int
+) -> None:
+    """Move exponential moving averages of weights towards the present weights, in place.
+
+    Args:
+        averages: the averages.
+        weights: the present weights, in the same order and shapes.
+        decay: the share of the averages that is kept, 0 to below 1; less in the first updates: (1 + n) / (10 + n).
+        updates: how many updates there are with this one, n.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(list(averages), [weight.detach() for weight in weights], 1 - decay)
+
+
 def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return a loss weight per timestep, min(SNR, gamma) / SNR (min-SNR for noise prediction, arXiv 2303.09556).
 

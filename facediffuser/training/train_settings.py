@@ -1,7 +1,5 @@
 """The settings of `facediffuser train`: inputs, output, a preset, and what should differ from the preset."""
 
-import hashlib
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, create_model, model_validator
@@ -113,8 +111,3 @@ class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
         if recipe.schedule == "constant":
             content.pop("steps")
         return content
-
-
-def fingerprint(content: dict[str, Any]) -> str:
-    """Return the sha256 of a JSON object."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

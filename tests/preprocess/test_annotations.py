@@ -12,7 +12,8 @@ from facediffuser.preprocess.annotations import annotated_segments, annotated_su
 from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.read_pictures import Rejection
 from facediffuser.preprocess.segment_maps import Segment, decode_map, encode_map, read_map, resize_map
-from facediffuser.preprocess.subject_segments import Subject, greedy_match, match_subjects, tie_faces
+from facediffuser.preprocess.subject_segments import Subject, match_subjects, tie_faces
+from facediffuser.scoring.matching import greedy_pairs
 
 CAPTION = "an old man and a woman outside"
 IDS = np.array([[0, 1, 1, 0, 2, 2], [0, 1, 1, 0, 2, 2]])
@@ -166,7 +167,7 @@ def test_one_phrase_and_one_person_need_no_opinion_and_leftovers_are_no_subjects
 
 
 def test_greedy_matching_is_one_to_one():
-    pairs = greedy_match(np.random.default_rng(0).random((4, 6)))
+    pairs = greedy_pairs(np.random.default_rng(0).random((4, 6)))
     assert len({row for row, _ in pairs}) == len({column for _, column in pairs}) == len(pairs) == 4
 
 

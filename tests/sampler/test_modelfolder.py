@@ -7,9 +7,15 @@ import pytest
 import torch
 from sampler.released import write_base, write_run
 
-from facediffuser.checkpoints import assemble, model_digests, resolve_base, resolve_model
 from facediffuser.errors import InputError
-from facediffuser.modelfolder import load_image_encoder, resolve_image_encoder
+from facediffuser.modelfolder import (
+    assemble,
+    load_image_encoder,
+    model_digests,
+    resolve_base,
+    resolve_image_encoder,
+    resolve_model,
+)
 from facediffuser.pipeline import FaceDiffuserPipeline
 
 

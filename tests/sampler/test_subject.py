@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import pad_to_square, to_rgb
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD, pad_to_square, to_rgb
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.prompts import IMAGE_MARKER, without_markers
-from facediffuser.subject import CLIP_MEAN, CLIP_STD, SubjectFuser, encode_references, preprocess_references
+from facediffuser.subject import SubjectFuser, encode_references, preprocess_references
 
 M = IMAGE_MARKER
 

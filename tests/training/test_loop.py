@@ -47,7 +47,7 @@ def test_a_run_leaves_its_parts_and_says_what_it_was(settings, tmp_path, role, p
 
 def test_two_trained_runs_and_their_base_make_a_pipeline(settings, base, tmp_path):
     from facediffuser import FaceDiffuserPipeline
-    from facediffuser.checkpoints import assemble
+    from facediffuser.modelfolder import assemble
 
     for role in ("tdm", "sdm"):
         train_model(settings(role, steps=1, output=str(tmp_path / role)), lambda numbers: None)
@@ -88,7 +88,7 @@ def test_making_the_miniatures_model_folder_of_an_unfinished_run_is_refused_in_o
 
 
 def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
-    from facediffuser.checkpoints import assemble
+    from facediffuser.modelfolder import assemble
 
     for role in ("tdm", "sdm"):
         train_model(settings(role, learning_rate=1e-2, output=str(tmp_path / role)), lambda numbers: None)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from facediffuser.modelfolder import save_component
+from facediffuser.training.losses import min_snr_weights
 from tools.miniature_weights.fitting import Average, fit, with_plain_attention
 from tools.miniature_weights.photo_stream import PhotoSet
 from tools.miniature_weights.tokenizer import MAX_LENGTH, token_ids
@@ -121,8 +122,7 @@ def train_base(
     averages = Average(unet, 0.9985), Average(text, 0.9985)
     noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
     alphas = noise_schedule.alphas_cumprod
-    snr = alphas / (1 - alphas)
-    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    weights = min_snr_weights(alphas, MIN_SNR_GAMMA)
 
     def loss(step: int) -> torch.Tensor:
         latents, faces, ids = data.batch(batch_size, generator)

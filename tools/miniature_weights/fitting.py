@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from facediffuser.training.losses import update_average
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,9 +38,7 @@ class Average:
     def update(self, module: nn.Module) -> None:
         """Move towards the module's present weights."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        mine, theirs = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in theirs], 1 - decay)
+        update_average(list(self.module.parameters()), list(module.parameters()), self.decay, self.updates)
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)
 
