@@ -109,7 +109,7 @@ def _small(picture: Image.Image, side: int) -> str:
     """The picture as the data URL of a JPEG whose longer side is `side` px."""
     picture = picture.convert("RGB")
     scale = side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     buffer = io.BytesIO()
     picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=88)
     return _data_url(buffer.getvalue(), "jpeg")

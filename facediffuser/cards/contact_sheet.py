@@ -100,7 +100,8 @@ def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Return `text` broken into at most `lines` lines of `width` px; what does not fit ends in an ellipsis."""
-    broken, rest = [], one_line(text).split()
+    broken: list[str] = []
+    rest = one_line(text).split()
     while rest and len(broken) < lines:
         count = 1
         while count < len(rest) and face.getlength(" ".join(rest[: count + 1])) <= width:

@@ -103,7 +103,7 @@ def _cell(row: dict[str, Any]) -> Image.Image:
 
 def _caption(pen: ImageDraw.ImageDraw, row: dict[str, Any], left: int, top: int) -> None:
     """Write the caption word by word, the subjects' phrases in their colours."""
-    x, y, position = left, top, 0
+    x, y, position = float(left), top, 0
     if not row["caption"]:
         pen.text((x, y), "no caption", fill=PALE, font=FONT)
     for word in row["caption"].split():

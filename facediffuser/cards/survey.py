@@ -100,7 +100,8 @@ def survey_dataset(store: Store) -> Survey:
     The choice of rows depends on their ids alone, not on how they lie in shards.
     """
     infos = list_shards(store)
-    rows, failures, prompts, subjects = 0, Counter(), set(), set()
+    rows, prompts, subjects = 0, set(), set()
+    failures: Counter[str] = Counter()
     settings: dict[str, set] = {}
     added = read_added(store)
     flags = {name: _Flag(*columns) for name, columns in FLAGS.items() if name in added.schema.names}

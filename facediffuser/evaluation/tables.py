@@ -208,7 +208,7 @@ def paper_markdown(rows: Sequence[ScoreRow]) -> Markdown:
         head += [f"{shown}: images", *(f"{shown}: {title(metric)}" for metric in metrics)]
     lines = []
     for method in sorted({row.method for row in rows}):
-        cells = [method]
+        cells: list[object] = [method]
         for count in counts:
             found = [values.get((method, count, metric)) for metric in metrics]
             cells += [max((row.n for row in found if row), default=0), *map(value_with_interval, found)]
