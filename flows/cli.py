@@ -52,6 +52,7 @@ app = App(
     help="Person-centric image datasets with Face-diffuser: people and prompts in, scored images in Parquet out.",
     help_epilogue="`facediffuser COMMAND --help` lists the options of a command and shows an example.",
     default_parameter=_DEFAULTS,
+    suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
 ORDER = (

@@ -2,13 +2,16 @@
 
 import logging
 import os
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 
 PRODUCT = "facediffuser"
+_RAY_CORE = re.compile(rb"\[[-0-9]+ [:,0-9]+ [A-Z] \d+ \d+\] ")  # [2026-11-27 08:37:18,012 E 17541 17541]
 
 
 class Verbosity(Enum):
@@ -41,7 +44,7 @@ def shown(verbosity: Verbosity) -> Iterator[None]:
     ours.setLevel(logging.INFO)
     if verbose:
         root.setLevel(logging.INFO)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nullcontext() if verbose else _ray_core_lines_dropped(handler):
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")
         try:
@@ -60,6 +63,40 @@ def warnings_held_back() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _ray_core_lines_dropped(handler: logging.StreamHandler) -> Iterator[None]:
+    """Drop the lines that Ray's C++ part writes to file descriptor 2, past all loggers and without a setting for it.
+
+    `sys.stderr` and the handler go on writing to the terminal itself, so that progress bars know it.
+    """
+    if sys.stderr is not sys.__stderr__:
+        yield  # a caller has taken stderr for itself
+        return
+    stream, terminal = sys.stderr, os.dup(2)
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(writer)
+    sys.stderr = sys.__stderr__ = os.fdopen(
+        terminal, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
+    )
+    handler.setStream(sys.stderr)
+
+    def copy() -> None:
+        with os.fdopen(reader, "rb") as lines:
+            for line in lines:
+                if not _RAY_CORE.match(line):
+                    os.write(terminal, line)
+
+    # Ray's and Prefect's processes have the pipe's other end, too, and may outlive this: no end of file is waited for.
+    threading.Thread(target=copy, name="stderr", daemon=True).start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = sys.__stderr__ = stream
+        os.dup2(terminal, 2)
 
 
 class _Formatter(logging.Formatter):

@@ -1,0 +1,102 @@
+"""What a command shows: the product's own lines; those of Prefect, Ray and other libraries with --verbose only."""
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from facediffuser.errors import InputError, RunError, Stopped
+from facediffuser.flows.cli import exit_code, main
+from facediffuser.flows.terminal import Verbosity, shown
+
+OURS = re.compile(r"\d\d:\d\d:\d\d ")
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "expected"),
+    [
+        (Verbosity.QUIET, ["warning: is slow"]),
+        (Verbosity.NORMAL, ["begins", "warning: is slow"]),
+        (
+            Verbosity.VERBOSE,
+            [
+                "facediffuser.tasks.generate: begins",
+                "facediffuser.tasks.generate: warning: is slow",
+                "library: begins",
+                "library: warning: is slow",
+            ],
+        ),
+    ],
+)
+def test_which_lines_are_shown(verbosity, expected, capsys):
+    levels = logging.getLogger().level, logging.getLogger("facediffuser").level
+    with shown(verbosity):
+        for name in ("facediffuser.tasks.generate", "library"):
+            logging.getLogger(name).info("begins")
+            logging.getLogger(name).warning("is slow")
+    assert [OURS.sub("", line) for line in capsys.readouterr().err.splitlines()] == expected
+    assert (logging.getLogger().level, logging.getLogger("facediffuser").level) == levels
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("bad"), 2),
+        (RunError("3 of 9 rows failed"), 1),
+        (Stopped("stopped"), 143),
+        (OSError(28, "No space left on device"), 1),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)
+def test_exit_codes(error, code):
+    assert exit_code(error) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (RunError("3 of 9 rows failed"), "facediffuser miniature render: 3 of 9 rows failed", 1),
+        (KeyboardInterrupt(), "facediffuser miniature render: interrupted; run the same command again to resume", 130),
+    ],
+)
+def test_an_expected_end_of_a_run_is_one_line(error, line, code, capsys, monkeypatch):
+    def render(*arguments):
+        raise error
+
+    monkeypatch.setattr("facediffuser.miniature.render.render_set", render)
+    assert main(["miniature", "render", "--count", "1", "--output", "o", "--quiet"]) == code
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_lines_of_ray_s_core_are_dropped_and_others_kept():
+    script = """
+import os, sys
+from facediffuser.flows.terminal import Verbosity, shown
+with shown(Verbosity.NORMAL):
+    os.write(2, b"[2026-11-27 08:37:18,012 E 17541 17541] core_worker.cc:2465: Actor ...\\n")
+    print("ours", file=sys.stderr)
+os.write(2, b"after\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "core_worker" not in done.stderr
+    assert {"ours", "after"} <= set(done.stderr.splitlines())
+
+
+# A whole run with Prefect and Ray in a process of its own: most of a minute.
+@pytest.mark.slow
+def test_a_healthy_run_shows_the_product_s_lines_alone(tmp_path: Path):
+    people = ["miniature", "render", "--count", "2", "--seed", "1", "--output", str(tmp_path / "photos"), "--quiet"]
+    assert main(people) == 0
+    command = [
+        *(sys.executable, "-m", "facediffuser.flows.cli", "generate", "--models", "miniature", "--steps", "2"),
+        *("--subjects", str(tmp_path / "photos/subjects"), "--prompts", str(tmp_path / "photos/prompts.jsonl")),
+        *("--output", str(tmp_path / "dataset"), "--subject-sets", "1"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not OURS.match(line)] == []
+    assert done.stderr.splitlines()[0].endswith(f"with miniature in {tmp_path / 'dataset'}")
+    assert done.stdout.lstrip().startswith(f"{tmp_path / 'dataset'}: ")
