@@ -31,6 +31,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from facediffuser.miniature.render import render_set
+from facediffuser.pictures import stored_picture
 from facediffuser.preprocess.parts import encode_part
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 from facediffuser.shipped import base_folder
@@ -119,7 +120,10 @@ def write_prepared(folder: Path, count: int, side: int) -> Path:
 
 
 def _row(path: Path, side: int) -> dict:
-    content, picture = json.loads(path.read_text()), Image.open(next(path.parent.glob(f"{path.stem}.[jp][pn]g")))
+    content, picture = (
+        json.loads(path.read_text()),
+        stored_picture(next(path.parent.glob(f"{path.stem}.[jp][pn]g")).read_bytes(), path.stem),
+    )
     factor = side // picture.width
     ids = np.kron(np.load(path.with_suffix(".npy")).astype(np.uint8), np.ones((factor, factor), np.uint8))
     jpeg, png = io.BytesIO(), io.BytesIO()

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.explain_settings import ExplainSettings
-from facediffuser.pictures import to_rgb
+from facediffuser.pictures import open_picture, to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
-from facediffuser.prompts import without_markers
+from facediffuser.prompts import require_marked_words, without_markers
 from facediffuser.schedulers import choose_scheduler, set_scheduler
 from facediffuser.stages import Stage, plan_stages
+from facediffuser.storage import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def explain(settings: ExplainSettings) -> Path:
     Responses are the maps Omega that are compared, each scaled to its own largest value; a model that does not run at a
     step leaves its place empty. Raises InputError, nothing written, for references or prompts that cannot be used.
     """
+    require_marked_words(settings.prompt, "--prompt")
     references = [_open(path) for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(desc="explain")
@@ -145,11 +147,4 @@ def _map(values: torch.Tensor | None) -> np.ndarray | None:
 
 
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give a reference picture") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as a picture; give a jpg, png or webp") from error
+    return open_picture(open_store(path.parent), path.name)[0]

@@ -1,13 +1,202 @@
-"""Pictures of any kind made 8-bit RGB, upright."""
+"""The one place where picture files are opened: what is accepted, and pictures of any kind made 8-bit RGB, upright."""
+
+import hashlib
+import io
+import posixpath
+import warnings
+from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from facediffuser.errors import InputError
+from facediffuser.storage import Store
 
+# What Pillow may take a file for, whatever its name says. Its other readers do not belong on files of strangers: the one
+# for EPS starts Ghostscript, which runs the file as a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# The names that are read as pictures, by every command; anything else is counted and named.
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# A picture's file is read whole: one of more bytes is no picture, but a way to fill the memory.
+MOST_FILE_BYTES = 1 << 30
+MOST_MEGAPIXELS = 100.0
+SHOWN_NAMES = 5
+ORIENTATION_TAG = 0x0112
 # CLIP's own normalisation of RGB values in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where Pillow looks for an orientation.
+_EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+class Rejection(Exception):
+    """Why a picture cannot be used: a kind that is counted, and the detail of this picture."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        self.kind, self.detail = kind, " ".join(detail.split())[:300]
+        super().__init__(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """The kind and the detail in one line."""
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def is_picture_name(key: str) -> bool:
+    """Return whether a file's name is that of a picture: one of EXTENSIONS, and not hidden."""
+    name = posixpath.basename(key)
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def left_out_line(names: Iterable[str]) -> str:
+    """Return in one line how many files are left out since their names are no pictures', and the first of them."""
+    names = sorted(names)
+    # Names of files may hold anything: newlines, and bytes that are no text.
+    shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    one = len(names) == 1
+    return (
+        f"{len(names):,} file{'' if one else 's'} left out, no picture by {'its name' if one else 'their names'}: "
+        f"{', '.join(shown)}{more} (pictures are {' '.join(EXTENSIONS)})"
+    )
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """Return the decoded picture of a file's bytes, neither turned nor converted; Rejection when it cannot be used."""
+    opened = read_header(data)
+    load_pixels(opened)
+    return opened
+
+
+def read_header(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
+    """Return the picture of a file's bytes, its pixels not yet decoded.
+
+    Raises Rejection for a file that is empty, none of FORMATS, damaged, or of more than `max_megapixels`.
+    """
+    if not data:
+        raise Rejection("empty file", "0 bytes")
+    with warnings.catch_warnings():
+        # Of Pillow's warnings one is about large pictures, which our own limit refuses, the others do not say which file.
+        warnings.simplefilter("ignore")
+        try:
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise Rejection("too large", str(error)) from error
+        except Image.UnidentifiedImageError as error:
+            raise Rejection("not a picture", f"none of {', '.join(FORMATS)}") from error
+        except Exception as error:
+            # Damaged headers make Pillow's readers raise nearly anything; all of it is a fact about this file.
+            raise Rejection("damaged picture", f"{type(error).__name__}: {error}") from error
+    width, height = opened.size
+    if width * height > max_megapixels * 1e6:
+        raise Rejection("too large", f"{width} x {height} px, at most {max_megapixels:g} megapixels are decoded")
+    return opened
+
+
+def load_pixels(opened: Image.Image) -> None:
+    """Decode what `read_header` returned; Rejection when it is damaged or moving."""
+    try:
+        # MPO, some cameras' JPEG with further pictures behind it, is opened as JPEG; its first picture counts.
+        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+        if frames > 1:
+            raise Rejection("moving picture", f"{frames} frames; give a single one")
+        opened.load()
+    except Rejection:
+        raise
+    except Exception as error:
+        raise Rejection("damaged picture", f"{type(error).__name__}: {error}") from error
+
+
+def rgb_picture(data: bytes, name: str) -> Image.Image:
+    """Return a user's picture from its file's bytes, upright in RGB; InputError, with `name`, when it cannot be used."""
+    try:
+        return to_rgb(decode_picture(data))
+    except Rejection as rejection:
+        raise InputError(f"{name}: not a usable picture ({rejection.reason}); replace or remove it") from rejection
+    except MemoryError:
+        raise
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: not a usable picture ({detail}); replace or remove it") from error
+
+
+def open_picture(store: Store, key: str) -> tuple[Image.Image, str]:
+    """Return a picture of a store, upright in RGB, and the sha256 of its file; InputError when it cannot be used."""
+    data = read_picture_file(store, key)
+    return rgb_picture(data, store.url_of(key)), hashlib.sha256(data).hexdigest()
+
+
+def read_picture_file(store: Store, key: str) -> bytes:
+    """Return a picture's file; InputError when it is missing, may not be read, or is larger than MOST_FILE_BYTES."""
+    name = store.url_of(key)
+    try:
+        with store.open(key) as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file; give a picture") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror}); give a picture") from error
+    if len(data) > MOST_FILE_BYTES:
+        raise InputError(f"{name}: file too large, at most {MOST_FILE_BYTES:,} bytes are read; replace or remove it")
+    return data
+
+
+def stored_picture(data: bytes, name: str = "picture") -> Image.Image:
+    """Return the RGB picture of a dataset's or prepared data's cell; InputError, with `name`, when it is damaged."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name}: image cannot be read ({type(error).__name__}); let it be made once more") from error
+
+
+def stored_ids(data: bytes) -> np.ndarray:
+    """Return the (height, width) integers of a segmentation map's PNG; Pillow's errors when it is damaged."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image)
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def orientation(image: Image.Image) -> int | None:
+    """Return how EXIF says the picture is to be turned: 1 (as it is) to 8; None when its EXIF block is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:
+        return None  # Pillow raises nearly anything at bytes that are no TIFF: such a picture has no EXIF
+    return value if value in _TURNS else 1
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF says; one whose EXIF is damaged as it is. Its EXIF still says so."""
+    turn = orientation(image)
+    # Not ImageOps.exif_transpose: it parses and writes the whole block, any damage of which raises.
+    return image.transpose(_TURNS[turn]) if turn in _TURNS else image
+
+
+def without_exif(image: Image.Image) -> Image.Image:
+    """Drop what says how the picture is to be turned from `image.info`, so that nobody turns it twice; return it."""
+    for key in _EXIF_KEYS:
+        image.info.pop(key, None)
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -16,13 +205,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise InputError(f"reference of type {type(image).__name__}; give a PIL.Image")
     if min(image.size) == 0:
         raise InputError(f"reference of {image.width} x {image.height} pixels is empty; give a picture")
-    image = ImageOps.exif_transpose(image)
+    image = turned(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_deep_grey(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return without_exif(image.convert("RGB"))
 
 
 def pad_to_square(image: Image.Image, fill: str = "black") -> Image.Image:

@@ -6,6 +6,7 @@ is no token of its own; it says that the token before it carries the reference p
 
 import logging
 import re
+import unicodedata
 from typing import Literal
 
 from facediffuser.errors import InputError
@@ -14,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_MARKER = "<|image|>"
 CLIP_TOKENS = 77
+SHOWN_CHARACTERS = 40
 
 
 def without_markers(prompt: str) -> str:
@@ -26,6 +28,30 @@ def without_markers(prompt: str) -> str:
 def count_markers(prompt: str) -> int:
     """Return how many subjects the prompt marks."""
     return prompt.count(IMAGE_MARKER)
+
+
+def ends_in_word(text: str) -> bool:
+    """Return whether a text ends, apart from space, in a letter, a digit or a sign that belongs to one."""
+    end = text.rstrip()[-1:]
+    return end.isalnum() or unicodedata.category(end or " ").startswith("M")
+
+
+def require_marked_words(prompt: str, where: str = "") -> None:
+    """Raise InputError, with `where`, for a marker that stands behind something else than the end of a word.
+
+    The marker gives the token before it to the subject: after `a woman, ` that would be the comma.
+    """
+    for number, piece in enumerate(prompt.split(IMAGE_MARKER)[:-1], 1):
+        shown = piece.strip()[-SHOWN_CHARACTERS:]
+        if number > 1 and not shown:
+            problem = f"two {IMAGE_MARKER} after one word; give each subject a word of its own"
+        elif not shown:
+            problem = f"{IMAGE_MARKER} at the start; put it after the word that names the subject"
+        elif not ends_in_word(piece):
+            problem = f"{IMAGE_MARKER} number {number} stands after {shown!r}; put it right after the word"
+        else:
+            continue
+        raise InputError(f"{where}: {problem}" if where else f"{prompt!r}: {problem}")
 
 
 def ids_and_places(tokenizer, prompt: str, lost: Literal["error", "drop"] = "error") -> tuple[list[int], list[int]]:

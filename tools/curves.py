@@ -6,7 +6,6 @@ RUN is what `facediffuser train` wrote to, a folder or s3:// URL; that of `train
 """
 
 import argparse
-import io
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store, open_store
 from facediffuser.training.training_run import RUN
 
@@ -51,7 +51,7 @@ def read_runs(urls: Sequence[str]) -> list[Run]:
 def _read(store: Store) -> Run:
     role = json.loads(store.get(RUN))["content"]["role"] if store.exists(RUN) else store.url.rpartition("/")[2]
     samples = {
-        int(Path(one.key).stem.removeprefix("step-")): Image.open(io.BytesIO(store.get(one.key))).convert("RGB")
+        int(Path(one.key).stem.removeprefix("step-")): stored_picture(store.get(one.key), one.key)
         for one in store.list("samples/")
     }
     return Run(role.upper(), _numbers(store), dict(sorted(samples.items())))

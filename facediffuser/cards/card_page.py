@@ -11,6 +11,7 @@ from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import FLAGS, Located
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
+from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
 
 THUMBNAIL, REFERENCE = 240, 104
@@ -93,7 +94,7 @@ def _tiles(
     return [
         {
             "prompt": without_markers(located.values["prompt"]),
-            "picture": _small(Image.open(io.BytesIO(card.images[located.values["sample_id"]])), THUMBNAIL),
+            "picture": _small(stored_picture(card.images[located.values["sample_id"]]), THUMBNAIL),
             "styles": [styles[name] for name in located.subject_ids if name in styles],
             "subjects": ", ".join(located.subject_ids),
             "ip": located.values["ip"],

@@ -17,6 +17,7 @@ from facediffuser.dataset.reading import recorded_run
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown
+from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
 from facediffuser.storage import Store
 
@@ -107,7 +108,7 @@ def tile(located: Located, images: dict[str, bytes]) -> Tile:
     values = located.values
     data = images.get(values["sample_id"])
     return Tile(
-        image=Image.open(io.BytesIO(data)) if data else None,
+        image=stored_picture(data, values["sample_id"]) if data else None,
         prompt=without_markers(values["prompt"]),
         category=values["category"] or "",
         ip=values["ip"],
@@ -125,7 +126,7 @@ def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
     for row in table.to_pylist():
         data = row["image"]["bytes"]
         if row["subject_id"] not in pictures and data:
-            pictures[row["subject_id"]] = Image.open(io.BytesIO(data))
+            pictures[row["subject_id"]] = stored_picture(data, row["subject_id"])
     return pictures
 
 

@@ -18,6 +18,7 @@ from scipy.ndimage import binary_erosion
 from facediffuser.cards.rendering import render
 from facediffuser.faces import turned_square
 from facediffuser.markup import markdown_table
+from facediffuser.pictures import stored_picture
 from facediffuser.preprocess.prepared_schema import CROP_STEP
 from facediffuser.preprocess.segment_maps import decode_map
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -76,8 +77,7 @@ def contact_sheet(rows: list[dict[str, Any]]) -> Image.Image:
 
 
 def _cell(row: dict[str, Any]) -> Image.Image:
-    with Image.open(io.BytesIO(row["image"]["bytes"])) as opened:
-        image = opened.convert("RGB")
+    image = stored_picture(row["image"]["bytes"], row["image_id"])
     if row["segmentation"]:
         ids = decode_map(row["segmentation"])
         pixels = np.asarray(image).astype(np.float32)

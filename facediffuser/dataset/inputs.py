@@ -1,9 +1,9 @@
 """What a user brings to `generate`: subjects with reference pictures, prompts with places for subjects."""
 
 import csv
-import hashlib
 import io
 import json
+import logging
 import posixpath
 import re
 import unicodedata
@@ -13,15 +13,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import to_rgb
-from facediffuser.prompts import IMAGE_MARKER
+from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
+from facediffuser.prompts import IMAGE_MARKER, ends_in_word, require_marked_words
 from facediffuser.storage import Store, local_copy, open_store
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+logger = logging.getLogger(__name__)
+
 DEFAULT_CLASS_WORD = "person"
+SUBJECTS_TABLE = "subjects.csv"
+# Tables are read whole: one of more bytes is none that a person or a program wrote on purpose.
+MOST_TABLE_BYTES = 1 << 28
+PARQUET_BATCH_ROWS = 1 << 10
+MOST_SHOWN_CHARACTERS = 200
 # These separate the parts of a sample_id, so that it is unique and can be a file name everywhere.
 RESERVED = "+~/\\"
 PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
@@ -29,7 +34,7 @@ SUBJECT_COLUMNS = ("subject_id", "class_word")
 MOST_SHOWN = 16
 SHOWN_NAMES = 5
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_SUBJECT_NAME = re.compile(r"subject(?:_([1-9]\d*))?")
+_SUBJECT_NAME = re.compile(r"subject(?:_([1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -73,47 +78,68 @@ class Prompt:
 
 
 def read_subjects(url: str) -> list[Subject]:
-    """Return the subjects of a folder `<subject_id>/*.jpg|png|webp` with an optional `subjects.csv`, sorted by id.
+    """Return the subjects of a folder `<subject_id>/*.jpg` with an optional `subjects.csv`, sorted by id.
 
-    Raises InputError for a missing or empty folder, ids that cannot be names, unknown columns. Pictures are not opened.
+    An id is its folder's name in Unicode's composed form (NFC): file systems give the same name in either form. Files
+    that are no pictures by their names are counted and named in the log.
+
+    Raises InputError for a missing or empty folder, ids that cannot be names or are the same in composed form, unknown
+    columns. Pictures are not opened.
     """
     store = open_store(url)
     store.require_readable()
     pictures: dict[str, list[str]] = {}
+    others: list[str] = []
     folders = {name for name in store.folders() if not name.startswith(".")}
     for info in store.list():
         folder, _, name = info.key.partition("/")
-        if not name or folder.startswith("."):
+        if folder.startswith(".") or info.key == SUBJECTS_TABLE:
             continue
-        folders.add(folder)
-        if "/" not in name and not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES):
-            pictures.setdefault(folder, []).append(info.key)
+        if name:
+            folders.add(folder)
+        if name and "/" not in name and is_picture_name(name):
+            pictures.setdefault(normalised(folder), []).append(info.key)
+        elif not posixpath.basename(info.key).startswith("."):
+            others.append(info.key)
     if not folders:
-        raise InputError(f"{url}: no subjects there; give a folder of <subject_id>/*.jpg|png|webp")
+        raise InputError(f"{url}: no subjects there; give a folder of <subject_id>/*.jpg")
     words = _class_words(store)
+    folder_of: dict[str, str] = {}
     for folder in sorted(folders):
-        _require_id(folder, store.url_of(folder), "subject id")
-        if folder not in pictures:
-            raise InputError(f"{store.url_of(folder)}: no picture; put a .jpg, .png or .webp of the subject there")
+        identifier = normalised(folder)
+        _require_id(identifier, store.url_of(folder), "subject id")
+        if identifier in folder_of:
+            raise InputError(
+                f"{store.url_of(folder)}: two folders have this name, {ascii(folder_of[identifier])} and {ascii(folder)}; "
+                "merge or rename one"
+            )
+        folder_of[identifier] = folder
+        if identifier not in pictures:
+            raise InputError(
+                f"{store.url_of(folder)}: no picture ({' '.join(EXTENSIONS)}); put one of the subject there"
+            )
+    if others:
+        logger.warning("%s: %s", store.url, left_out_line(others))
     for name in words:
         if name not in pictures:
-            raise InputError(f"{store.url_of('subjects.csv')}: subject {name!r} has no folder; add it or the row goes")
+            raise InputError(f"{store.url_of(SUBJECTS_TABLE)}: subject {name!r} has no folder; add it or the row goes")
     return [
         Subject(name, words.get(name, DEFAULT_CLASS_WORD), tuple(sorted(pictures[name]))) for name in sorted(pictures)
     ]
 
 
 def _class_words(store: Store) -> dict[str, str]:
-    if not store.exists("subjects.csv"):
+    if not store.exists(SUBJECTS_TABLE):
         return {}
-    name = store.url_of("subjects.csv")
+    name = store.url_of(SUBJECTS_TABLE)
     words: dict[str, str] = {}
-    for number, row in _csv_rows(store.get("subjects.csv"), name):
+    for number, row in _csv_rows(read_table_file(store, SUBJECTS_TABLE), name, SUBJECT_COLUMNS):
         _require_columns(row, SUBJECT_COLUMNS, ("subject_id",), name)
-        identifier, word = (row["subject_id"] or "").strip(), (row.get("class_word") or "").strip()
+        identifier, word = normalised((row["subject_id"] or "").strip()), (row.get("class_word") or "").strip()
         if identifier in words:
             raise InputError(f"{name} row {number}: subject {identifier!r} is there twice; keep one")
-        if IMAGE_MARKER in word or any(char in word for char in "{}\n"):
+        _require_text(word, f"{name} row {number}", "class word")
+        if IMAGE_MARKER in word or any(char in word for char in "{}\n") or (word and not ends_in_word(word)):
             raise InputError(f"{name} row {number}: class word {word!r}; give a plain word such as man or woman")
         words[identifier] = word or DEFAULT_CLASS_WORD
     return words
@@ -137,19 +163,6 @@ def class_words_line(subjects: Sequence[Subject]) -> str:
     return line
 
 
-def open_picture(store: Store, key: str) -> tuple[Image.Image, str]:
-    """Return a reference picture, upright and in RGB, and the sha256 of its file; InputError when it is unreadable."""
-    data = store.get(key)
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            image = to_rgb(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "empty file" if not data else type(error).__name__
-        raise InputError(f"{store.url_of(key)}: not a readable picture ({reason}); replace or remove it") from None
-    return image, hashlib.sha256(data).hexdigest()
-
-
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,14 +178,15 @@ def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt
         raise InputError(f"{url}: not a file; give a .jsonl, .csv or .parquet of prompts")
     name = posixpath.basename(str(url))
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        rows = _json_rows(path.read_bytes(), name)
-    elif suffix == ".csv":
-        rows = _csv_rows(path.read_bytes(), name)
-    elif suffix == ".parquet":
-        rows = _parquet_rows(path, name)
-    else:
+    if suffix not in (".jsonl", ".ndjson", ".json", ".csv", ".parquet"):
         raise InputError(f"{name}: unknown kind of file {suffix!r}; give .jsonl, .csv or .parquet")
+    data = read_table_file(open_store(path.parent), path.name)
+    if suffix == ".csv":
+        rows = _csv_rows(data, name, PROMPT_COLUMNS)
+    elif suffix == ".parquet":
+        rows = _parquet_rows(data, name)
+    else:
+        rows = _json_rows(data, name)
     prompts, seen = [], {}
     for number, row in rows:
         _require_columns(row, PROMPT_COLUMNS, ("prompt",), name)
@@ -193,13 +207,18 @@ def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: i
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{name} row {number}: empty prompt; write one or remove the row")
+    where = f"{name} row {number}"
+    _require_text(text, where, "prompt")
     category = row.get("category")
     if category is not None and not isinstance(category, str):
-        raise InputError(f"{name} row {number}: category {category!r} is no text; put it in quotes")
+        raise InputError(f"{where}: category {_shown(category)} is no text; put it in quotes")
+    _require_text(category or "", where, "category")
     given = row.get("prompt_id")
-    identifier = str(given).strip() if given not in (None, "") else f"p{index:05d}"
-    _require_id(identifier, f"{name} row {number}", "prompt_id")
-    pieces, order = parse_template(text.strip(), subjects, f"{name} row {number}")
+    if given is not None and not isinstance(given, str | int | float):
+        raise InputError(f"{where}: prompt_id {_shown(given)} is no text; put it in quotes")
+    identifier = normalised(str(given).strip()) if given not in (None, "") else f"p{index:05d}"
+    _require_id(identifier, where, "prompt_id")
+    pieces, order = parse_template(text.strip(), subjects, where)
     return Prompt(identifier, category or None, pieces, order)
 
 
@@ -209,31 +228,36 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
     A place is `{subject}` (of one), `{subject_1}`, `{subject_2}` ..., or the marker `<|image|>` after a word. Raises
     InputError unless every subject is named exactly once, and, with `subjects`, unless there are so many.
     """
+    shown = _shown(text)
     if IMAGE_MARKER in text:
         pieces = text.split(IMAGE_MARKER)
         if _PLACEHOLDER.search(text):
-            raise InputError(f"{where}: {text!r} holds {IMAGE_MARKER} and a placeholder; use one of the two")
+            raise InputError(f"{where}: {shown} holds {IMAGE_MARKER} and a placeholder; use one of the two")
         if subjects is not None and len(pieces) - 1 != subjects:
-            raise InputError(f"{where}: {text!r} holds {len(pieces) - 1} {IMAGE_MARKER} for {subjects} subjects an "
+            raise InputError(f"{where}: {shown} holds {len(pieces) - 1} {IMAGE_MARKER} for {subjects} subjects an "
                              "image; give as many markers, or leave --subjects-per-image out")  # fmt: skip
+        require_marked_words(text, where)
         return tuple(pieces), (-1,) * (len(pieces) - 1)
     names = [match[1].strip() for match in _PLACEHOLDER.finditer(text)]
     wanted = _wanted(subjects or len(names))
     for name in names:
         if not _SUBJECT_NAME.fullmatch(name):
-            raise InputError(f"{where}: {{{name}}} in {text!r} is no subject; write {wanted}")
+            raise InputError(
+                f"{where}: {_shown('{' + name + '}', quoted=False)} in {shown} is no subject; write {wanted}"
+            )
     if not names:
-        raise InputError(f"{where}: {text!r} names no subject; write {wanted} where the subject belongs")
+        raise InputError(f"{where}: {shown} names no subject; write {wanted} where the subject belongs")
     if "subject" in names and (subjects or len(set(names))) > 1:
-        raise InputError(f"{where}: {text!r} says {{subject}} for {subjects or len(names)} subjects; write {wanted}")
+        raise InputError(f"{where}: {shown} says {{subject}} for {subjects or len(names)} subjects; write {wanted}")
     order = [int(name.partition("_")[2] or 1) - 1 for name in names]
     if subjects is not None and max(order) >= subjects:
-        raise InputError(f"{where}: {text!r} names {{subject_{max(order) + 1}}} but an image has {subjects} "
+        raise InputError(f"{where}: {shown} names {{subject_{max(order) + 1}}} but an image has {subjects} "
                          f"subject{'s' * (subjects > 1)}; leave --subjects-per-image out or mend the prompt")  # fmt: skip
     if sorted(order) != list(range(subjects or len(order))):
         needed = wanted if subjects else _wanted(max(*order, len(order) - 1) + 1)
-        raise InputError(f"{where}: {text!r} does not name each subject once; write {needed}, each once")
-    return tuple(_PLACEHOLDER.sub("\0", text).split("\0")), tuple(order)
+        raise InputError(f"{where}: {shown} does not name each subject once; write {needed}, each once")
+    # `split` gives the text between and, at every second place, what the group matched.
+    return tuple(_PLACEHOLDER.split(text)[::2]), tuple(order)
 
 
 def _wanted(subjects: int) -> str:
@@ -245,14 +269,28 @@ def _wanted(subjects: int) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+def read_table_file(store: Store, key: str) -> bytes:
+    """Return the file of a table; InputError when it may not be read or is larger than MOST_TABLE_BYTES."""
+    name = store.url_of(key)
+    try:
+        with store.open(key) as file:
+            data = file.read(MOST_TABLE_BYTES + 1)
+    except (PermissionError, FileNotFoundError) as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if len(data) > MOST_TABLE_BYTES:
+        raise InputError(f"{name}: file too large, at most {MOST_TABLE_BYTES:,} bytes are read; split it")
+    return data
+
+
 def _json_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(_text(data, name).splitlines(), 1):
+    # Lines end at line feeds alone: JSON may hold U+2028 and other ends of lines inside of its strings.
+    for number, line in enumerate(_text(data, name).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{name} row {number}: not JSON; write one object a line") from None
         if not isinstance(row, dict):
             raise InputError(f'{name} row {number}: not an object; write {{"prompt": "..."}}')
@@ -260,40 +298,93 @@ def _json_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _csv_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), restkey="", strict=True)
+def _csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), strict=True)
     rows = []
     try:
+        columns = reader.fieldnames or []
+        for number, column in enumerate(columns, 1):
+            if not column.strip():
+                raise InputError(
+                    f"{name}: column {number} has no name; name or remove it (pandas: to_csv(..., index=False))"
+                )
+            if column in columns[: number - 1]:
+                raise InputError(f"{name}: two columns are called {_shown(column)}; keep one")
         for row in reader:
-            if "" in row:
+            if None in row:
                 raise InputError(f"{name} row {reader.line_num}: more cells than the header; quote cells with commas")
             rows.append((reader.line_num, row))
     except csv.Error as error:
         raise InputError(f"{name} row {reader.line_num}: not CSV ({error})") from None
-    if not rows and reader.fieldnames:
-        _require_columns(dict.fromkeys(reader.fieldnames), (*PROMPT_COLUMNS, *SUBJECT_COLUMNS), (), name)
+    if not rows and columns:
+        _require_columns(dict.fromkeys(columns), known, (), name)
     return rows
 
 
-def _parquet_rows(path, name: str) -> list[tuple[int, dict[str, Any]]]:
+def _parquet_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
+    rows: list[tuple[int, dict[str, Any]]] = []
+    size = 0
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError):
-        raise InputError(f"{name}: not a Parquet file; give another") from None
-    return list(enumerate(table.to_pylist(), 1))
+        with pq.ParquetFile(io.BytesIO(data)) as file:
+            _require_columns(dict.fromkeys(file.schema_arrow.names), PROMPT_COLUMNS, (), name)
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                size += batch.nbytes
+                if size > MOST_TABLE_BYTES:
+                    raise InputError(f"{name}: holds more than {MOST_TABLE_BYTES:,} bytes of text; split it")
+                rows += _batch_rows(batch, len(rows) + 1, name)
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: not a Parquet file, or a damaged one ({type(error).__name__}); give another"
+        ) from None
+    return rows
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int, name: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for place in range(batch.num_rows):
+        row = {}
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[column] = values[place].as_py()
+            except UnicodeDecodeError:
+                raise InputError(f"{name} row {first + place}: {column} is not UTF-8 text; write it again") from None
+        rows.append((first + place, row))
+    return rows
 
 
 def _text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: not UTF-8 text; save it as UTF-8") from None
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{name} row {row}: not UTF-8 text; save it as UTF-8") from None
+
+
+def normalised(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), in which names are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _shown(value: object, quoted: bool = True) -> str:
+    """Return a value for a message: escaped as in Python, and cut where it is long."""
+    text = repr(value)
+    text = text if quoted else text[1:-1]
+    return text if len(text) <= MOST_SHOWN_CHARACTERS else text[:MOST_SHOWN_CHARACTERS] + "..."
+
+
+def _require_text(text: str, where: str, kind: str) -> None:
+    """Raise InputError for text that a dataset cannot hold: halves of characters, and control characters but space."""
+    for place, char in enumerate(text, 1):
+        if "\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") or char == "\x7f":
+            raise InputError(f"{where}: character {place} of the {kind} is {char!r}, no text; remove it")
 
 
 def _require_columns(row: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], name: str) -> None:
     unknown = [column for column in row if column not in known]
     if unknown:
-        raise InputError(f"{name}: unknown column {unknown[0]!r}; known are {', '.join(known)}")
+        raise InputError(f"{name}: unknown column {_shown(unknown[0])}; known are {', '.join(known)}")
     for column in needed:
         if column not in row:
             raise InputError(f"{name}: no column {column!r}; known are {', '.join(known)}")
@@ -302,4 +393,6 @@ def _require_columns(row: dict[str, Any], known: tuple[str, ...], needed: tuple[
 def _require_id(identifier: str, where: str, kind: str) -> None:
     bad = [char for char in identifier if char in RESERVED or unicodedata.category(char).startswith("C")]
     if bad or identifier in ("", ".", "..") or identifier != identifier.strip() or len(identifier) > 120:
-        raise InputError(f"{where}: {kind} {identifier!r} cannot be a name; use letters, digits, '-', '_' and '.'")
+        raise InputError(
+            f"{where}: {kind} {_shown(identifier)} cannot be a name; use letters, digits, '-', '_' and '.'"
+        )

@@ -1,7 +1,6 @@
 """The reference pictures of a run: checked, cropped, measured once, and kept with the dataset in subjects.parquet."""
 
 import hashlib
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store
 
 ROWS_PER_GROUP = 16
@@ -62,6 +62,6 @@ def references_of(table: pa.Table, subject_ids: Iterable[str]) -> dict[str, Refe
         own = [row for row in rows if row["subject_id"] == name]
         if not own:
             continue
-        images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in own]
+        images = [stored_picture(row["image"]["bytes"], f"{SUBJECTS_KEY}: {name}") for row in own]
         found[name] = References(images, np.array([row["identity"] for row in own], np.float32))
     return found

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from facediffuser.dataset.manifest import Manifest, ShardEntry, object_entry, read_manifest
 from facediffuser.dataset.plan import Layout, read_shard_rows
 from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
 from facediffuser.dataset.shards import foreign_shards
+from facediffuser.errors import InputError
+from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -136,9 +137,8 @@ def _images(table: pa.Table) -> Iterator[str]:
             yield f"{where}: image differs from its sha256"
         else:
             try:
-                with Image.open(io.BytesIO(data)) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError):
+                image = stored_picture(data)
+            except InputError:
                 yield f"{where}: image does not decode"
             else:
                 if image.size != (row["width"], row["height"]):

@@ -1,14 +1,13 @@
 """Other scorers on a finished dataset: their columns go beside the shards, which stay as they are."""
 
-import io
 from collections.abc import Callable, Mapping
 
 import pyarrow as pa
-from PIL import Image
 
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import list_shards, row_groups
 from facediffuser.evaluation.image_sources import dataset_pictures
+from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
 from facediffuser.scoring.columns import ColumnScorer, column_scores, short_name
 from facediffuser.storage import Store
@@ -37,7 +36,7 @@ def add_columns(
             made = [row for row in rows if row["image"] and row["image"]["bytes"]]
             found = column_scores(
                 dict(scorers),
-                [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in made],
+                [stored_picture(row["image"]["bytes"], row["sample_id"]) for row in made],
                 [[references.get(name, []) for name in row["subject_ids"]] for row in made],
                 [without_markers(row["prompt"]) for row in made],
             ).to_pylist()

@@ -1,6 +1,5 @@
 """Honesty checks of a finished dataset: copied training faces, pasted references, near-duplicate images."""
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.reading import list_shards, row_groups
 from facediffuser.evaluation.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
 from facediffuser.evaluation.score_settings import CopySettings
+from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store
 
 # What copies are to be looked for in can be checked without torch, which takes seconds to import.
@@ -122,7 +122,7 @@ def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[
     with store.open("subjects.parquet") as source:
         rows = pq.read_table(source).to_pylist()
     for row in rows:
-        picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        picture = stored_picture(row["image"]["bytes"], store.url_of("subjects.parquet"))
         for face in identity.detector.detect([picture])[0][:1]:
             found.setdefault(row["subject_id"], []).append(face_pixels(picture, face.box))
     return found
@@ -137,4 +137,4 @@ def _batches(store: Store) -> Iterator[list[dict]]:
 
 def _picture(row: Mapping) -> Image.Image | None:
     data = (row["image"] or {}).get("bytes")
-    return Image.open(io.BytesIO(data)).convert("RGB") if data else None
+    return stored_picture(data, row["sample_id"]) if data else None

@@ -12,9 +12,10 @@ from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.errors import InputError
 from facediffuser.evaluation import compare, tables
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
-from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url, open_image
+from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url
 from facediffuser.evaluation.plots import method_plane
 from facediffuser.markup import code_span
+from facediffuser.pictures import rgb_picture
 from facediffuser.prompts import without_markers
 from facediffuser.scoring.columns import ColumnScorer, column_scores, load_columns, short_name
 from facediffuser.scoring.scorers import ImageScore, Scorers, load_scorers
@@ -145,7 +146,7 @@ def pick_device(name: str) -> str:
 def _scored(batch: list[dict], scorers: Scorers, references: Mapping[str, np.ndarray]) -> list[dict]:
     """The batch's rows with new scores; rows without an image stay as they are."""
     made = [row for row in batch if row["image"] and row["image"]["bytes"]]
-    pictures = [open_image(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
+    pictures = [rgb_picture(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
     wanted = [[_reference(references, name, row) for name in row["subject_ids"]] for row in made]
     scores = scorers.score(pictures, wanted, [without_markers(row["prompt"]) for row in made]) if made else []
     changed = {id(row): _columns(score) for row, score in zip(made, scores, strict=True)}
@@ -157,7 +158,7 @@ def _with_others(
 ) -> list[dict]:
     """The batch's rows with the columns of other scorers, null where there is no image."""
     made = [row for row in batch if row["image"] and row["image"]["bytes"]]
-    pictures = [open_image(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
+    pictures = [rgb_picture(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
     shown = [[references.get(name, []) for name in row["subject_ids"]] for row in made]
     found = column_scores(others, pictures, shown, [without_markers(row["prompt"]) for row in made]).to_pylist()
     more = {id(row): values for row, values in zip(made, found, strict=True)}

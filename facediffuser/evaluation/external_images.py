@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.errors import InputError
+from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)
 
-FASTCOMPOSER_NAME = re.compile(r"subject_(\d+)_prompt_(\d+)_instance_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FASTCOMPOSER_NAME = re.compile(r"subject_([0-9]{1,9})_prompt_([0-9]{1,9})_instance_([0-9]{1,9})\.[a-z]+", re.IGNORECASE)
 NEEDED_COLUMNS = ("image", "subject_ids")
 
 
@@ -137,7 +137,10 @@ def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], su
 
 def _image_keys(store: Store) -> list[str]:
     store.require_readable()
-    keys = [info.key for info in store.list() if info.key.lower().endswith(IMAGE_SUFFIXES)]
+    every = [info.key for info in store.list()]
+    keys = [key for key in every if is_picture_name(key)]
     if not keys:
-        raise InputError(f"{store.url}: no .jpg, .png or .webp image there; give the folder of images")
+        raise InputError(f"{store.url}: no image there ({' '.join(EXTENSIONS)}); give the folder of images")
+    if len(keys) < len(every):
+        logger.warning("%s: %s", store.url, left_out_line(set(every) - set(keys)))
     return keys

@@ -1,6 +1,5 @@
 """Where the images of an evaluation come from: our datasets, or folders of any other system."""
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,13 +10,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
-from facediffuser.dataset.inputs import Subject, open_picture, read_prompts, read_subjects
+from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
 from facediffuser.dataset.reading import list_shards, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import ForeignSettings, TableSettings
 from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
+from facediffuser.pictures import open_picture, read_picture_file, stored_picture
 from facediffuser.storage import Store, local_copy, open_store
 
 # What lies at the sources can be checked without torch, which takes seconds to import.
@@ -133,7 +133,7 @@ def _external_row(store: Store, method: str, image: ExternalImage) -> dict:
         "prompt_id": image.prompt_id,
         "prompt": image.prompt,
         "category": image.category,
-        "image": {"bytes": store.get(image.key)},
+        "image": {"bytes": read_picture_file(store, image.key)},
     }
 
 
@@ -169,7 +169,7 @@ def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray
             vector = np.asarray(row["identity"], np.float32)
         else:
             name = f"{store.url_of('subjects.parquet')}: {row['reference']}"
-            vector = scorers.embed_references([open_image(row["image"]["bytes"], name)], [name])[0]
+            vector = scorers.embed_references([stored_picture(row["image"]["bytes"], name)], [name])[0]
         vectors.setdefault(row["subject_id"], []).append(vector)
     return {name: subject_embedding(np.stack(found)) for name, found in vectors.items()}
 
@@ -180,7 +180,7 @@ def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
         table = pq.read_table(source, columns=["subject_id", "image"])
     found: dict[str, list[Image.Image]] = {}
     for row in table.to_pylist():
-        picture = open_image(row["image"]["bytes"], store.url_of("subjects.parquet"))
+        picture = stored_picture(row["image"]["bytes"], store.url_of("subjects.parquet"))
         found.setdefault(row["subject_id"], []).append(picture)
     return found
 
@@ -188,13 +188,6 @@ def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
 def recorded_digests(schema: pa.Schema) -> dict[str, str]:
     """Return the digests of the scorers that a dataset's footer names, empty when it names none."""
     return recorded_run(schema)[1].get("scorers", {})
-
-
-def open_image(data: bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{name}: image cannot be read; replace it or leave it out") from error
 
 
 def _file(url: str) -> bytes:

@@ -1,6 +1,5 @@
 """The faces of a training set, for the question whether a generated face is one of them."""
 
-import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
-from facediffuser.dataset.inputs import PICTURE_SUFFIXES
 from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
+from facediffuser.pictures import SHOWN_NAMES, is_picture_name, left_out_line, open_picture, stored_picture
 from facediffuser.storage import Store, open_store
 
 if TYPE_CHECKING:  # what lies in a training set can be looked up without torch
@@ -38,7 +36,9 @@ def training_faces(
 
     InputError when there is neither, or no face in any picture.
     """
-    store, prepared, pictures = training_keys(url)
+    store, prepared, pictures, others = training_keys(url)
+    if others and not prepared:
+        logger.warning("%s: %s", store.url, left_out_line(others))
     vectors, names = [], []
     batches = _prepared(store, prepared) if prepared else _photographs(store, pictures, identity)
     for batch in batches:
@@ -55,22 +55,25 @@ def training_faces(
 
 def count_training(url: str) -> int:
     """Return how many pictures a training set holds; InputError when it holds none."""
-    store, prepared, pictures = training_keys(url)
+    store, prepared, pictures, _ = training_keys(url)
     if not prepared:
         return len(pictures)
     return sum(read_footer(store, key).num_rows for key in prepared)
 
 
-def training_keys(url: str) -> tuple[Store, list[str], list[str]]:
-    """Return a training set's store, the keys of its prepared Parquet, and of its pictures; InputError without both."""
+def training_keys(url: str) -> tuple[Store, list[str], list[str], list[str]]:
+    """Return a training set's store, the keys of its prepared Parquet, of its pictures, and of all other files.
+
+    InputError without prepared Parquet and pictures.
+    """
     store = open_store(url)
     store.require_readable()
     keys = [info.key for info in store.list()]
     prepared = [key for key in keys if key.startswith(("train/", "test/")) and key.endswith(".parquet")]
-    pictures = [key for key in keys if key.lower().endswith(PICTURE_SUFFIXES)]
+    pictures = [key for key in keys if is_picture_name(key)]
     if not prepared and not pictures:
         raise InputError(f"{url}: no train/*.parquet and no pictures; give preprocess's output or the photographs")
-    return store, prepared, pictures
+    return store, prepared, pictures, sorted({*keys} - {*prepared, *pictures})
 
 
 def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
@@ -80,7 +83,7 @@ def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
                 yield [
                     (
                         row["image_id"],
-                        Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"),
+                        stored_picture(row["image"]["bytes"], f"{store.url_of(key)}: {row['image_id']}"),
                         [face["box"] for face in row["faces"] or []],
                     )
                     for row in batch.to_pylist()
@@ -88,11 +91,20 @@ def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
 
 
 def _photographs(store: Store, keys: list[str], identity: "IdentityScorer") -> Iterator[list[tuple]]:
+    unusable = []
     for start in range(0, len(keys), BATCH):
-        some = keys[start : start + BATCH]
-        pictures = [Image.open(io.BytesIO(store.get(key))).convert("RGB") for key in some]
-        found = identity.detector.detect(pictures)
+        pictures = {}
+        for key in keys[start : start + BATCH]:
+            try:
+                pictures[key] = open_picture(store, key)[0]
+            except InputError as error:
+                # `preprocess` rejects such a picture too: no model was trained on it.
+                unusable.append(str(error))
+        found = identity.detector.detect(list(pictures.values())) if pictures else []
         yield [
             (key, picture, [face.box for face in faces])
-            for key, picture, faces in zip(some, pictures, found, strict=True)
+            for (key, picture), faces in zip(pictures.items(), found, strict=True)
         ]
+    if unusable:
+        shown = "; ".join(unusable[:SHOWN_NAMES]) + ("; ..." if len(unusable) > SHOWN_NAMES else "")
+        logger.warning("%s: %d of %d pictures left out: %s", store.url, len(unusable), len(keys), shown)

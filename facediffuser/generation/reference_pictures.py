@@ -8,10 +8,11 @@ from typing import Literal
 import pyarrow as pa
 from PIL import Image
 
-from facediffuser.dataset.inputs import Subject, open_picture
+from facediffuser.dataset.inputs import Subject
 from facediffuser.dataset.schema import SUBJECTS_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.faces import crop_square, face_crop_box
+from facediffuser.pictures import open_picture
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)

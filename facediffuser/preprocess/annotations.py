@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from facediffuser.pictures import Rejection
 from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
-from facediffuser.preprocess.read_pictures import Rejection
 from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, segment_box
 from facediffuser.preprocess.subject_segments import Subject
 

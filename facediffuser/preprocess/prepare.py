@@ -14,6 +14,7 @@ import torch
 
 from facediffuser.errors import InputError
 from facediffuser.faces import Face, face_crop_box, ffhq_crop
+from facediffuser.pictures import Rejection
 from facediffuser.preprocess.annotations import (
     annotated_segments,
     annotated_subjects,
@@ -24,7 +25,7 @@ from facediffuser.preprocess.annotations import (
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.photo_stages import STAGES, Findings, Item, Job
 from facediffuser.preprocess.prepared_schema import CROP_STEP
-from facediffuser.preprocess.read_pictures import Rejection, read_picture
+from facediffuser.preprocess.read_pictures import read_picture
 from facediffuser.preprocess.segment_maps import encode_map, read_map, resize_map
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
@@ -183,6 +184,12 @@ class PartPreparer:
             return item
         except Rejection as rejection:
             return rejection
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Nothing here but this picture's own files: whatever they make a library raise is their fault alone.
+            logger.warning("%s: %s", self.source.url_of(record.image), error, exc_info=True)
+            return Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
 
     def _read_fastcomposer(self, item: Item, files: Files) -> None:
         image, record = item.picture.image, item.record

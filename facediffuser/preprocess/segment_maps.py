@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from facediffuser.preprocess.read_pictures import Rejection
+from facediffuser.pictures import Rejection, stored_ids
 
 PERSON_LABELS = ("person",)
 LARGEST_ID = 65_535
@@ -60,8 +60,7 @@ def encode_map(ids: np.ndarray) -> bytes:
 
 def decode_map(data: bytes) -> np.ndarray:
     """Return the map of PNG bytes written by `encode_map`: (height, width) int32."""
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        return np.asarray(image).astype(np.int32)
+    return stored_ids(data).astype(np.int32)
 
 
 def resize_map(ids: np.ndarray, width: int, height: int) -> np.ndarray:

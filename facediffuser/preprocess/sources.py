@@ -10,8 +10,8 @@ from pathlib import Path
 import ijson
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, is_picture_name
 from facediffuser.preprocess.archives import is_archive, scan_archive
-from facediffuser.preprocess.read_pictures import EXTENSIONS
 from facediffuser.preprocess.source_files import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import TEMPORARY_SUFFIX, LocalStore, open_store
@@ -20,8 +20,6 @@ FFHQ, FASTCOMPOSER, FOLDER = "ffhq", "ffhq-fastcomposer", "folder"
 FFHQ_ENTRIES = {"aligned": "image", "in-the-wild": "in_the_wild", "thumbnails": "thumbnail"}
 FFHQ_SPLITS = {"training": TRAIN, "validation": TEST}
 FFHQ_TRAINING_IDS = 60_000
-# A picture's file is read whole: one of more bytes is no picture, but a way to fill the memory.
-MOST_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def _list_ffhq(table: FileTable, images: str) -> list[Record]:
         raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged (no object of pictures); download it again")
     records = []
     for key in sorted(table.sizes):
-        if not key.startswith(f"{FFHQ_FOLDERS[kind]}/") or not key.lower().endswith(EXTENSIONS):
+        if not key.startswith(f"{FFHQ_FOLDERS[kind]}/") or not is_picture_name(key):
             continue
         image_id = posixpath.splitext(posixpath.basename(key))[0]
         if not (image_id.isascii() and image_id.isdigit()):
@@ -212,8 +210,7 @@ def _plain_text(value: object) -> str | None:
 def _list_folder(table: FileTable) -> list[Record]:
     records = []
     for key in sorted(table.sizes):
-        name = posixpath.basename(key)
-        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+        if is_picture_name(key):
             caption = f"{posixpath.splitext(key)[0]}.txt"
             records.append(Record(key, key, caption if caption in table else None))
     return records

@@ -1,7 +1,6 @@
 """The rows of prepared Parquet data, in memory."""
 
 import hashlib
-import io
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
+from facediffuser.pictures import stored_ids, stored_picture
 from facediffuser.storage import open_store
 from facediffuser.training.train_check import require_prepared
 
@@ -87,12 +87,12 @@ class Records:
 
 def decode(data: bytes) -> Image.Image:
     """Return an encoded picture as RGB."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return stored_picture(data)
 
 
 def decode_ids(data: bytes) -> np.ndarray:
     """Return a segmentation PNG as an (h, w) integer array of segment ids."""
-    return np.asarray(Image.open(io.BytesIO(data)))
+    return stored_ids(data)
 
 
 def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Tensor:

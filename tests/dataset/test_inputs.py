@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from facediffuser.dataset.inputs import Subject, class_words_line, open_picture, read_prompts, read_subjects
+from facediffuser.dataset.inputs import Subject, class_words_line, read_prompts, read_subjects
 from facediffuser.errors import InputError
+from facediffuser.pictures import open_picture
 from facediffuser.storage import ObjectInfo, open_store
 
 
@@ -77,7 +78,7 @@ def test_folders_without_subjects_or_pictures_are_told(people, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_subjects(str(tmp_path / "none"))
     (people / "eve").mkdir()
-    for name in ("", "me.gif"):
+    for name in ("", "me.heic"):
         if name:
             (people / "eve" / name).write_bytes(b"x")
         with pytest.raises(InputError, match="eve: no picture"):
@@ -99,7 +100,7 @@ def test_a_subject_may_be_a_link_to_a_folder(people, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_an_unreadable_picture_is_told(people, content):
     (people / "ada" / "2.jpg").write_bytes(content)
-    with pytest.raises(InputError, match="ada/2.jpg: not a readable picture"):
+    with pytest.raises(InputError, match="ada/2.jpg: not a usable picture"):
         open_picture(open_store(people), "ada/2.jpg")
 
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from facediffuser.faces import Face
+from facediffuser.pictures import Rejection
 from facediffuser.preprocess.annotations import annotated_segments, annotated_subjects, identity_of, read_annotation
 from facediffuser.preprocess.phrases import find_person_phrases
-from facediffuser.preprocess.read_pictures import Rejection
 from facediffuser.preprocess.segment_maps import Segment, decode_map, encode_map, read_map, resize_map
 from facediffuser.preprocess.subject_segments import Subject, match_subjects, tie_faces
 from facediffuser.scoring.matching import greedy_pairs

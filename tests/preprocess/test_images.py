@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from facediffuser.preprocess.read_pictures import Rejection, read_picture
+from facediffuser.pictures import Rejection
+from facediffuser.preprocess.read_pictures import read_picture
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -54,7 +54,7 @@ def test_references_that_cannot_be_read_are_named_and_nothing_is_written(model_f
     with pytest.raises(InputError, match="face.png: no such file"):
         explain(settings_for(tmp_path, model_folder))
     (tmp_path / "face.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="cannot be read as a picture"):
+    with pytest.raises(InputError, match="face.png: not a usable picture"):
         explain(settings_for(tmp_path, model_folder))
     assert not (tmp_path / "pictures").exists()
 
