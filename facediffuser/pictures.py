@@ -62,15 +62,14 @@ def is_picture_name(key: str) -> bool:
 
 
 def left_out_line(names: Iterable[str]) -> str:
-    """Return in one line how many files are left out since their names are no pictures', and the first of them."""
+    """Return in one line how many files are left out since they are no pictures by name, and the first of them."""
     names = sorted(names)
     # Names of files may hold anything: newlines, and bytes that are no text.
     shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
     more = ", ..." if len(names) > SHOWN_NAMES else ""
-    one = len(names) == 1
     return (
-        f"{len(names):,} file{'' if one else 's'} left out, no picture by {'its name' if one else 'their names'}: "
-        f"{', '.join(shown)}{more} (pictures are {' '.join(EXTENSIONS)})"
+        f"{len(names):,} other file{'s' * (len(names) != 1)} left out: "
+        f"{', '.join(shown)}{more} (pictures are named {' '.join(EXTENSIONS)})"
     )
 
 

@@ -15,6 +15,7 @@ from prefect import task
 
 from facediffuser.cards.prepared_card import write_card
 from facediffuser.errors import InputError
+from facediffuser.pictures import left_out_line
 from facediffuser.preprocess.archives import read_records
 from facediffuser.preprocess.parts import (
     MANIFEST,
@@ -76,6 +77,8 @@ def prepare_photographs(settings: PreprocessSettings) -> dict[str, Any]:
     store = open_store(settings.output)
     require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
+    if listing.left_out:
+        logger.warning("%s: %s", listing.url, left_out_line(listing.left_out))
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)
     store.require_writable()
@@ -230,6 +233,7 @@ def _result(
     return {
         "output": store.url,
         **counts,
+        "left_out": manifest["source"]["ignored_files"],
         "rejected_by_reason": manifest["rejected"],
         "parts_kept": kept,
         "worker_seconds": {name: round(spent, 3) for name, spent in seconds.items()},

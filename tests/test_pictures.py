@@ -70,6 +70,7 @@ def pictures_with_damaged_exif() -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", pictures_with_damaged_exif())
 def test_a_picture_whose_exif_is_damaged_is_used_as_if_it_had_none(name):
     data = pictures_with_damaged_exif()[name]
@@ -114,7 +115,7 @@ def test_no_program_is_started_on_a_picture(tmp_path, monkeypatch, content):
     assert not started
 
 
-def test_a_picture_over_the_limit_is_too_large_and_others_name_their_fault(tmp_path):
+def test_a_picture_over_the_limit_is_too_large_and_others_name_their_fault(tmp_path, monkeypatch):
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -126,8 +127,8 @@ def test_a_picture_over_the_limit_is_too_large_and_others_name_their_fault(tmp_p
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "zero.png").symlink_to("/dev/zero")
-    with open(tmp_path / "huge.png", "wb") as file:
-        file.truncate((1 << 30) + 1)
+    (tmp_path / "huge.png").write_bytes(bytes(1001))
+    monkeypatch.setattr("facediffuser.pictures.MOST_FILE_BYTES", 1000)
     for name, says in (("pipe", "not a regular"), ("zero", "not a regular"), ("none", "no such file"),
                        ("folder", "cannot be read"), ("huge", "file too large")):  # fmt: skip
         with pytest.raises(InputError, match=f"{name}.png: {says}"):
@@ -137,8 +138,8 @@ def test_a_picture_over_the_limit_is_too_large_and_others_name_their_fault(tmp_p
 def test_the_names_that_are_pictures_are_one_list():
     assert all(is_picture_name(f"a/b{ending}") and is_picture_name(f"B{ending.upper()}") for ending in EXTENSIONS)
     assert not any(map(is_picture_name, ("a.avif", "b.HEIC", "scan", "a/.hidden.png", "png", "a.png/b")))
-    assert left_out_line(["b.HEIC", "a.avif"]).startswith("2 files left out, no picture by their names: a.avif, b.HEIC")
-    assert left_out_line([f"{n}.txt" for n in range(2000)]).startswith("2,000 files left out")
+    assert left_out_line(["b.HEIC", "a.avif"]).startswith("2 other files left out: a.avif, b.HEIC")
+    assert left_out_line([f"{n}.txt" for n in range(2000)]).startswith("2,000 other files left out")
     assert "\n" not in left_out_line(["a\nb"]) and left_out_line(["\udcff"]).encode()
 
 

@@ -5,17 +5,32 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess.source_files import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
-from facediffuser.storage import open_store
+from facediffuser.preprocess.source_files import (
+    FFHQ_FOLDERS,
+    FFHQ_METADATA,
+    ID_LISTS,
+    FileTable,
+    Record,
+    require_list_size,
+)
+from facediffuser.storage import StorageError, open_store
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar")
 # Files kept while waiting for the others of their picture; tar files made of a sorted folder need next to nothing.
 WAITING_LIMIT = 1 << 30
 READ_BYTES = 8 << 20
+GZIP_MAGIC = b"\x1f\x8b"
+# A header may be followed by names and attributes, which tarfile reads whole, whatever size they claim.
+MOST_HEADER_BYTES = 1 << 20
+LONGEST_NAME = 4096
+_ATTRIBUTES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 
 
 def is_archive(url: str) -> bool:
@@ -32,14 +47,15 @@ def scan_archive(url: str) -> FileTable:
     sizes: dict[str, int] = {}
     links: set[str] = set()
     lists: dict[str, bytes] = {}
-    for name, member, archive in _members(url):
+    for name, member, read in _members(url):
         if not (member.isfile() or member.issym() or member.islnk()):
             continue
         sizes.setdefault(name, member.size)
         if not member.isfile():
             links.add(name)
         elif posixpath.basename(name) in (*ID_LISTS.values(), FFHQ_METADATA):
-            lists[name] = archive.extractfile(member).read()
+            require_list_size(url, name, member.size)
+            lists[name] = read()
     top = _top_folder(sizes)
     kept = {name.removeprefix(top): data for name, data in lists.items()}
     return FileTable(
@@ -67,11 +83,11 @@ def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tupl
     missing = [len(record.files) for record in records]
     waiting: dict[str, bytes] = {}
     following = held = 0
-    for name, member, archive in _members(url):
+    for name, member, read in _members(url):
         key = name.removeprefix(top)
         if key not in owner or key in waiting or not missing[owner[key]] or not member.isfile():
             continue
-        waiting[key] = zlib.compress(archive.extractfile(member).read(), 1)
+        waiting[key] = zlib.compress(read(), 1)
         missing[owner[key]] -= 1
         held += len(waiting[key])
         while following < len(records) and not missing[following]:
@@ -85,26 +101,83 @@ def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tupl
         raise InputError(f"{url}: changed while it was read; run again")
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header; tarfile would take a damaged one for the end of the archive and stop there without a word."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise  # a block of zeros: the end, which `_require_end` looks behind
+            reason = "it ends without the blocks that close it" if not buf else f"header: {error}"
+            raise tarfile.ReadError(reason) from error
+        if header.type in _ATTRIBUTES and not 0 <= header.size <= MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"{header.size:,} bytes of names and attributes, at most {MOST_HEADER_BYTES:,}")
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        return header
+
+
 @contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    parent, name = posixpath.split(url)
-    store = open_store(parent or ".")
+def _damage_told(url: str) -> Iterator[None]:
+    """Turn whatever a damaged archive makes tarfile and gzip raise into one line."""
     try:
-        with store.open(name, READ_BYTES) as stream:
-            with tarfile.open(fileobj=stream, mode="r|*") as archive:
-                yield archive
+        yield
+    except (InputError, StorageError, MemoryError):
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{url}: no such file; check the URL") from error
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{url}: cannot be read ({error.strerror}); give a .tgz or .tar file") from error
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
         raise InputError(f"{url}: damaged archive ({error}); fetch it again") from error
 
 
-def _members(url: str) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-    with _opened(url) as archive:
-        for member in archive:
-            parts = member.name.split("/")
-            if member.name.startswith("/") or ".." in parts:
-                raise InputError(f"{url}: member {member.name!r} leads out of the archive; such an archive is not read")
-            yield "/".join(part for part in parts if part not in ("", ".")), member, archive
-            # tarfile remembers each member it has met, which is no use in a stream and grows with it.
-            archive.members.clear()
+@contextmanager
+def _opened(url: str) -> Iterator[BinaryIO]:
+    """Yield the archive's bytes, unpacked; gzip's checksum is compared when they are read to the end."""
+    parent, name = posixpath.split(url)
+    with open_store(parent or ".").open(name, READ_BYTES) as stream:
+        packed = stream.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        stream.seek(0)
+        if not packed:
+            yield stream
+            return
+        with gzip.GzipFile(fileobj=stream, mode="rb") as unpacked:
+            yield unpacked
+
+
+def _members(url: str) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yield each member's name, header, and how to read it; InputError unless the archive is whole to its last byte.
+
+    Of an archive without compression the headers have checksums, the files do not: what is damaged in them shows when
+    the picture is decoded, if at all.
+    """
+    with _damage_told(url):
+        with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+
+            def read() -> bytes:
+                with _damage_told(url):
+                    return archive.extractfile(member).read()
+
+            for member in archive:
+                if len(member.name) > LONGEST_NAME:
+                    raise tarfile.ReadError(f"a name of {len(member.name):,} characters")
+                parts = member.name.split("/")
+                if member.name.startswith("/") or ".." in parts:
+                    raise InputError(
+                        f"{url}: member {member.name!r} leads out of the archive; such an archive is not read"
+                    )
+                yield "/".join(part for part in parts if part not in ("", ".")), member, read
+                # tarfile remembers each member it has met, which is no use in a stream and grows with it.
+                archive.members.clear()
+            _require_end(archive.fileobj)
+
+
+def _require_end(stream: BinaryIO) -> None:
+    """Read what stands behind the first closing block; ReadError unless it is zeros to the end."""
+    while block := stream.read(READ_BYTES):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more data behind its end: several archives in one file, or a header of zeros")

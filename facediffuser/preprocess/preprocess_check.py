@@ -10,7 +10,7 @@ from facediffuser.preprocess.archives import is_archive
 from facediffuser.preprocess.parts import MANIFEST, require_startable
 from facediffuser.preprocess.prepared_schema import SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-from facediffuser.preprocess.required_models import needed_models, require_there
+from facediffuser.preprocess.required_models import Captions, captions_of, needed_models, require_there
 from facediffuser.preprocess.sources import FFHQ, list_source, recognise, scan_store
 from facediffuser.storage import LocalStore, open_store
 
@@ -50,8 +50,8 @@ def require_earlier(url: str) -> None:
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there")
 
 
-def _look_at_source(settings: PreprocessSettings) -> tuple[str, bool] | None:
-    """The format of a source and whether all its pictures have captions; None where finding out takes long."""
+def _look_at_source(settings: PreprocessSettings) -> tuple[str, Captions] | None:
+    """The format of a source and how many of its pictures have captions; None where finding out takes long."""
     if is_archive(settings.source):
         folder, name = posixpath.split(settings.source)
         if not open_store(folder or ".").exists(name):
@@ -62,6 +62,6 @@ def _look_at_source(settings: PreprocessSettings) -> tuple[str, bool] | None:
         store.require_readable()
         return None
     if settings.format == FFHQ or (settings.format == "auto" and recognise(scan_store(settings.source)) == FFHQ):
-        return FFHQ, False
+        return FFHQ, "none"
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
-    return listing.format, all(record.annotation for record in listing.records)
+    return listing.format, captions_of(listing)

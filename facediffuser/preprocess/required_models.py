@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from facediffuser.digests import folder_digest
 from facediffuser.errors import InputError
 from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
 from facediffuser.preprocess.sources import FASTCOMPOSER, Listing
 from facediffuser.storage import local_copy, open_store
+
+Captions = Literal["all", "some", "none"]
 
 
 def model_folder(name: str) -> str | Path:
@@ -22,15 +25,26 @@ def require_models(settings: PreprocessSettings, listing: Listing) -> dict[str, 
 
     InputError, one line with the option, when one cannot be had.
     """
-    captioned = all(record.annotation for record in listing.records)
-    names = needed_models(settings, listing.format, captioned)
+    names = needed_models(settings, listing.format, captions_of(listing))
     return {option: _digest(option, name) for option, name in names.items()}
 
 
-def needed_models(settings: PreprocessSettings, format: str, captioned: bool) -> dict[str, str]:
-    """Return the names of the models that a source needs, by option; `captioned`: whether all its pictures are."""
+def captions_of(listing: Listing) -> Captions:
+    """Return how many of a source's pictures have captions of their own."""
+    having = sum(bool(record.annotation) for record in listing.records)
+    return "all" if having == len(listing.records) else "some" if having else "none"
+
+
+def needed_models(settings: PreprocessSettings, format: str, captions: Captions) -> dict[str, str]:
+    """Return the names of the models that a source needs, by option; `captions`: how many of its pictures have one."""
     described = format == FASTCOMPOSER
-    needed = {"captioner": not (described or captioned), "segmenter": not described, "matcher": not described}
+    # CLIP compares the persons of captions with segments: without either it has nothing to do.
+    compared = settings.segmenter != NONE and (settings.captioner != NONE or captions != "none")
+    needed = {
+        "captioner": not described and captions != "all",
+        "segmenter": not described,
+        "matcher": not described and compared,
+    }
     names = {option: getattr(settings, option) for option, is_needed in needed.items() if is_needed}
     return {option: name for option, name in names.items() if name != NONE}
 

@@ -1,10 +1,12 @@
 """The files of a source of photographs, by name: what a listing and a reader of archives share."""
 
+import posixpath
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from facediffuser.errors import InputError
 from facediffuser.preprocess.splits import TEST, TRAIN
 
 FFHQ_METADATA = "ffhq-dataset-v2.json"
@@ -13,6 +15,9 @@ FFHQ_FOLDERS = {
     "in-the-wild": "in-the-wild-images",
     "thumbnails": "thumbnails128x128",
 }
+# Both are read whole, and become many objects each: FFHQ's own metadata has 255 MB, FastComposer's lists 630 kB.
+MOST_METADATA_BYTES = 1 << 29
+MOST_LIST_BYTES = 1 << 24
 ID_LISTS = {"all": "image_ids.txt", TRAIN: "image_ids_train.txt", TEST: "image_ids_test.txt"}
 
 
@@ -54,3 +59,10 @@ class FileTable:
 
     def __contains__(self, key: str) -> bool:
         return key in self.sizes
+
+
+def require_list_size(url: str, name: str, size: int) -> None:
+    """Raise InputError for a list of ids, or FFHQ's metadata, of more bytes than are read."""
+    most = MOST_METADATA_BYTES if posixpath.basename(name) == FFHQ_METADATA else MOST_LIST_BYTES
+    if size > most:
+        raise InputError(f"{url}: {name} has {size:,} bytes, at most {most:,} are read; split the source")

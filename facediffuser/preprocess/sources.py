@@ -10,9 +10,16 @@ from pathlib import Path
 import ijson
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, is_picture_name
+from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, is_picture_name, left_out_line
 from facediffuser.preprocess.archives import is_archive, scan_archive
-from facediffuser.preprocess.source_files import FFHQ_FOLDERS, FFHQ_METADATA, ID_LISTS, FileTable, Record
+from facediffuser.preprocess.source_files import (
+    FFHQ_FOLDERS,
+    FFHQ_METADATA,
+    ID_LISTS,
+    FileTable,
+    Record,
+    require_list_size,
+)
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.storage import TEMPORARY_SUFFIX, LocalStore, open_store
 
@@ -20,19 +27,26 @@ FFHQ, FASTCOMPOSER, FOLDER = "ffhq", "ffhq-fastcomposer", "folder"
 FFHQ_ENTRIES = {"aligned": "image", "in-the-wild": "in_the_wild", "thumbnails": "thumbnail"}
 FFHQ_SPLITS = {"training": TRAIN, "validation": TEST}
 FFHQ_TRAINING_IDS = 60_000
+# A caption or an annotation; FFHQ's own in FastComposer's copy have a few kB.
+MOST_TEXT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A source's pictures in order; `ignored` files belong to none of them; `digest` changes when the source does."""
+    """A source's pictures in order; `left_out`: the files that belong to none; `digest` changes with the source."""
 
     url: str
     format: str
     records: list[Record]
-    ignored: int
+    left_out: tuple[str, ...]
     digest: str
     archive: bool = False
     top: str = ""
+
+    @property
+    def ignored(self) -> int:
+        """How many files belong to no picture."""
+        return len(self.left_out)
 
     @property
     def has_splits(self) -> bool:
@@ -53,14 +67,15 @@ def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Li
     lister = {FFHQ: lambda: _list_ffhq(table, ffhq_images), FASTCOMPOSER: lambda: _list_fastcomposer(table)}
     records = lister.get(format, lambda: _list_folder(table))()
     if not records:
-        raise InputError(f"{url}: no pictures of format {format}; give their folder, or another --format")
+        others = left_out_line(table.sizes)
+        raise InputError(f"{url}: no pictures of format {format}; give their folder, or another --format; {others}")
     used = {key for record in records for key in (record.image, record.annotation, record.segmentation)}
     records = _check_twice([_check_names(record, table) for record in records])
     if archive:
         records = _in_archive_order(records, table)
     used |= {*ID_LISTS.values(), FFHQ_METADATA}
-    ignored = sum(key not in used for key in table.sizes)
-    return Listing(url, format, records, ignored, _digest(format, records, table), archive, table.top)
+    left_out = tuple(key for key in table.sizes if key not in used)
+    return Listing(url, format, records, left_out, _digest(format, records, table), archive, table.top)
 
 
 def recognise(table: FileTable) -> str:
@@ -116,6 +131,7 @@ def _is_fastcomposer_path(key: str) -> bool:
 
 
 def _text(table: FileTable, key: str) -> str:
+    require_list_size(table.url, key, table.sizes[key])
     try:
         with table.open(key) as stream:
             return stream.read().decode("utf-8-sig")
@@ -183,6 +199,7 @@ def _list_ffhq(table: FileTable, images: str) -> list[Record]:
 
 def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]:
     """Each id of FFHQ's JSON with what is kept of it; read item by item, since all of it as objects takes gigabytes."""
+    require_list_size(table.url, FFHQ_METADATA, table.sizes[FFHQ_METADATA])
     try:
         with table.open(FFHQ_METADATA) as stream:
             for key, value in ijson.kvitems(stream, "", buf_size=1 << 20, use_float=True):
@@ -198,7 +215,7 @@ def _ffhq_metadata(table: FileTable, entry: str) -> Iterator[tuple[int, Record]]
                         pixel_md5=(value.get(entry) or {}).get("pixel_md5"),
                     ),
                 )
-    except (ijson.JSONError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ijson.JSONError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{table.url}: {FFHQ_METADATA} is damaged ({error!r}); download it again") from error
 
 
@@ -232,9 +249,12 @@ def _check_names(record: Record, table: FileTable) -> Record:
     others = [key for key in record.files if key in table.others]
     if others:
         return replace(record, problem=f"not a file: {others[0]} is a link that leads nowhere, a pipe or the like")
-    large = [key for key in record.files if table.sizes[key] > MOST_FILE_BYTES]
+    most = dict.fromkeys(record.files, MOST_FILE_BYTES)
+    if record.annotation in most:
+        most[record.annotation] = MOST_TEXT_BYTES
+    large = [key for key in record.files if table.sizes[key] > most[key]]
     if large:
-        size = f"{table.sizes[large[0]]:,} bytes, at most {MOST_FILE_BYTES:,} are read"
+        size = f"{table.sizes[large[0]]:,} bytes, at most {most[large[0]]:,} are read"
         return replace(record, problem=f"file too large: {large[0]} has {size}")
     return record
 

@@ -152,7 +152,7 @@ def test_a_file_that_fits_no_subject_or_prompt_is_named(tmp_path, subjects, prom
 def test_an_unreadable_image_is_named_and_nothing_written(tmp_path, colours, subjects, prompts):
     images = folder_of(tmp_path / "any")
     (images / "subject_0000_prompt_0000_instance_0000.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"instance_0000\.jpg: image cannot be read"):
+    with pytest.raises(InputError, match=r"instance_0000\.jpg: not a usable picture"):
         evaluate(images=images, subjects=subjects, prompts=prompts, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -240,7 +240,7 @@ def test_a_url_that_holds_no_dataset_is_refused(tmp_path):
 
 def test_an_image_folder_without_images_is_refused(tmp_path, subjects, prompts):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no \.jpg, \.png or \.webp image there"):
+    with pytest.raises(InputError, match=r"no image there"):
         evaluate(images=tmp_path / "empty", subjects=subjects, prompts=prompts)
 
 
