@@ -1,5 +1,9 @@
 """Extras of the package: which of them brings a library that the base install leaves out."""
 
+import importlib.util
+
+from facediffuser.errors import InputError
+
 # The base install reads, verifies and cards datasets. A module that stands here is named by its import name; the
 # distributions that bring them stand in pyproject.toml under the same extra.
 EXTRAS = {
@@ -17,6 +21,18 @@ EXTRAS = {
 }
 
 
+def require_all() -> None:
+    """Check that the libraries of every extra are installed, without importing them.
+
+    Raises:
+        InputError: one is not; the line names the extra that brings all of them.
+    """
+    for modules in EXTRAS.values():
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise InputError(_line(module, "all"))
+
+
 def missing_extra(error: BaseException) -> str | None:
     """Return one line that says which extra brings the module that could not be imported.
 
@@ -31,5 +47,9 @@ def missing_extra(error: BaseException) -> str | None:
     module = error.name.partition(".")[0]
     for extra, modules in EXTRAS.items():
         if module in modules:
-            return f"{module} is not installed; run: pip install 'facediffuser[{extra}]'"
+            return _line(module, extra)
     return None
+
+
+def _line(module: str, extra: str) -> str:
+    return f"{module} is not installed; run: pip install 'facediffuser[{extra}]'"

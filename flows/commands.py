@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.explain_settings import ExplainSettings
+from facediffuser.extras import require_all
 from facediffuser.flows.flow_settings import (
     AssembleSettings,
     ClaimSettings,
@@ -35,8 +36,12 @@ FIELDS = Parameter(name="*")
 
 @contextmanager
 def _starting(text: str, *arguments: Any) -> Iterator[None]:
-    """Log what a command starts, then let the caller check its input."""
+    """Log what a command that runs a flow starts, then let the caller check its input.
+
+    Raises InputError when Prefect, Ray or what else a flow needs is not installed.
+    """
     logger.info(text, *arguments)
+    require_all()
     with warnings_held_back():
         yield
 

@@ -8,14 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_EXTRAS = """
 import sys
 from facediffuser.extras import EXTRAS
-MISSING = {module for modules in EXTRAS.values() for module in modules}
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
+sys.modules.update({module: None for modules in EXTRAS.values() for module in modules})
 """
 
 

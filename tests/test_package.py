@@ -88,6 +88,16 @@ print({{"torch", "ray", "prefect", "diffusers", "transformers"}} & set(sys.modul
 
 
 COMMANDS_OF_EXTRAS = {
+    "demo --output out": "all",
+    "preprocess --source . --output out": "all",
+    "train tdm --data data --base miniature --output out": "all",
+    "generate --models miniature --subjects people --prompts single-30 --output out": "all",
+    "evaluate --dataset data --output out": "all",
+    "score data --add sharpness": "all",
+    "copies data --training photos": "all",
+    "repair data": "all",
+    "retry-failed data": "all",
+    "miniature claim --output out": "all",
     "assemble --base miniature --tdm tdm --sdm sdm --output out": "pipeline",
     "convert --base base --image-encoder clip --sdm sdm --tdm tdm --output out": "pipeline",
     "remake sample --dataset data": "pipeline",
