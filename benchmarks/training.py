@@ -115,7 +115,10 @@ def write_prepared(folder: Path, count: int, side: int) -> Path:
     render_set(count, 0, folder / "photos", min(side, RENDERED_PX))
     rows = [_row(path, side) for path in sorted((folder / "photos").glob("[0-9]*/*.json"))]
     (folder / "data" / "train").mkdir(parents=True)
-    (folder / "data" / "train" / "part-00000.parquet").write_bytes(encode_part(rows, PREPARED_SCHEMA, "benchmark"))
+    part = folder / "data" / "train" / "part-00000.parquet"
+    part.write_bytes(encode_part(rows, PREPARED_SCHEMA, "benchmark"))
+    files = {"train/part-00000.parquet": {"bytes": part.stat().st_size}}
+    (folder / "data" / "manifest.json").write_text(json.dumps({"files": files}))
     return folder / "data"
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from facediffuser.digests import folder_digest
 from facediffuser.errors import InputError
+from facediffuser.model_check import check_component, check_component_files, read_json
 from facediffuser.storage import local_copy
 
 # torch, diffusers and transformers take seconds to import, and most of this only looks at files.
@@ -174,9 +175,10 @@ def assemble(base: str | Path, tdm: str, sdm: str, output: str | Path) -> Path:
     sources |= {"unet_text": runs["tdm"] / "unet", "unet": runs["sdm"] / "unet"}
     sources |= {name: runs["sdm"] / name for name in ("image_encoder", "subject_fuser")}
     for name, folder in sources.items():
-        if not folder.is_dir():
-            raise InputError(f"{folder}: the {name} is missing; give a whole base model and finished runs")
+        check_component_files(folder, name)
     _check_widths(sources)
+    for name, folder in sources.items():
+        check_component(folder, name)
     with written_whole(output) as temporary:
         for name, folder in sources.items():
             copy_component(folder, temporary / name)
@@ -284,13 +286,3 @@ def _check_widths(sources: dict[str, Path]) -> None:
     if len(set(widths.values())) > 1:
         parts = ", ".join(f"{name} {value}" for name, value in widths.items())
         raise InputError(f"{sources['subject_fuser'].parent}: widths differ ({parts}); give parts of one model")
-
-
-def read_json(path: Path) -> dict:
-    """Return a JSON file's object; InputError when it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; give a whole model folder") from error
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON ({error}); give a whole model folder") from error

@@ -24,6 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from facediffuser import subject
 from facediffuser.errors import InputError
+from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.prompts import count_markers
@@ -128,11 +129,14 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             **kwargs: passed to diffusers' `from_pretrained`, such as `dtype`, `revision`, or a component by name.
 
         Raises:
-            InputError: the model cannot be found.
+            InputError: the model cannot be found, or a file of it is missing, damaged or not finite.
         """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
-        return super().from_pretrained(str(resolve_model(str(model), kwargs.pop("revision", None))), **kwargs)
+        folder = resolve_model(str(model), kwargs.pop("revision", None))
+        if kwargs.get("variant") is None:
+            check_model_folder(folder, skip=kwargs)
+        return super().from_pretrained(str(folder), **kwargs)
 
     @property
     def guidance_scale(self) -> float:

@@ -4,7 +4,6 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 """
 
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from facediffuser.dataset.other_run import require_like_run
 from facediffuser.dataset.plan import Plan, RowSettings
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RepairSettings, RetrySettings
+from facediffuser.model_check import MODULES, check_component, check_model_files, read_json
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import ids_and_places
 from facediffuser.schedulers import choose_scheduler
@@ -25,6 +25,13 @@ from facediffuser.storage import Store, open_store
 
 OURS = ("plan/", "data/", "stats/", "card/", "scores/", "subjects.parquet", "manifest.json", "README.md")
 LIBRARIES = ("torch", "diffusers", "transformers", "facenet-pytorch", "pillow", "numpy", "pyarrow")
+_WITH_SUBJECTS = ("unet", "image_encoder", "subject_fuser")
+NEEDED_BY_METHOD = {
+    "face-diffuser": ("unet_text", *_WITH_SUBJECTS),
+    "tdm": ("unet_text",),
+    "sdm": _WITH_SUBJECTS,
+    "fastcomposer": _WITH_SUBJECTS,
+}
 # Settings of a run document that depend on the device, which Ray knows.
 OF_THE_DEVICE = ("batch_size", "dtype", "device", "threads")
 
@@ -86,9 +93,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
 
 def check_models(name: str) -> None:
     """Raise InputError unless a folder of models, with the parts that every method needs, is there."""
-    folder = resolve_model(name)
-    for part in ("unet", "unet_text", "vae", "subject_fuser"):
-        _config(folder, part)
+    check_model_files(resolve_model(name), MODULES)
 
 
 def check_repair(settings: RepairSettings | RetrySettings) -> None:
@@ -98,7 +103,7 @@ def check_repair(settings: RepairSettings | RetrySettings) -> None:
     made_from = read_manifest(store).made_from
     models, scorers = (getattr(settings, name) or made_from.get(name) for name in ("models", "scorers"))
     if settings.models and models:
-        resolve_model(models)
+        check_model_files(resolve_model(models))
     if settings.scorers and scorers:
         require_scorers(scorers)
 
@@ -144,6 +149,10 @@ def require_ours(store: Store) -> None:
 def model_facts(settings: GenerateSettings) -> ModelFacts:
     """Return what the model folder's configuration says; InputError when it cannot make what is asked for."""
     folder = resolve_model(settings.models)
+    needs_subject = settings.method != "tdm"
+    if needs_subject and not (folder / "subject_fuser").is_dir():
+        raise InputError(f"{settings.models}: no subject_fuser there; give a whole model folder or --method tdm")
+    check_model_files(folder, NEEDED_BY_METHOD[settings.method])
     unet = _config(folder, "unet_text" if settings.method == "tdm" else "unet")
     cell = 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
     sample = unet["sample_size"]
@@ -154,10 +163,7 @@ def model_facts(settings: GenerateSettings) -> ModelFacts:
             raise InputError(f"--{name} {value}: this model makes multiples of {cell} px; give {value // cell * cell}")
     own = _config(folder, "scheduler", "scheduler_config.json")["_class_name"]
     fuser = folder / "subject_fuser" / "config.json"
-    needs_subject = settings.method != "tdm"
-    if needs_subject and not fuser.is_file():
-        raise InputError(f"{settings.models}: no subject_fuser there; give a whole model folder or --method tdm")
-    limit = json.loads(fuser.read_text()).get("max_subjects", 4) if needs_subject else None
+    limit = read_json(fuser).get("max_subjects", 4) if needs_subject else None
     if limit is not None and (settings.subjects_per_image or 0) > limit:
         raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
     scheduler = choose_scheduler(settings.scheduler, own, settings.steps)
@@ -165,12 +171,7 @@ def model_facts(settings: GenerateSettings) -> ModelFacts:
 
 
 def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    try:
-        return json.loads((folder / part / name).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no {part}/{name}; give a whole model folder") from None
-    except ValueError:
-        raise InputError(f"{folder}/{part}/{name}: not JSON; give a whole model folder") from None
+    return read_json(folder / part / name)
 
 
 # --- the prompts ------------------------------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ def _require_room(
 
     if settings.method == "tdm":
         return
+    check_component(model.folder / "tokenizer", "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(model.folder / "tokenizer")
     longest = max({subject.class_word for subject in subjects}, key=len)
     for prompt in prompts:

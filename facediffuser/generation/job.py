@@ -24,6 +24,7 @@ from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate, known_document
 from facediffuser.generation.generate_settings import GenerateSettings, Pool
 from facediffuser.generation.reference_pictures import prepare_references
+from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import model_digests
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import base_folder
@@ -110,6 +111,7 @@ def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None =
     """
     checked = check_generate(settings)
     store, plan = checked.store, checked.plan
+    check_model_folder(checked.model.folder)
     digests = model_digests(checked.model.folder)
     scorers_name = settings.scorers or default_scorers(settings.models, digests)
     scorers = load_scorers(scorers_name, "cuda" if gpu and _has_cuda() else "cpu")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from facediffuser.errors import InputError
+from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import (
     load_image_encoder,
     model_digests,
@@ -130,6 +131,7 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     """
     base, recipe = resolve_base(settings.base), settings.recipe()
     require_stable_diffusion(settings.base, base)
+    check_model_folder(base, ("unet",))
     digests = model_digests(base)
     start = _start_folder(settings, base, digests)
     unet = UNet2DConditionModel.from_pretrained(start / UNET[settings.role] if start else base / "unet").float()

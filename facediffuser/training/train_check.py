@@ -3,13 +3,16 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser.errors import InputError
-from facediffuser.modelfolder import read_json, resolve_base, resolve_model
+from facediffuser.model_check import check_model_files, read_json
+from facediffuser.modelfolder import resolve_base, resolve_model
+from facediffuser.preprocess.parts import MANIFEST
 from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import Store, open_store
 from facediffuser.training import training_run as runs
@@ -32,19 +35,42 @@ def check_train(settings: TrainSettings) -> None:
         runs.require_startable(store, of_role)
     require_prepared(settings.data, open_store(settings.data), "train")
     if _is_here(settings.base):
-        require_stable_diffusion(settings.base, resolve_base(settings.base))
+        base = resolve_base(settings.base)
+        require_stable_diffusion(settings.base, base)
+        check_model_files(base, ("unet",))
     if settings.start_from and _is_here(settings.start_from):
+        start = resolve_model(settings.start_from)
         for role in settings.roles:
-            require_start(settings.of(role), resolve_model(settings.start_from))
+            require_start(settings.of(role), start)
+        check_model_files(start)
 
 
 def require_prepared(url: str, store: Store, split: str) -> None:
-    """Raise InputError unless prepared data of this schema version holds rows of a split."""
+    """Raise InputError unless prepared data is whole and of this schema version, and has files of a split."""
+    if not store.exists(MANIFEST):
+        raise InputError(
+            f"{url}: no {MANIFEST} there, which preprocess writes last; run `facediffuser preprocess` again"
+        )
+    _require_files(url, store)
     keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
     if not keys:
         raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
     with store.open(keys[0]) as source:
         require_schema(url, pq.read_schema(source))
+
+
+def _require_files(url: str, store: Store) -> None:
+    """Raise InputError unless the files that the manifest lists are there, each of the size it had."""
+    try:
+        files = json.loads(store.get(MANIFEST))["files"]
+        sizes = {key: int(entry["bytes"]) for key, entry in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{url}/{MANIFEST}: not a manifest of prepared data; prepare it again") from None
+    found = {info.key: info.size for folder in ("train/", "test/") for info in store.list(folder)}
+    for key, size in sizes.items():
+        if key.startswith(("train/", "test/")) and found.get(key) != size:
+            what = "missing" if key not in found else f"{found[key]} bytes, the manifest says {size}"
+            raise InputError(f"{url}/{key}: {what}; copy it again or run `facediffuser preprocess` again")
 
 
 def require_schema(url: str, schema: pa.Schema) -> None:

@@ -103,6 +103,21 @@ def test_a_run_that_lacks_a_part_is_refused(own, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(("run", "change"), [("tdm", "missing"), ("sdm", "missing"), ("tdm", "cut"), ("base", "cut")])
+def test_weights_that_are_missing_or_cut_short_are_refused_by_name(own, tmp_path, run, change):
+    folder = own[("base", "tdm", "sdm").index(run)]
+    path = folder / ("vae" if run == "base" else "final/unet") / "diffusion_pytorch_model.safetensors"
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    for trained in own[1:]:
+        edit(trained / "final" / "training.json", base_digests=model_digests(own[0]))
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors: ") as refused:
+        assemble(own[0], str(own[1]), str(own[2]), tmp_path / "model")
+    assert str(path) in str(refused.value) and not (tmp_path / "model").exists()
+
+
 def test_an_output_that_holds_something_is_left_alone(trained, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")

@@ -13,13 +13,15 @@ from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 
 def write_prepared(folder: Path, rows: list[dict], schema=PREPARED_SCHEMA) -> None:
     """Write rows as preprocess does: parts of 8 by split, and a manifest."""
+    files = {}
     for split in ("train", "test"):
         chosen = [row for row in rows if row["split"] == split]
         for part, start in enumerate(range(0, len(chosen), 8)):
             path = folder / split / f"part-{part:05d}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_part(chosen[start : start + 8], schema, "test"))
-    (folder / "manifest.json").write_text("{}")
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
 
 def prepared_row(path: Path, split: str) -> dict:

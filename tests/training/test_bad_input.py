@@ -12,6 +12,7 @@ from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, SCHEMA_KEY
 from facediffuser.storage import open_store
 from facediffuser.training import training_run as runs
 from facediffuser.training.loop import train_model
+from facediffuser.training.train_check import check_train
 from facediffuser.training.train_settings import TrainSettings
 
 
@@ -42,6 +43,41 @@ def test_no_prepared_data(settings, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "facediffuser preprocess" in refusal(settings("tdm", data=str(tmp_path / "empty")))
     assert "facediffuser preprocess" in refusal(settings("tdm", data=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("manifest.json", None, "no manifest.json there"),
+        ("manifest.json", b"{", "manifest.json: not a manifest"),
+        ("manifest.json", b"{}", "manifest.json: not a manifest"),
+        ("train/part-00000.parquet", None, "train/part-00000.parquet: missing"),
+        ("test/part-00000.parquet", None, "test/part-00000.parquet: missing"),
+        ("train/part-00001.parquet", b"PAR1", "train/part-00001.parquet: 4 bytes, the manifest says"),
+    ],
+)
+def test_prepared_data_that_is_not_whole(settings, prepared, tmp_path, name, content, words):
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
+    if content is None:
+        (data / name).unlink()
+    else:
+        (data / name).write_bytes(content)
+    chosen = settings("tdm", data=str(data))
+    assert words in refusal(chosen)
+    with pytest.raises(InputError, match=words):
+        check_train(chosen)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_base_whose_weights_are_missing_or_cut_short(settings, base, tmp_path, part):
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    [weights] = (other / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    chosen = settings("tdm", base=str(other))
+    assert str(weights) in refusal(chosen)
+    weights.unlink()
+    with pytest.raises(InputError, match=f"{weights.name}: missing"):
+        check_train(chosen)
 
 
 def test_prepared_data_of_another_schema_version(settings, prepared, tmp_path):
@@ -91,7 +127,7 @@ def test_an_image_encoder_of_another_width(settings, base, tmp_path):
         projection_dim=40,
     )  # fmt: skip
     CLIPVisionModelWithProjection(config).save_pretrained(other / "image_encoder")
-    assert "40 numbers" in refusal(settings("sdm", base=str(other)))
+    assert "projection_dim 40" in refusal(settings("sdm", base=str(other)))
 
 
 def test_an_output_that_holds_another_run_is_refused_with_the_difference(settings):
