@@ -208,24 +208,21 @@ def copies(settings: Annotated[CopySettings, FIELDS]) -> None:
 
 
 def verify(settings: Annotated[Dataset, FIELDS]) -> int:
-    """Check every shard of a dataset against its manifest; exit with 1 when something is wrong.
+    """Check every object of a dataset against its manifest; exit with 1 when something is wrong.
 
     ```
     facediffuser verify s3://bucket/dataset
     ```
     """
     logger.info("Verifying %s", settings.url)
-    from facediffuser.dataset.verify import verify as find_problems
+    from facediffuser.dataset.verify import inspect
 
-    problems = find_problems(settings.url)
-    for problem in problems:
-        print(problem)
-    print(
-        f"{settings.url}: {len(problems)} problems"
-        if problems
-        else f"{settings.url}: every shard is as the manifest says"
-    )
-    return 1 if problems else 0
+    found = inspect(settings.url)
+    for line in [*found.problems, *found.notes]:
+        print(line)
+    count = len(found.problems)
+    print(f"{settings.url}: {count} problems" if count else f"{settings.url}: every object is as the manifest says")
+    return 1 if count else 0
 
 
 def repair(settings: Annotated[RepairSettings, FIELDS]) -> int:
@@ -274,7 +271,10 @@ def remake(settings: Annotated[RemakeSettings, FIELDS]) -> int:
     facediffuser remake ada~reading~0 --dataset out/mine --output out/remade
     ```
     """
-    logger.info("Making %s of %s anew", settings.sample_id, settings.dataset)
+    with _starting("Making %s of %s anew", settings.sample_id, settings.dataset):
+        from facediffuser.generation.generate_check import check_remake
+
+        check_remake(settings)
     import torch
 
     from facediffuser.generation.repair import remake as remake_image
@@ -301,10 +301,10 @@ def card(settings: Annotated[Dataset, FIELDS]) -> None:
     ```
     """
     logger.info("Writing the card of %s", settings.url)
-    from facediffuser.cards.dataset_card import write_card
+    from facediffuser.cards.dataset_card import rewrite_card
     from facediffuser.storage import open_store
 
-    write_card(open_store(settings.url))
+    rewrite_card(open_store(settings.url))
 
 
 def explain(settings: Annotated[ExplainSettings, FIELDS]) -> None:

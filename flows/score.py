@@ -11,13 +11,13 @@ from facediffuser.tasks.add_columns import add_scores, flag_copies, write_card_a
 def score(settings: ScoreSettings) -> list[str]:
     """Add the columns of other scorers; return the keys of the files written."""
     keys = add_scores(settings)
-    write_card_again(settings.url)
+    write_card_again(settings.url, keys)
     return keys
 
 
 @flow(name="copies", on_running=[watch_process], on_failure=[report_stop])
 def copies(settings: CopySettings) -> dict[str, int]:
     """Look for copies; return how many images each flag is raised on."""
-    found = flag_copies(settings)
-    write_card_again(settings.url)
+    key, found = flag_copies(settings)
+    write_card_again(settings.url, [key])
     return found

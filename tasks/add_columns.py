@@ -2,7 +2,7 @@
 
 from prefect import task
 
-from facediffuser.cards.dataset_card import write_card
+from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import count_rows
 from facediffuser.evaluation.add_columns import add_columns
@@ -29,8 +29,8 @@ def add_scores(settings: ScoreSettings) -> list[str]:
 
 
 @task(name="find-copies", cache_policy=None)
-def flag_copies(settings: CopySettings) -> dict[str, int]:
-    """Write `scores/copies.parquet`; return how many images each flag is raised on."""
+def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
+    """Write `scores/copies.parquet`; return its key and how many images each flag is raised on."""
     check_copies(settings)
     store = open_store(settings.url)
     total = count_rows(store)
@@ -42,12 +42,12 @@ def flag_copies(settings: CopySettings) -> dict[str, int]:
             training = training_faces(settings.training, scorers.identity, progress.advance)
     with Progress(total, "images", "copies") as progress:
         table = find_copies(store, scorers.identity, settings, training, progress.advance)
-    write_added(store, "copies", table, {"copies_identity": scorers.digests["identity"]})
+    key = write_added(store, "copies", table, {"copies_identity": scorers.digests["identity"]})
     flags = ("training_copy", "pasted_reference", "duplicate")
-    return {name: table[name].to_pylist().count(True) for name in flags if name in table.column_names}
+    return key, {name: table[name].to_pylist().count(True) for name in flags if name in table.column_names}
 
 
 @task(name="write-card", cache_policy=None)
-def write_card_again(url: str) -> None:
-    """Write a dataset's card with what was added."""
-    write_card(open_store(url))
+def write_card_again(url: str, written: list[str]) -> None:
+    """Write a dataset's card with what was added, and list both in the manifest."""
+    rewrite_card(open_store(url), written)

@@ -10,15 +10,26 @@ import ray
 from prefect import task
 
 from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.inputs import class_words_line
-from facediffuser.dataset.manifest import Counts, build_manifest, object_entries, shard_entry, write_manifest
+from facediffuser.dataset.manifest import (
+    MANIFEST_KEY,
+    Counts,
+    ObjectEntry,
+    build_manifest,
+    object_entries,
+    read_sound_manifest,
+    shard_entry,
+)
 from facediffuser.dataset.other_run import require_same_run
+from facediffuser.dataset.seal import seal
 from facediffuser.dataset.shards import finished_shards
-from facediffuser.errors import RunError
+from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
+from facediffuser.storage import Store
 from facediffuser.tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
@@ -109,6 +120,18 @@ def generate_shards(job: GenerationJob, actor: type[ShardActor] = ShardActor) ->
     return {"kept": len(finished), "made": len(missing), "seconds": round(seconds, 3), "busy": round(spent.busy, 4)}
 
 
+def _added_before(store: Store) -> list[ObjectEntry]:
+    """The entries of columns added to a dataset that is finished once more: later damage to them is still found."""
+    if not store.exists(MANIFEST_KEY):
+        return []
+    try:
+        objects = read_sound_manifest(store).objects
+    except InputError as error:
+        logger.warning("%s; written anew, its digests of scores/ are lost", error)
+        return []
+    return [entry for entry in objects if entry.key.startswith(ADDED_PREFIX)]
+
+
 @task(name="finish-dataset", cache_policy=None, persist_result=False)
 def finish_dataset(job: GenerationJob) -> Finished:
     """Write the card and, last, the manifest. Raise when shards are missing or too many rows failed."""
@@ -122,12 +145,10 @@ def finish_dataset(job: GenerationJob) -> Finished:
     with ThreadPoolExecutor(READERS) as pool:
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard]), numbers))
-    manifest = build_manifest(
-        job.fingerprint, job.run, layout, entries, object_entries(store, layout),
-        {"models": job.models, "scorers": job.scorers},
-    )  # fmt: skip
+    places = {"models": job.models, "scorers": job.scorers}
     table = write_card(store)
-    write_manifest(store, manifest)
+    objects = [*object_entries(store, layout), *_added_before(store)]
+    manifest = seal(store, build_manifest(job.fingerprint, job.run, layout, entries, objects, places))
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
                 counts.shards)  # fmt: skip

@@ -5,8 +5,10 @@ from typing import Any
 
 from prefect import task
 
-from facediffuser.cards.dataset_card import write_card
-from facediffuser.dataset.manifest import Manifest, build_manifest, read_manifest, write_manifest
+from facediffuser.cards.dataset_card import rewrite_card, write_card
+from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.manifest import Manifest, build_manifest, read_manifest, read_sound_manifest
+from facediffuser.dataset.seal import seal
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
 from facediffuser.generation.generate_check import check_repair
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
@@ -46,6 +48,10 @@ def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[P
     if damage.references:
         left.append("subjects.parquet: cannot be made again from the dataset; put it back, or remove it and run "
                     "`generate` again with its options")  # fmt: skip
+    for key in damage.stats:
+        store.delete(key)
+    left += [f"{problem}; `score` and `copies` write their columns again" if problem.key.startswith(ADDED_PREFIX)
+             else str(problem) for problem in damage.others]  # fmt: skip
     if damage.shards:
         wanted = {shard: {"sha256": None if settings.accept else manifest.shards[shard].sha256}
                   for shard in damage.shards}  # fmt: skip
@@ -59,6 +65,8 @@ def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[P
             if shard in changed and not settings.accept:
                 left.append(f"{entry.key}: comes out with other bytes here ({made[shard]['sha256'][:12]}); repair it "
                             "where it was made, or keep the new bytes with --accept")  # fmt: skip
+    if damage.card:
+        rewrite_card(store)
     return left
 
 
@@ -67,7 +75,7 @@ def retry_failed_rows(settings: RetrySettings) -> Manifest:
     """Make the shards that hold failed rows again; those with fewer failed rows now take their place."""
     check_repair(settings)
     store = open_store(settings.url)
-    manifest = read_manifest(store)
+    manifest = read_sound_manifest(store)
     wanted = {shard: {"fewer_failed_than": entry.failed} for shard, entry in enumerate(manifest.shards) if entry.failed}
     if not wanted:
         return manifest
@@ -101,7 +109,7 @@ def list_again(url: str, manifest: Manifest, made: dict[int, dict[str, Any]]) ->
     listed = build_manifest(
         manifest.fingerprint, manifest.run, manifest.layout, entries, manifest.objects, manifest.made_from
     )
-    if made:
-        write_card(store)
-        write_manifest(store, listed)
-    return listed
+    if not made:
+        return listed
+    write_card(store)
+    return seal(store, listed)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,7 +14,8 @@ from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import Located, fetch_images, survey_dataset
-from facediffuser.dataset.reading import recorded_run
+from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
+from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown
@@ -58,6 +60,19 @@ def write_card(store: Store) -> list[ScoreRow]:
     store.put("README.md", readme(card, facts, settings).encode())
     logger.info("%s: card of %d rows written", store.url, card.rows)
     return card.table
+
+
+def rewrite_card(store: Store, written: Collection[str] = ()) -> list[ScoreRow]:
+    """Write a finished dataset's card anew and list it in the manifest; return the table of scores.
+
+    A dataset without a manifest gets its card alone. `written`: keys below scores/ that were written just before.
+    Raises InputError, nothing written, when the dataset is damaged.
+    """
+    manifest = require_sealable(store)
+    table = write_card(store)
+    if manifest is not None:
+        seal(store, manifest, written)
+    return table
 
 
 def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, str]]) -> str:
@@ -120,7 +135,7 @@ def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
     """The first reference picture of each named subject; none when there is no subjects.parquet."""
     if not names or not store.exists("subjects.parquet"):
         return {}
-    with store.open("subjects.parquet") as source:
+    with readable_parquet(store, "subjects.parquet"), store.open("subjects.parquet") as source:
         table = pq.read_table(source, filters=pc.field("subject_id").isin(sorted(names)))
     pictures: dict[str, Image.Image] = {}
     for row in table.to_pylist():
@@ -135,6 +150,6 @@ def _run_facts(store: Store) -> dict[str, Any]:
     plans = [info.key for info in store.list("plan/") if info.key.endswith(".parquet")]
     if not plans:
         return {}
-    with store.open(plans[0]) as source:
-        fingerprint, run = recorded_run(pq.read_schema(source))
+    with open_parquet(store, plans[0]) as file:
+        fingerprint, run = recorded_run(file.schema_arrow)
     return {"fingerprint": fingerprint, **run} if fingerprint else run

@@ -8,10 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from facediffuser.dataset.added_columns import read_added
-from facediffuser.dataset.reading import list_shards, row_groups
+from facediffuser.dataset.reading import list_shards, open_parquet, row_groups
 from facediffuser.evaluation.score_sample import ScoreSample, rank
 from facediffuser.evaluation.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
 from facediffuser.storage import Store
@@ -156,7 +155,7 @@ def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
         places.setdefault(located.file, {}).setdefault(located.group, []).append(located)
     images = {}
     for key, groups in sorted(places.items()):
-        with store.open(key) as source, pq.ParquetFile(source) as file:
+        with open_parquet(store, key) as file:
             for group, rows in sorted(groups.items()):
                 column = file.read_row_group(group, columns=["image"])["image"]
                 for located in rows:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import parquet_bytes
+from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -72,7 +73,7 @@ def read_added(store: Store) -> Added:
     """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
     tables = {}
     for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
-        with store.open(key) as source:
+        with readable_parquet(store, key), store.open(key) as source:
             tables[store.url_of(key)] = pq.read_table(source)
     return Added(tables)
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.inputs import Subject
 from facediffuser.dataset.plan import Plan
+from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -190,7 +191,7 @@ def recorded_subjects(store: Store) -> list[dict[str, Any]]:
     """Return id, class word, key and sha256 of each reference that an output keeps; empty where it keeps none yet."""
     if not store.exists(SUBJECTS_KEY):
         return []
-    with store.open(SUBJECTS_KEY) as source:
+    with readable_parquet(store, SUBJECTS_KEY), store.open(SUBJECTS_KEY) as source:
         return pq.read_table(source, columns=["subject_id", "class_word", "reference", "source_sha256"]).to_pylist()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.inputs import Prompt, Subject
+from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        return math.ceil(self.rows / self.shard_size)
+        return -(-self.rows // self.shard_size)  # whole numbers: exact however many rows
 
     @property
     def shards_per_part(self) -> int:
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def parts(self) -> int:
-        return math.ceil(self.shards / self.shards_per_part)
+        return -(-self.shards // self.shards_per_part)
 
     def shard_rows(self, shard: int) -> int:
         """Return how many rows a shard has: `shard_size`, the last one what remains."""
@@ -228,7 +228,7 @@ def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
 def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:
     """Return the planned rows of one shard; with `fingerprint`, InputError when the plan is another run's."""
     part, group = divmod(shard, layout.shards_per_part)
-    with store.open(layout.part_key(part)) as source, pq.ParquetFile(source) as file:
+    with open_parquet(store, layout.part_key(part)) as file:
         mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
         if fingerprint is not None and mark != fingerprint:
             raise InputError(f"{store.url}: another run took this output (its plan is {mark[:12]}'s); give another")
@@ -238,7 +238,7 @@ def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str |
 def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
     """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only."""
     for part in range(layout.parts):
-        with store.open(layout.part_key(part)) as source, pq.ParquetFile(source) as file:
+        with open_parquet(store, layout.part_key(part)) as file:
             for group in range(file.num_row_groups):
                 place = pc.index(file.read_row_group(group, columns=["sample_id"])["sample_id"], sample_id).as_py()
                 if place >= 0:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
+from facediffuser.storage.base import StorageError
 
 DATA_PREFIX = "data/"
 
@@ -44,6 +46,32 @@ def open_dataset(url: str) -> ds.Dataset:
     return ds.dataset(keys, format="parquet", filesystem=arrow_filesystem(store))
 
 
+@contextmanager
+def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    """Yield a Parquet object, opened.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        InputError: it is damaged or no Parquet, found when it is opened or when it is read in the block.
+    """
+    with readable_parquet(store, key), store.open(key) as source, pq.ParquetFile(source) as file:
+        yield file
+
+
+@contextmanager
+def readable_parquet(store: Store, key: str) -> Iterator[None]:
+    """Turn what reading a damaged Parquet object raises in the block into InputError, one line that names it."""
+    try:
+        yield
+    except (StorageError, FileNotFoundError, InputError):
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{store.url_of(key)}: not readable as Parquet of a dataset ({type(error).__name__}); put it back, or let "
+            "`facediffuser repair` make it again"
+        ) from None
+
+
 def row_groups(
     store: Store, keys: Sequence[str], columns: Sequence[str], needed: Sequence[str] = ()
 ) -> Iterator[tuple[str, int, pa.Table]]:
@@ -52,7 +80,7 @@ def row_groups(
     Raises InputError naming the object that lacks one of the `needed` columns.
     """
     for key in keys:
-        with store.open(key) as source, pq.ParquetFile(source) as file:
+        with open_parquet(store, key) as file:
             present = [name for name in columns if name in file.schema_arrow.names]
             absent = [name for name in needed if name not in present]
             if absent:
@@ -68,8 +96,8 @@ def count_rows(store: Store) -> int:
 
 def read_footer(store: Store, key: str) -> pq.FileMetaData:
     """Return the footer of a Parquet object."""
-    with store.open(key) as source:
-        return pq.read_metadata(source)
+    with open_parquet(store, key) as file:
+        return file.metadata
 
 
 def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
@@ -80,6 +108,6 @@ def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
-    """Return some columns of a shard."""
-    with store.open(key) as source:
+    """Return some columns of a shard or of another Parquet object of a dataset."""
+    with readable_parquet(store, key), store.open(key) as source:
         return pq.read_table(source, columns=list(columns))

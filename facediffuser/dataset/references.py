@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
+from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store
@@ -44,7 +45,7 @@ def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, Refer
     wanted = sorted(set(subject_ids))
     if not wanted:
         return {}
-    with store.open(SUBJECTS_KEY) as source:
+    with readable_parquet(store, SUBJECTS_KEY), store.open(SUBJECTS_KEY) as source:
         chosen = pc.field("subject_id").isin(wanted)
         table = pq.read_table(source, columns=["subject_id", "image", "identity"], filters=chosen)
     found = references_of(table, wanted)

@@ -60,8 +60,3 @@ def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int,
     for shard in there.keys() - finished.keys():
         logger.warning("%s: not a whole shard of this run; it is made again", store.url_of(there[shard].key))
     return finished
-
-
-def foreign_shards(store: Store, layout: Layout) -> list[str]:
-    """Return the keys below data/ that are no shards of this layout."""
-    return [info.key for info in store.list("data/") if layout.shard_of_key(info.key) is None]

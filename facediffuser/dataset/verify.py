@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import logging
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,50 +10,87 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facediffuser.dataset.manifest import Manifest, ShardEntry, object_entry, read_manifest
+from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.manifest import (
+    ENTRY_NAMES,
+    MANIFEST_KEY,
+    Manifest,
+    ObjectEntry,
+    ShardEntry,
+    manifest_problems,
+    read_manifest,
+    read_manifest_bytes,
+)
 from facediffuser.dataset.plan import Layout, read_shard_rows
-from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
-from facediffuser.dataset.shards import foreign_shards
+from facediffuser.dataset.reading import DATA_PREFIX
+from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
-from facediffuser.storage import Store, open_store
-
-logger = logging.getLogger(__name__)
+from facediffuser.storage import ObjectInfo, Store, open_store
+from facediffuser.storage.base import StorageError
 
 READERS = 4
+_EARLIER = (
+    "{url}: its manifest is of an earlier version, without a digest of itself and of README.md, card/ and scores/; "
+    "`facediffuser card` adds them"
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one object; `shard` is its number when the object is, or should be, a shard of the dataset."""
+    """What is wrong with one object.
+
+    `shard`: its number when the object is, or should be, a shard of the dataset; `foreign`: below data/ and none;
+    `unlisted`: elsewhere and not in the manifest; `stats`: a worker's stats of a shard.
+    """
 
     key: str
     what: str
     shard: int | None = None
     foreign: bool = False
+    unlisted: bool = False
+    stats: bool = False
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with a dataset, and notes on what its manifest says nothing of."""
+
+    problems: list[Problem]
+    notes: list[str]
+
+
 def verify(url: str) -> list[str]:
     """Return what is wrong with a dataset, one line each; an empty list when all is as the manifest says.
 
-    Each shard is checked for presence, sha256, schema, fingerprint, rows (each planned row once, in its order), images
-    (present, their sha256, decodable) and counts; plan and references for presence and sha256. Raises InputError when
-    there is no manifest.
+    The manifest is checked against its own digest, and every other object (plan, references, card, added scores) for
+    presence and sha256; what is there and not listed is named. Each shard is also checked for schema, fingerprint, rows
+    (each planned row once, in its order), images (present, their sha256, decodable) and counts. Raises InputError when
+    there is no manifest, or one that cannot be read.
     """
+    return [str(problem) for problem in inspect(url).problems]
+
+
+def inspect(url: str) -> Findings:
+    """Return what `verify` finds and, for a dataset of an earlier version, what its manifest does not cover."""
     store = open_store(url)
-    return [str(problem) for problem in find_problems(store, read_manifest(store))]
+    manifest = read_manifest(store)
+    return Findings(find_problems(store, manifest), [] if manifest.digest else [_EARLIER.format(url=store.url)])
 
 
 def find_problems(store: Store, manifest: Manifest) -> list[Problem]:
     """Return what is wrong with a dataset."""
     layout = manifest.layout
-    problems = [Problem("manifest.json", what) for what in _whole(manifest, layout)]
-    for key in foreign_shards(store, layout):
-        problems.append(Problem(key, "not a shard of this dataset; remove it", foreign=True))
-    problems += _objects(store, manifest)
+    present = {info.key: info for info in store.list()}
+    problems = [Problem(MANIFEST_KEY, what) for what in manifest_problems(manifest, read_manifest_bytes(store))]
+    for key in present:
+        if key.startswith(DATA_PREFIX) and layout.shard_of_key(key) is None:
+            problems.append(Problem(key, "not a shard of this dataset; remove it", foreign=True))
+    problems += _objects(store, manifest, present)
+    problems += _stats(store, manifest, present)
     with ThreadPoolExecutor(READERS) as pool:
         checks = pool.map(lambda pair: check_shard(store, manifest, *pair), enumerate(manifest.shards))
         for shard, found in enumerate(checks):
@@ -61,49 +98,78 @@ def find_problems(store: Store, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _objects(store: Store, manifest: Manifest) -> Iterator[Problem]:
+def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
     for entry in manifest.objects:
-        try:
-            there = object_entry(entry.key, store.get(entry.key))
-        except FileNotFoundError:
-            yield Problem(entry.key, "missing")
+        _, what = _read(store, entry)
+        if what:
+            yield Problem(entry.key, what)
+    if not manifest.digest:
+        return
+    listed = {entry.key for entry in manifest.objects}
+    for key in sorted(present.keys() - listed - {MANIFEST_KEY}):
+        hidden = any(part.startswith(".") for part in key.split("/"))  # of a file manager, a hub's client, git
+        if not hidden and not key.startswith((DATA_PREFIX, *manifest.unlisted)):
+            yield Problem(key, "not listed in the manifest; " + _ways_out(key), unlisted=True)
+
+
+def _ways_out(key: str) -> str:
+    ours = key.startswith(("card/", ADDED_PREFIX)) or key == "README.md"
+    return "`facediffuser card` lists it, or remove it" if ours else "remove it"
+
+
+def _stats(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
+    """What the workers' stats say of their shards must be what the manifest says; timings are theirs alone."""
+    layout = manifest.layout
+    for shard, entry in enumerate(manifest.shards):
+        key = layout.stats_key(shard)
+        if key not in present:
             continue
-        if there != entry:
-            yield Problem(entry.key, f"sha256 differs from the manifest's ({there.bytes} bytes, listed {entry.bytes})")
+        try:
+            stats = json.loads(store.get(key))
+            same = all(stats[name] == getattr(entry, name) for name in ENTRY_NAMES)
+        except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+            yield Problem(key, "not a shard's stats; remove it", stats=True)
+        else:
+            if not same:
+                yield Problem(key, f"says other than the manifest of {entry.key}; remove it", stats=True)
 
 
-def _whole(manifest: Manifest, layout: Layout) -> Iterator[str]:
-    if hashlib.sha256(canonical_json(manifest.run).encode()).hexdigest() != manifest.fingerprint:
-        yield "its run is not the one of its fingerprint"
-    keys = [entry.key for entry in manifest.shards]
-    if keys != [layout.shard_key(shard) for shard in range(layout.shards)]:
-        yield f"lists {len(keys)} shards, not the {layout.shards} planned"
-    for name in ("rows", "ok", "failed"):
-        total = sum(getattr(entry, name) for entry in manifest.shards)
-        if total != getattr(manifest.counts, name):
-            yield f"counts {getattr(manifest.counts, name)} {name}, its shards {total}"
+def _read(store: Store, entry: ObjectEntry | ShardEntry) -> tuple[bytes, str | None]:
+    """Return a listed object's bytes and what is wrong with them, if anything is."""
+    try:
+        data = store.get(entry.key)
+    except FileNotFoundError:
+        return b"", "missing"
+    except IsADirectoryError:
+        return b"", "a folder stands in its place; remove it"
+    except StorageError:
+        raise
+    except OSError as error:
+        return b"", f"cannot be read ({error.strerror})"
+    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+        return data, f"sha256 differs from the manifest's ({len(data)} bytes, listed {entry.bytes})"
+    return data, None
 
 
 def check_shard(store: Store, manifest: Manifest, shard: int, entry: ShardEntry) -> list[str]:
     """Return what is wrong with one shard, one line each."""
-    try:
-        data = store.get(entry.key)
-    except FileNotFoundError:
-        return ["missing"]
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        return [f"sha256 differs from the manifest's ({len(data)} bytes, listed {entry.bytes})"]
+    data, what = _read(store, entry)
+    if what:
+        return [what]
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+        if not table.schema.equals(DATASET_SCHEMA):
+            return ["its columns are not a dataset's"]
+        problems = []
+        mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")
+        if mark != manifest.fingerprint:
+            problems.append(f"made by another run (fingerprint {mark[:12]})")
+        problems += _rows_as_planned(store, manifest.layout, shard, entry, table)
+        problems += _images(table)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         return [f"not readable as Parquet ({type(error).__name__})"]
-    if not table.schema.equals(DATASET_SCHEMA):
-        return ["its columns are not a dataset's"]
-    problems = []
-    mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
-    if mark != manifest.fingerprint:
-        problems.append(f"made by another run (fingerprint {mark[:12]})")
-    problems += _rows_as_planned(store, manifest.layout, shard, entry, table)
-    problems += _images(table)
     return problems
 
 
@@ -112,7 +178,9 @@ def _rows_as_planned(store: Store, layout: Layout, shard: int, entry: ShardEntry
         yield f"{table.num_rows} rows, the manifest says {entry.rows}"
     try:
         planned = read_shard_rows(store, layout, shard)
-    except (OSError, pa.ArrowException, IndexError) as error:
+    except StorageError:
+        raise
+    except (OSError, InputError, IndexError) as error:
         yield f"its plan cannot be read ({type(error).__name__})"
         return
     if table.select(PLAN_SCHEMA.names).to_pylist() != planned:

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
-from facediffuser.dataset.reading import list_shards, row_groups
+from facediffuser.dataset.reading import list_shards, read_columns, row_groups
 from facediffuser.evaluation.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
 from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.pictures import stored_picture
@@ -119,8 +118,7 @@ def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[
     if not store.exists("subjects.parquet"):
         return {}
     found: dict[str, list[np.ndarray]] = {}
-    with store.open("subjects.parquet") as source:
-        rows = pq.read_table(source).to_pylist()
+    rows = read_columns(store, "subjects.parquet", ["subject_id", "image"]).to_pylist()
     for row in rows:
         picture = stored_picture(row["image"]["bytes"], store.url_of("subjects.parquet"))
         for face in identity.detector.detect([picture])[0][:1]:

@@ -4,6 +4,7 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 """
 
 from facediffuser.dataset.reading import list_shards
+from facediffuser.dataset.seal import require_sealable
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
 from facediffuser.evaluation.copies import scorers_of
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -37,6 +38,7 @@ def check_score(settings: ScoreSettings) -> None:
     store = open_store(settings.url)
     list_shards(store)
     store.require_writable()
+    require_sealable(store)
     for name in settings.add:
         find_column(name)
 
@@ -46,6 +48,7 @@ def check_copies(settings: CopySettings) -> None:
     store = open_store(settings.url)
     list_shards(store)
     store.require_writable()
+    require_sealable(store)
     if settings.training:
         training_keys(settings.training)
     require_scorers(settings.scorers or scorers_of(store))

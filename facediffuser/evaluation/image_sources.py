@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
 from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
-from facediffuser.dataset.reading import list_shards, read_footer, recorded_run, row_groups
+from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
@@ -160,8 +159,7 @@ def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray
     """
     from facediffuser.scoring.identity import subject_embedding
 
-    with store.open("subjects.parquet") as source:
-        table = pq.read_table(source)
+    table = read_columns(store, "subjects.parquet", ["subject_id", "reference", "image", "identity"])
     same = recorded_digests(table.schema).get("identity") == scorers.digests["identity"]
     vectors: dict[str, list[np.ndarray]] = {}
     for row in table.to_pylist():
@@ -176,8 +174,7 @@ def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray
 
 def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
     """Return subject id -> the reference pictures that a dataset keeps, as the model was shown them."""
-    with store.open("subjects.parquet") as source:
-        table = pq.read_table(source, columns=["subject_id", "image"])
+    table = read_columns(store, "subjects.parquet", ["subject_id", "image"])
     found: dict[str, list[Image.Image]] = {}
     for row in table.to_pylist():
         picture = stored_picture(row["image"]["bytes"], store.url_of("subjects.parquet"))

@@ -4,18 +4,19 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 """
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from facediffuser import __version__
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
-from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.manifest import planned_keys, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run
-from facediffuser.dataset.plan import Plan, RowSettings
+from facediffuser.dataset.plan import Plan, RowSettings, find_sample
+from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_settings import GenerateSettings, RepairSettings, RetrySettings
+from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.model_check import MODULES, check_component, check_model_files, read_json
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import ids_and_places
@@ -100,7 +101,30 @@ def check_repair(settings: RepairSettings | RetrySettings) -> None:
     """Raise InputError unless a finished dataset is there to be written to, and its models and scorers can be had."""
     store = open_store(settings.url)
     store.require_writable()
-    made_from = read_manifest(store).made_from
+    _check_places(settings, read_sound_manifest(store).made_from)
+
+
+def check_remake(settings: RemakeSettings) -> None:
+    """Raise InputError unless the dataset is there with that row, and a place for the image where one is named."""
+    if settings.output:
+        open_store(settings.output).require_writable()
+    store = open_store(settings.dataset)
+    manifest = read_sound_manifest(store)
+    _check_places(settings, manifest.made_from)
+    for key in planned_keys(manifest.layout):
+        if not store.exists(key):
+            raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
+    found = find_sample(store, manifest.layout, settings.sample_id)
+    if found is None:
+        raise InputError(f"{store.url}: no row {settings.sample_id!r}; look in column sample_id of its plan")
+    key = manifest.layout.shard_key(found[0])
+    if not store.exists(key):
+        raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
+    read_footer(store, key)
+
+
+def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, made_from: Mapping[str, str]) -> None:
+    """Raise InputError for models and scorers named that are not there; those of the manifest may have moved."""
     models, scorers = (getattr(settings, name) or made_from.get(name) for name in ("models", "scorers"))
     if settings.models and models:
         check_model_files(resolve_model(models))

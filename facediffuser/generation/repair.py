@@ -8,17 +8,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from facediffuser.dataset.manifest import Manifest, object_entry, read_manifest
+from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, object_entry, read_sound_manifest
 from facediffuser.dataset.other_run import differences
 from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
+from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import code_and_libraries
 from facediffuser.generation.generate_settings import Pool, RemakeSettings
 from facediffuser.generation.job import GenerationJob
 from facediffuser.modelfolder import model_digests, resolve_model
+from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,10 @@ def job_of_dataset(
     found = differences(manifest.models, model_digests(resolve_model(models)))
     if found:
         raise InputError(f"{models}: not the models of this dataset ({found[0]}); give those with --models")
+    # The scores are part of a shard's bytes.
+    found = differences(manifest.scorers, load_scorers(scorers).digests)
+    if found:
+        raise InputError(f"{scorers}: not the scorers of this dataset ({found[0]}); give those with --scorers")
     pool = Pool(workers=workers)
     job = GenerationJob(store.url, manifest.fingerprint, manifest.run, manifest.layout, models, scorers, pool)
     if (job.device == "cuda") != gpu:
@@ -51,19 +58,22 @@ def job_of_dataset(
 
 @dataclass(frozen=True)
 class Damage:
-    """What `verify` found, sorted by what can be done about it."""
+    """What `verify` found, sorted by what can be done about it; `others`: nothing but by the user's hand."""
 
     shards: list[int]
     plan_parts: list[str]
     foreign: list[str]
     references: bool
+    card: bool
+    stats: list[str]
+    others: list[Problem]
 
 
 def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Damage:
     """Return the damage; InputError for what cannot be made again from the dataset itself."""
     layout = manifest.layout
     for problem in problems:
-        if problem.key == "manifest.json":
+        if problem.key == MANIFEST_KEY:
             raise InputError(f"{store.url}/{problem}; remove it and let `generate`, with its options, write it again")
     keys = {problem.key for problem in problems}
     parts = [key for part in range(layout.parts) if (key := layout.part_key(part)) in keys]
@@ -85,8 +95,18 @@ def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Da
             f"{store.url_of(SUBJECTS_KEY)}: missing or damaged, so no shard can be made; remove it and run `generate` "
             "again with its options"
         )
+    in_the_way = [problem for problem in problems if "a folder stands in its place" in problem.what]
+    for problem in in_the_way:
+        raise InputError(f"{store.url}/{problem}, then run `repair` again")
+    of_card = [problem for problem in problems if problem.key == README_KEY or problem.key.startswith(CARD_PREFIX)]
     foreign = [problem.key for problem in problems if problem.foreign]
-    return Damage(shards, parts, foreign, SUBJECTS_KEY in keys)
+    stats = [problem.key for problem in problems if problem.stats]
+    settled = {*parts, *foreign, *stats, SUBJECTS_KEY, *(problem.key for problem in of_card)}
+    others = [problem for problem in problems if problem.shard is None and problem.key not in settled]
+    card = bool(of_card) or any(problem.unlisted and problem.key.startswith(ADDED_PREFIX) for problem in others)
+    if card:  # which lists added columns that are not listed yet
+        others = [problem for problem in others if not (problem.unlisted and problem.key.startswith(ADDED_PREFIX))]
+    return Damage(shards, parts, foreign, SUBJECTS_KEY in keys, card, stats, others)
 
 
 def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:
@@ -131,7 +151,7 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     from facediffuser.generation.shard_generator import ShardGenerator
 
     store = open_store(settings.dataset)
-    manifest = read_manifest(store)
+    manifest = read_sound_manifest(store)
     job = job_of_dataset(store, manifest, settings.models, settings.scorers, gpu)
     found = find_sample(store, job.layout, settings.sample_id)
     if found is None:

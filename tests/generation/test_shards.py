@@ -17,7 +17,7 @@ from world import PROMPTS, save_prompts
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.image_files import encode_image
-from facediffuser.dataset.manifest import build_manifest, shard_entry, write_manifest
+from facediffuser.dataset.manifest import build_manifest, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import DATASET_SCHEMA, DIGITAL_SOURCE_TYPE, PROVENANCE_KEY
 from facediffuser.dataset.shards import finished_shards
@@ -295,7 +295,9 @@ def finished(made, tmp_path):
         store.put(info.key, source.get(info.key))
     infos = finished_shards(store, job.layout, job.fingerprint)
     entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in sorted(infos)]
-    write_manifest(store, build_manifest(job.fingerprint, job.run, job.layout, entries))
+    write_manifest(
+        store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
+    )
     return job, store
 
 
@@ -306,7 +308,7 @@ def test_a_finished_dataset_verifies(finished):
 def test_the_base_install_verifies_and_cards_a_dataset(finished, tmp_path):
     url = finished[1].url
     verified = command_in_base_install("verify", url, folder=tmp_path)
-    assert (verified.returncode, verified.stdout) == (0, f"{url}: every shard is as the manifest says\n")
+    assert (verified.returncode, verified.stdout) == (0, f"{url}: every object is as the manifest says\n")
     carded = command_in_base_install("card", url, folder=tmp_path)
     assert carded.returncode == 0, carded.stderr
     assert {"README.md", "card/index.html"} <= {info.key for info in finished[1].list("")}
@@ -343,7 +345,9 @@ def test_verify_finds_rows_that_are_not_those_planned(finished):
     infos = finished_shards(store, job.layout, job.fingerprint)
     store.delete(job.layout.stats_key(0))
     entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)]
-    write_manifest(store, build_manifest(job.fingerprint, job.run, job.layout, entries))
+    write_manifest(
+        store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
+    )
     assert verify(store.url) == [f"{job.layout.shard_key(0)}: its rows are not those planned"]
 
 

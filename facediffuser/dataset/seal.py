@@ -1,0 +1,72 @@
+"""What is written beside the shards of a finished dataset goes into its manifest, which is written last."""
+
+import logging
+from collections.abc import Collection, Sequence
+
+from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added
+from facediffuser.dataset.manifest import (
+    MANIFEST_KEY,
+    UNLISTED,
+    Manifest,
+    ObjectEntry,
+    object_entries,
+    object_entry,
+    planned_keys,
+    read_sound_manifest,
+    write_manifest,
+)
+from facediffuser.dataset.reading import read_columns, read_footer
+from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.storage import Store
+
+logger = logging.getLogger(__name__)
+
+README_KEY, CARD_PREFIX = "README.md", "card/"
+
+
+def require_sealable(store: Store) -> Manifest | None:
+    """Return a dataset's manifest, None where there is none, before something is added to the dataset.
+
+    Raises InputError, one line that names the object, when the manifest, the plan, the references or columns that were
+    added before are damaged: the card could not be written after hours of work.
+    """
+    manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
+    for key in [info.key for info in store.list("plan/") if info.key.endswith(".parquet")][:1]:
+        read_footer(store, key)
+    if store.exists(SUBJECTS_KEY):
+        read_columns(store, SUBJECTS_KEY, ["subject_id"])
+    read_added(store)
+    return manifest
+
+
+def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Manifest:
+    """Write a dataset's manifest anew, after its card was written, and return it.
+
+    Args:
+        store: the dataset.
+        manifest: its manifest, sound (`read_sound_manifest`), perhaps with the entries of shards that changed.
+        written: the keys below scores/ that were written since. Others keep the digest they are listed with, so that
+            damage to them is still found.
+    """
+    planned = set(planned_keys(manifest.layout))
+    kept = [entry for entry in manifest.objects if entry.key in planned] or object_entries(store, manifest.layout)
+    objects = kept + beside_entries(store, manifest.objects, written)
+    sealed = manifest.model_copy(update={"objects": objects, "unlisted": list(UNLISTED)})
+    write_manifest(store, sealed)
+    return sealed
+
+
+def beside_entries(
+    store: Store, listed: Sequence[ObjectEntry] = (), written: Collection[str] = ()
+) -> list[ObjectEntry]:
+    """Return the entries of a dataset's card, just written, and of its added columns, in the order of their keys.
+
+    Added columns in `listed` keep their entries unless they were `written` or are gone.
+    """
+    before = {entry.key: entry for entry in listed if entry.key.startswith(ADDED_PREFIX) and entry.key not in written}
+    card = [README_KEY] if store.exists(README_KEY) else []
+    card += [info.key for info in store.list(CARD_PREFIX)]
+    added = [info.key for info in store.list(ADDED_PREFIX)]
+    for key in sorted(before.keys() - set(added)):
+        logger.warning("%s: gone; no longer listed in the manifest", store.url_of(key))
+    return [before.get(key) or object_entry(key, store.get(key)) for key in card + added]
