@@ -47,14 +47,14 @@ def check_train(settings: TrainSettings) -> None:
 
 def require_prepared(url: str, store: Store, split: str) -> None:
     """Raise InputError unless prepared data is whole and of this schema version, and has files of a split."""
+    keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
+    if not keys:
+        raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
     if not store.exists(MANIFEST):
         raise InputError(
             f"{url}: no {MANIFEST} there, which preprocess writes last; run `facediffuser preprocess` again"
         )
     _require_files(url, store)
-    keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
-    if not keys:
-        raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
     with store.open(keys[0]) as source:
         require_schema(url, pq.read_schema(source))
 
