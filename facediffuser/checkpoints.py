@@ -6,7 +6,6 @@ attention of the VAE as query/key/value/proj_attn, the text encoder with or with
 """
 
 import logging
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from facediffuser.errors import InputError
+from facediffuser.model_check import canonical_name
 from facediffuser.modelfolder import (
     copy_component,
     read_json,
@@ -32,7 +32,6 @@ from facediffuser.subject import SubjectFuser
 logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # The name a part has in a released file, and the component it becomes; frozen parts stand in both files.
 FROZEN = {"vae": "vae", "text_encoder": "text_encoder"}
 SDM_PARTS = {**FROZEN, "unet": "unet", "image_encoder": "image_encoder", "postfuse_module": "subject_fuser"}
@@ -42,17 +41,25 @@ TDM_PARTS = {**FROZEN, "unet": "unet_text"}
 def convert(base: str | Path, image_encoder: str | Path, sdm: str | Path, tdm: str | Path, output: str | Path) -> Path:
     """Return `output`, now a model folder with the weights of two released checkpoints.
 
-    `base` (Stable Diffusion v1-5) gives configurations, tokenizer and scheduler, `image_encoder` (CLIP ViT-L/14) its
-    configuration; all weights come from the two files (.bin, read with weights_only, or .safetensors). Every key is
-    accounted for: one that is missing, left over or misshapen, and frozen parts that differ between the files, raise
-    InputError naming it, nothing written.
+    All weights come from the two files; the base and the image encoder give configurations, tokenizer and scheduler.
+
+    Args:
+        base: Stable Diffusion v1-5, a folder, s3:// URL, hub id or `miniature`.
+        image_encoder: CLIP ViT-L/14, likewise.
+        sdm: the released SDM's file (.bin, read with weights_only, or .safetensors).
+        tdm: the released TDM's file.
+        output: a new or empty folder.
+
+    Raises:
+        InputError: a key is missing, left over or of another shape, or the frozen parts of the two files differ;
+            nothing is written.
     """
     output = Path(output)
     require_free(output)
     base_folder = resolve_base(str(base))
     modules = released_modules(base_folder, resolve_image_encoder(str(image_encoder)))
-    sdm_states = fit(read_state(Path(sdm)), SDM_PARTS, modules, sdm)
-    tdm_states = fit(read_state(Path(tdm)), TDM_PARTS, modules, tdm)
+    sdm_states = match_keys(read_state(Path(sdm)), SDM_PARTS, modules, sdm)
+    tdm_states = match_keys(read_state(Path(tdm)), TDM_PARTS, modules, tdm)
     _require_same_frozen_parts(sdm_states, tdm_states, sdm, tdm)
     with written_whole(output) as temporary:
         for name, state in {**tdm_states, **sdm_states}.items():
@@ -101,23 +108,32 @@ def read_state(path: Path) -> State:
     return state
 
 
-def fit(state: State, parts: dict[str, str], modules: dict[str, nn.Module], source: str | Path) -> dict[str, State]:
-    """Return each component's state under the names of the module it is for; the modules are only looked at.
+def match_keys(
+    state: State, parts: dict[str, str], modules: dict[str, nn.Module], source: str | Path
+) -> dict[str, State]:
+    """Return each component's state dict with its keys in the spelling of the current libraries.
 
-    Raises InputError naming the first key, as the file spells it, that is left over, misshapen or missing.
+    Args:
+        state: all tensors of a released file, by key.
+        parts: component by the prefix that its keys have in the file.
+        modules: modules by component, on the meta device; they give names and shapes and are not changed.
+        source: the file, for messages.
+
+    Raises:
+        InputError: names the first key, as the file spells it, that is left over, of another shape, or missing.
     """
     wanted = {part: _wanted(modules[component]) for part, component in parts.items()}
     states: dict[str, State] = {component: {} for component in parts.values()}
     for key, tensor in state.items():
         part, _, inner = key.partition(".")
-        place = wanted.get(part, {}).pop(_plain(inner), None)
+        place = wanted.get(part, {}).pop(canonical_name(inner), None)
         if place is None:
             raise InputError(f"{source}: {key} has no place in the {_role(parts)}; give the one released")
         if tuple(tensor.shape) != place.shape:
             raise InputError(f"{source}: {key} has shape {_by(tensor.shape)}, the base models need {_by(place.shape)}")
-        if place.kept:
+        if place.saved:
             states[parts[part]][place.name] = tensor.contiguous()
-    missing = [f"{part}.{place.name}" for part, places in wanted.items() for place in places.values() if place.kept]
+    missing = [f"{part}.{place.name}" for part, places in wanted.items() for place in places.values() if place.saved]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
@@ -128,25 +144,20 @@ def fit(state: State, parts: dict[str, str], modules: dict[str, nn.Module], sour
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes: its name and shape in the module; buffers that a module makes itself are not kept."""
+    """Where a tensor goes: its name and shape in the module; `saved` is False for buffers that a module computes itself."""
 
     name: str
     shape: tuple[int, ...]
-    kept: bool
+    saved: bool
 
 
 def _wanted(module: nn.Module) -> dict[str, _Place]:
-    kept = module.state_dict()
-    made = {name: value for name, value in module.named_buffers() if name not in kept}
-    return {_plain(name): _Place(name, tuple(value.shape), name in kept) for name, value in {**made, **kept}.items()}
-
-
-def _plain(name: str) -> str:
-    """Return a name that old and new spellings share."""
-    name = name.removeprefix("text_model.")
-    return re.sub(
-        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
-    )
+    saved = module.state_dict()
+    buffers = {name: value for name, value in module.named_buffers() if name not in saved}
+    return {
+        canonical_name(name): _Place(name, tuple(value.shape), name in saved)
+        for name, value in {**buffers, **saved}.items()
+    }
 
 
 def _require_same_frozen_parts(sdm_states: dict[str, State], tdm_states: dict[str, State], sdm, tdm) -> None:

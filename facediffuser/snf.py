@@ -24,9 +24,15 @@ SMALLEST_SIDE = SMOOTHING_WINDOW - 2 * SMOOTHING_PADDING
 
 
 def guide(baseline: torch.Tensor, conditioned: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a model's response R and its guided noise estimate eps.
+    """Return a model's response R and its guided noise estimate eps, both (b, c, h, w).
 
-    Both have the shape of the two predictions, (b, c, h, w), and are float32 (float64 stays).
+    Args:
+        baseline: noise predicted from the baseline prompt, (b, c, h, w).
+        conditioned: noise predicted from the condition, (b, c, h, w).
+        scale: guidance scale s.
+
+    Returns:
+        R and eps in float32; in float64 when the predictions are.
     """
     baseline, conditioned = _at_least_float32(baseline), _at_least_float32(conditioned)
     response = scale * (conditioned - baseline)
@@ -47,7 +53,13 @@ def saliency(response: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Return Omega, (b, 1, h, w), float32: where a response (b, c, h, w) is concentrated; each map sums to 1.
 
     Computed in float32 whatever the response's type: over 4096 cells, half precision makes ties of most differences.
-    Raises InputError for latents of less than 2 x 2 cells.
+
+    Args:
+        response: R, (b, c, h, w).
+        temperature: k, > 0; 1 in the paper.
+
+    Raises:
+        InputError: the latents have less than 2 x 2 cells.
     """
     height, width = response.shape[-2:]
     if min(height, width) < SMALLEST_SIDE:

@@ -1,4 +1,4 @@
-"""The stages of sampling: which of the two models runs at a step, on which conditions, and what comes of it.
+"""The stages of sampling: which of the two models runs at a step, on which conditions, and the noise they predict.
 
 A step is one of the scheduler's timesteps, counted from 0; PNDM has 51 of them for 50 inference steps.
 """
@@ -61,7 +61,7 @@ class Guidance:
 class Prediction:
     """A step's noise (b, c, h, w) and who made it: `mask` (b, 1, h, w) bool is true where the SDM did.
 
-    The saliencies (b, 1, h, w) are None for a model that did not run, or where nobody asked.
+    The saliencies (b, 1, h, w) are None for a model that did not run, or when it was not asked for.
     """
 
     noise: torch.Tensor
@@ -77,6 +77,17 @@ def plan_stages(
 
     face-diffuser: i < fusion_start is the TDM's, fusion_start <= i < fusion_end is fused, the rest is the SDM's (so
     fusion_end <= fusion_start means no fusion). fastcomposer: the first (1 - alpha) of the steps read the plain text.
+
+    Args:
+        method: one of METHODS.
+        timesteps: length of the scheduler's timesteps (PNDM: 51 for 50 steps).
+        steps: inference steps.
+        fusion_start: index of the first fused timestep, >= 0.
+        fusion_end: index of the first timestep of the SDM alone, >= 0.
+        alpha: FastComposer's share of steps conditioned on the subject, 0..1.
+
+    Raises:
+        InputError: an unknown method, or a number outside its range.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r}: unknown; choose one of {', '.join(METHODS)}")
@@ -107,8 +118,14 @@ def predict(
 ) -> Prediction:
     """Return the guided noise of one step.
 
-    A denoiser takes latents (2b, c, h, w) and embeddings (2b, n, d) and returns noise; only those of `stage.components`
-    are called, once each. `with_saliency` asks for the saliency of whichever model runs, in every stage.
+    Args:
+        stage: decides which denoisers are called, once each (`stage.components`).
+        unet_text: the TDM, called with latents (2b, c, h, w) and embeddings (2b, n, d); returns noise (2b, c, h, w).
+        unet: the SDM, called likewise.
+        latents: (b, c, h, w), scaled as the scheduler wants them.
+        conditions: embeddings of b images.
+        guidance: guidance scale and SNF's temperatures.
+        with_saliency: compute the saliency of whichever model runs in every stage; the fusion stage always has both.
     """
     saliency_text = partial(snf.saliency, temperature=guidance.text_temperature)
     saliency_subject = partial(snf.saliency, temperature=guidance.subject_temperature)

@@ -87,9 +87,14 @@ class SubjectFuser(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Return the fused embedding, (b, n, d), a new tensor of the text embedding's type.
 
-        `text_embeds` (b, n, d); `image_embeds` (b, s, d), rows padded with anything; `subject_mask` (b, n) bool: the
-        k-th true token of a row takes the row's k-th image embedding; `subject_counts` (b,): how many image embeddings
-        of a row are real (tokens beyond keep their text). Raises InputError when s is more than `max_subjects`.
+        Args:
+            text_embeds: (b, n, d).
+            image_embeds: (b, s, d); rows with fewer subjects are padded with any values.
+            subject_mask: (b, n) bool; a row's k-th true token takes its k-th image embedding.
+            subject_counts: (b,), how many image embeddings of a row are real; tokens beyond keep their text embedding.
+
+        Raises:
+            InputError: s is larger than the configuration's `max_subjects`.
         """
         slots = image_embeds.shape[1]
         if slots > self.config.max_subjects:

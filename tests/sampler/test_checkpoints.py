@@ -13,7 +13,7 @@ from sampler.conftest import scheduler
 from sampler.released import OLD_ATTENTION, released_state, write_base, write_clip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.checkpoints import SDM_PARTS, TDM_PARTS, convert, fit
+from facediffuser.checkpoints import SDM_PARTS, TDM_PARTS, convert, match_keys
 from facediffuser.errors import InputError
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.subject import SubjectFuser
@@ -209,7 +209,7 @@ def published(name: str) -> dict[str, torch.Tensor]:
 def test_every_published_key_and_shape_has_its_place(name, parts_of, keys):
     state, modules = published(name), real_modules()
     assert len(state) == keys
-    states = fit(state, parts_of, modules, name)
+    states = match_keys(state, parts_of, modules, name)
     dropped = [key for key in state if key.endswith("position_ids")]
     assert sum(len(part) for part in states.values()) == keys - len(dropped)
     for component, part in states.items():
