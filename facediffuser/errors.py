@@ -1,14 +1,17 @@
 """Errors that one line explains to the user, and a requested stop."""
 
+from facediffuser.redaction import redacted
+
 
 class InputError(ValueError):
     """Bad input: one line that names what is wrong, its value and how to fix it.
 
-    The command line prints the line and exits with code 2; nothing has been written when it is raised.
+    The command line prints the line and exits with code 2; nothing has been written when it is raised. Credentials in
+    the URLs it quotes are replaced by ***.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(redacted(" ".join(str(message).split())))
 
 
 class RunError(RuntimeError):

@@ -4,10 +4,21 @@ A settings model is at once the options of a command, the form of a Prefect depl
 Ray nor Prefect is imported here or by the settings models.
 """
 
+from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
 
+from facediffuser.redaction import JSON_PATTERN, has_credentials
 from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName
 from facediffuser.window import default_fusion_window, fusion_window
 
@@ -41,15 +52,50 @@ def _choices(kind: Any) -> list[Any]:
     return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, and the paths as text."""
+    if isinstance(value, str | PurePath):
+        yield str(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _refuse_in_schema(schema: dict[str, Any]) -> None:
+    if schema.get("type") == "string" and "enum" not in schema and "const" not in schema:
+        schema.setdefault("pattern", JSON_PATTERN)
+    for part in (*schema.get("anyOf", ()), schema.get("items")):
+        if isinstance(part, dict):
+            _refuse_in_schema(part)
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown field is an error.
 
     On the command line every field is an option, but for the one that `positional` names.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A ValidationError shows no value: it may be refused for the password in it.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     positional: ClassVar[str | None] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_credentials(cls, value: Any) -> Any:
+        """Refuse every value with a credential in a URL: settings are stored by Prefect, logged and quoted in errors."""
+        if any(has_credentials(text) for text in _texts(value)):
+            raise ValueError("a URL cannot carry credentials or a signature; set AWS_ACCESS_KEY_ID and "
+                             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")  # fmt: skip
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Give every text the pattern that refuses credentials: a Prefect server checks it before it stores anything."""
+        schema = handler(core_schema)
+        for field in handler.resolve_ref_schema(schema).get("properties", {}).values():
+            _refuse_in_schema(field)
+        return schema
 
     @classmethod
     def __pydantic_init_subclass__(cls, **arguments: Any) -> None:

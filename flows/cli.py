@@ -26,6 +26,7 @@ from facediffuser.errors import InputError, RunError, Stopped
 from facediffuser.extras import missing_extra
 from facediffuser.flows import commands
 from facediffuser.flows.terminal import Verbosity, shown
+from facediffuser.redaction import redacted
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -142,7 +143,7 @@ def _fail(prog: str, error: Exception, file: "_ConfigFile | None" = None) -> int
         if isinstance(error, CycloptsError | ValidationError)
         else missing_extra(error) or error
     )
-    print(f"{prog}: {line}", file=sys.stderr)
+    print(redacted(f"{prog}: {line}"), file=sys.stderr)
     return code
 
 

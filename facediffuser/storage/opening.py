@@ -3,17 +3,14 @@
 import hashlib
 import os
 import posixpath
-import re
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from facediffuser.errors import InputError
+from facediffuser.redaction import has_credentials
 from facediffuser.storage.base import ObjectInfo, Store, safe_key
 from facediffuser.storage.local import LocalStore
-
-# The query of a presigned URL.
-_SIGNED = re.compile(r"[?&](X-Amz-|AWSAccessKeyId=|Signature=)", re.IGNORECASE)
 
 
 def open_store(url: str | Path) -> Store:
@@ -25,7 +22,7 @@ def open_store(url: str | Path) -> Store:
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
     if scheme == "s3":
         bucket, _, prefix = text[len("s3://") :].partition("/")
-        if "@" in bucket or _SIGNED.search(text):
+        if "@" in bucket or has_credentials(text):
             raise InputError("an s3:// URL cannot carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if not bucket:
             raise InputError(f"{text}: no bucket named; give s3://bucket/prefix")
