@@ -65,7 +65,7 @@ def cases(root: Path) -> dict[str, tuple[list[str], str]]:
         "evaluate scorers": (["evaluate", "--images", str(root / "photos"), *people, "--prompts", "single-30"], "1.png"),
         "preprocess source": (["preprocess", "--source", nowhere, *out], "nowhere"),
         "preprocess archive": (["preprocess", "--source", f"{nowhere}.tgz", *out], "no such file"),
-        "preprocess models": ([*photos, *out, "--matcher", nowhere], "--matcher"),
+        "preprocess models": ([*photos[:-1], nowhere, *out], "--segmenter"),
         "preprocess output": ([*photos, "--matcher", "none", "--output", str(root / "full")], "holds something else"),
         "train data": (["train", "tdm", "--data", nowhere, "--base", "miniature", *out], "no train/*.parquet there"),
         "train output": (["train", "tdm", "--data", nowhere, "--base", "miniature", "--output", str(root / "full")],
