@@ -29,7 +29,7 @@ from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
-from facediffuser.storage import Store
+from facediffuser.storage import Store, lasting_name
 from facediffuser.tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
@@ -38,6 +38,8 @@ from facediffuser.tasks.spending import follow
 logger = logging.getLogger(__name__)
 
 READERS = 16
+# Names of models and scorers that are no paths, whatever lies in the working folder.
+KEPT_NAMES = ("miniature", "paper")
 
 
 class Finished(NamedTuple):
@@ -145,7 +147,7 @@ def finish_dataset(job: GenerationJob) -> Finished:
     with ThreadPoolExecutor(READERS) as pool:
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard]), numbers))
-    places = {"models": job.models, "scorers": job.scorers}
+    places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
     table = write_card(store)
     objects = [*object_entries(store, layout), *_added_before(store)]
     manifest = seal(store, build_manifest(job.fingerprint, job.run, layout, entries, objects, places))

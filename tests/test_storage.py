@@ -24,7 +24,7 @@ from moto.server import ThreadedMotoServer
 from werkzeug.serving import make_server
 
 from facediffuser.errors import InputError
-from facediffuser.storage import StorageError, local_copy, open_store
+from facediffuser.storage import StorageError, lasting_name, local_copy, open_store
 
 SECRET = "wJalr-marked-secret-EXAMPLEKEY"
 
@@ -481,3 +481,12 @@ def not_as_root():
 def test_a_path_that_cannot_be_written_is_refused_before_anything_is(tmp_path, path):
     with pytest.raises(InputError):
         open_store(path if path.startswith("/") else f"{tmp_path}/{path}").require_writable()
+
+
+def test_a_name_that_lasts_is_the_same_from_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "miniature").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert lasting_name("models") == lasting_name("./models/") == str(tmp_path / "models")
+    for name in ("s3://bucket/models", "owner/model", "miniature", str(tmp_path / "models")):
+        assert lasting_name(name, ["miniature"]) == name

@@ -39,11 +39,13 @@ def job_of_dataset(
     for name, value in (("models", models), ("scorers", scorers)):
         if not value:
             raise InputError(f"{store.url}: does not say where its {name} lie; give --{name}")
-    found = differences(manifest.models, model_digests(resolve_model(models)))
+    with _naming_option("models"):
+        found = differences(manifest.models, model_digests(resolve_model(models)))
     if found:
         raise InputError(f"{models}: not the models of this dataset ({found[0]}); give those with --models")
     # The scores are part of a shard's bytes.
-    found = differences(manifest.scorers, load_scorers(scorers).digests)
+    with _naming_option("scorers"):
+        found = differences(manifest.scorers, load_scorers(scorers).digests)
     if found:
         raise InputError(f"{scorers}: not the scorers of this dataset ({found[0]}); give those with --scorers")
     pool = Pool(workers=workers)
@@ -54,6 +56,15 @@ def job_of_dataset(
     for line in differences({name: manifest.run[name] for name in ("libraries", "code")}, code_and_libraries()):
         logger.warning("%s: made with other software: %s; bytes may differ", store.url, line)
     return job
+
+
+@contextmanager
+def _naming_option(option: str) -> Iterator[None]:
+    """Add to an InputError which option says where the models or scorers of a dataset lie now."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; where the dataset's {option} lie now is given with --{option}") from error
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from facediffuser.storage.base import ObjectInfo, StorageError, Store, safe_key
 from facediffuser.storage.local import TEMPORARY_SUFFIX, LocalStore
-from facediffuser.storage.opening import local_copy, open_store
+from facediffuser.storage.opening import lasting_name, local_copy, open_store
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -10,6 +10,7 @@ __all__ = [
     "ObjectInfo",
     "StorageError",
     "Store",
+    "lasting_name",
     "local_copy",
     "open_store",
     "safe_key",

@@ -4,6 +4,7 @@ import hashlib
 import os
 import posixpath
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -39,6 +40,17 @@ def open_store(url: str | Path) -> Store:
     if not text.strip():
         raise InputError("empty URL; give a local folder or s3://bucket/prefix")
     return LocalStore(Path(text).expanduser())
+
+
+def lasting_name(name: str, known: Container[str] = ()) -> str:
+    """Return what names the same thing from every working folder: a local path made absolute.
+
+    URLs, names that stand in `known`, and what is no path here, such as a hub id, stay as they are.
+    """
+    if "://" in name or name in known:
+        return name
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if path.exists() else name
 
 
 def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:

@@ -1,6 +1,10 @@
 """Subjects and prompts: what is taken, and what is refused in one line that names the place and the mend."""
 
+import contextlib
+import errno
 import json
+import os
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -197,3 +201,154 @@ def test_the_class_words_in_use_and_how_to_give_one_are_told_in_one_line():
     assert "bob,woman below its head subject_id,class_word" in line and "\n" not in line
     assert class_words_line(people[:1]) == "class words: 'woman' for 1 (ada)"
     assert "s4, ..." in class_words_line([Subject(f"s{n}", "man", ()) for n in range(1000)])
+
+
+# --- odd bytes, names and numbers ----------------------------------------------------------------------------------------
+
+DEEP = "[" * 200_000
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ('{"prompt": "{subject} \\u0000"}', "character 11 of the prompt is '\\x00'"),
+    ('{"prompt": "{subject}\\u0007"}', "character 10 of the prompt is '\\x07'"),
+    ('{"prompt": "{subject} \\ud83d"}', "character 11 of the prompt is '\\ud83d'"),
+    ('{"prompt": "{subject}", "category": "\\udc00"}', "character 1 of the category"),
+    ('{"prompt": "{subject}", "prompt_id": "\\ud83d"}', "cannot be a name"),
+    ('{"prompt": "{subject}", "\\ud83d": 1}', "unknown column"),
+    ('{"prompt": "{subject}", "prompt_id": [1]}', "prompt_id [1] is no text"),
+    (f'{{"prompt": "{{subject}}", "category": {DEEP}}}', "not JSON"),
+    (DEEP, "not JSON"),
+    ('{"a":' * 100_000, "not JSON"),
+    (f'{{"prompt": "{{subject}}", "prompt_id": {DIGITS}}}', "not JSON"),
+    (f'{{"prompt": "{{subject_{DIGITS}}}"}}', "is no subject; write {subject}"),
+    ('{"prompt": "{%s}"}' % ("x" * 90_000), "is no subject; write {subject}"),
+    ('{"prompt": "{subject_\u0661}"}', "is no subject"),
+    ('{"prompt": "a woman, <|image|>"}', "<|image|> number 1 stands after 'a woman,'; put it right after the word"),
+    ('{"prompt": "a man <|image|> and a woman. <|image|>"}', "number 2 stands after 'and a woman.'"),
+    ('{"prompt": "<|image|> a man"}', "at the start"),
+    ('{"prompt": "a man <|image|> <|image|>"}', "two <|image|> after one word"),
+])  # fmt: skip
+def test_a_hostile_line_of_prompts_is_refused_in_one_short_line(tmp_path, line, says):
+    good = '{"prompt": "{subject}", "prompt_id": "good"}\n'
+    with pytest.raises(InputError, match="prompts.jsonl") as caught:
+        read_prompts(prompts_file(tmp_path, good + line + "\n"))
+    text = str(caught.value)
+    assert says in text and "\n" not in text and len(text) < 700 and text.encode()
+    if "column" not in says:
+        assert "prompts.jsonl row 2: " in text
+
+
+def test_json_lines_end_at_line_feeds_alone(tmp_path):
+    texts = [f"{{subject}} one{end}two" for end in ("\u2028", "\u2029", "\x85", "\v".replace("\v", " "))]
+    path = prompts_file(tmp_path, "\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts))
+    assert [prompt.text(["man"]) for prompt in read_prompts(path)] == [
+        text.replace("{subject}", "man <|image|>") for text in texts
+    ]
+
+
+@pytest.mark.parametrize("text", ["a man <|image|>", "a man<|image|>", "un garçon <|image|>", "Zoe\u0301 <|image|>",
+                                  "person 2 <|image|>, smiling", "女人<|image|>在公园", "महिला <|image|>"])  # fmt: skip
+def test_a_marker_after_a_word_of_any_script_is_taken(tmp_path, text):
+    (prompt,) = read_prompts(prompts_file(tmp_path, json.dumps({"prompt": text})))
+    assert prompt.text([]) == text
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (",prompt\n0,{subject}\n", "column 1 has no name"),
+    ("prompt, \n{subject},x\n", "column 2 has no name"),
+    ("prompt,prompt\na,{subject}\n", "two columns are called 'prompt'"),
+    ("prompt\n{subject}\x00\n", "prompts.csv row"),
+    ("prompt\n" + "{subject}" + "x" * 200_000, "not CSV (field larger"),
+    ('prompt\n"{subject}\n', "not CSV"),
+])  # fmt: skip
+def test_a_hostile_table_of_prompts_is_refused(tmp_path, text, says):
+    with pytest.raises(InputError, match="prompts.csv") as caught:
+        read_prompts(prompts_file(tmp_path, text, "prompts.csv"))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.csv"])
+def test_bytes_that_are_no_text_are_named_with_their_row(tmp_path, name):
+    (tmp_path / name).write_bytes(b'prompt\n{"prompt": "\xff"}\n')
+    with pytest.raises(InputError, match=f"{name} row 2: not UTF-8 text"):
+        read_prompts(str(tmp_path / name))
+
+
+def test_parquet_of_no_text_is_refused_with_its_row(tmp_path):
+    good, bad = b"{subject}", b"{subject} \xff"
+    column = pa.array([good, bad, good], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="p.parquet row 2: prompt is not UTF-8 text"):
+        read_prompts(str(tmp_path / "p.parquet"))
+    whole = (tmp_path / "p.parquet").read_bytes()
+    for start in range(0, len(whole), 7):
+        (tmp_path / "p.parquet").write_bytes(whole[:start] + bytes([whole[start] ^ 0x55]) + whole[start + 1 :])
+        with contextlib.suppress(InputError):
+            read_prompts(str(tmp_path / "p.parquet"))
+
+
+def test_a_parquet_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"prompt": ["{subject} " + "x" * 10_000] * 5000}), tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet").stat().st_size < 100_000
+    monkeypatch.setattr("facediffuser.dataset.inputs.MOST_TABLE_BYTES", 20_000_000)
+    with pytest.raises(InputError, match="p.parquet: holds more than 20,000,000 bytes"):
+        read_prompts(str(tmp_path / "p.parquet"))
+
+
+def test_files_that_cannot_be_read_whole_are_refused(people, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="pipe.jsonl: not a file"):
+        read_prompts(str(tmp_path / "pipe.jsonl"))
+    path = prompts_file(tmp_path, '{"prompt": "{subject}"}')
+    (people / "subjects.csv").write_text("subject_id,class_word\nada,woman\n")
+
+    def denied(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("facediffuser.storage.LocalStore.reader", denied)  # the tests may run as root
+        with pytest.raises(InputError, match=r"prompts.jsonl: cannot be read \(Permission denied\)"):
+            read_prompts(path)
+        with pytest.raises(InputError, match=r"subjects.csv: cannot be read"):
+            read_subjects(str(people))
+    monkeypatch.setattr("facediffuser.dataset.inputs.MOST_TABLE_BYTES", 20)
+    with pytest.raises(InputError, match="prompts.jsonl: file too large"):
+        read_prompts(path)
+
+
+# --- names in two forms of Unicode -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("folder", "written"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD"), ("NFC", "NFC")])
+def test_a_subject_is_known_in_either_form_of_unicode(tmp_path, folder, written):
+    (tmp_path / "people" / unicodedata.normalize(folder, "Zoé")).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "people" / unicodedata.normalize(folder, "Zoé") / "1.png")
+    row = unicodedata.normalize(written, "Zoé,woman")
+    (tmp_path / "people" / "subjects.csv").write_text(f"subject_id,class_word\n{row}\n")
+    (found,) = read_subjects(str(tmp_path / "people"))
+    assert (found.subject_id, found.class_word) == (unicodedata.normalize("NFC", "Zoé"), "woman")
+    assert open_picture(open_store(tmp_path / "people"), found.references[0])[0].size == (8, 8)
+
+
+def test_two_subjects_of_one_name_in_two_forms_are_refused(tmp_path):
+    for form in ("NFC", "NFD"):
+        (tmp_path / "people" / unicodedata.normalize(form, "Zoé")).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "people" / unicodedata.normalize(form, "Zoé") / "1.png")
+    with pytest.raises(InputError, match=r"two folders have this name, 'Zoe\\u0301' and 'Zo\\xe9'"):
+        read_subjects(str(tmp_path / "people"))
+    rows = "".join(json.dumps({"prompt": "{subject}", "prompt_id": unicodedata.normalize(form, "é")}) + "\n"
+                   for form in ("NFC", "NFD"))  # fmt: skip
+    with pytest.raises(InputError, match="row 2: prompt_id 'é' is that of row 1 too"):
+        read_prompts(prompts_file(tmp_path, rows))
+
+
+def test_files_that_are_no_pictures_are_counted_and_named(people, caplog):
+    for name in ("ada/0.avif", "ada/1.HEIC", "bob/scan", "ada/deep/2.png", "readme.txt", "ada/.DS_Store"):
+        (people / name).parent.mkdir(exist_ok=True)
+        (people / name).write_bytes(b"x")
+    (people / "ada" / "2.jfif").write_bytes(b"x")
+    (ada, _) = read_subjects(str(people))
+    assert ada.references == ("ada/1.png", "ada/2.jfif")
+    (line,) = caplog.messages
+    assert "5 other files left out: ada/0.avif, ada/1.HEIC, ada/deep/2.png, bob/scan, readme.txt (pictures are" in line

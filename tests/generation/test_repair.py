@@ -132,6 +132,11 @@ def test_other_models_than_the_datasets_are_refused(finished, tmp_path):
         job_of_dataset(finished[1], manifest, "miniature", None, gpu=False)
     with pytest.raises(InputError, match="give --models"):
         job_of_dataset(finished[1], manifest.model_copy(update={"made_from": {}}), None, None, gpu=False)
+    known = manifest.made_from
+    for option in ("models", "scorers"):
+        moved = manifest.model_copy(update={"made_from": {**known, option: str(tmp_path / "moved")}})
+        with pytest.raises(InputError, match=f"moved.*lie now is given with --{option}"):
+            job_of_dataset(finished[1], moved, None, None, gpu=False)
     with pytest.raises(InputError, match="was made on cpu"):
         job_of_dataset(finished[1], manifest, None, None, gpu=True)
 
