@@ -138,7 +138,7 @@ def _class_words(store: Store) -> dict[str, str]:
         identifier, word = normalised((row["subject_id"] or "").strip()), (row.get("class_word") or "").strip()
         if identifier in words:
             raise InputError(f"{name} row {number}: subject {identifier!r} is there twice; keep one")
-        _require_text(word, f"{name} row {number}", "class word")
+        require_text(word, f"{name} row {number}", "class word")
         if IMAGE_MARKER in word or any(char in word for char in "{}\n") or (word and not ends_in_word(word)):
             raise InputError(f"{name} row {number}: class word {word!r}; give a plain word such as man or woman")
         words[identifier] = word or DEFAULT_CLASS_WORD
@@ -208,11 +208,11 @@ def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: i
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{name} row {number}: empty prompt; write one or remove the row")
     where = f"{name} row {number}"
-    _require_text(text, where, "prompt")
+    require_text(text, where, "prompt")
     category = row.get("category")
     if category is not None and not isinstance(category, str):
         raise InputError(f"{where}: category {_shown(category)} is no text; put it in quotes")
-    _require_text(category or "", where, "category")
+    require_text(category or "", where, "category")
     given = row.get("prompt_id")
     if given is not None and not isinstance(given, str | int | float):
         raise InputError(f"{where}: prompt_id {_shown(given)} is no text; put it in quotes")
@@ -303,13 +303,7 @@ def _csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[tuple[int,
     rows = []
     try:
         columns = reader.fieldnames or []
-        for number, column in enumerate(columns, 1):
-            if not column.strip():
-                raise InputError(
-                    f"{name}: column {number} has no name; name or remove it (pandas: to_csv(..., index=False))"
-                )
-            if column in columns[: number - 1]:
-                raise InputError(f"{name}: two columns are called {_shown(column)}; keep one")
+        require_column_names(columns, name)
         for row in reader:
             if None in row:
                 raise InputError(f"{name} row {reader.line_num}: more cells than the header; quote cells with commas")
@@ -319,6 +313,17 @@ def _csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[tuple[int,
     if not rows and columns:
         _require_columns(dict.fromkeys(columns), known, (), name)
     return rows
+
+
+def require_column_names(columns: Sequence[str], name: str) -> None:
+    """Raise InputError for columns of a table without a name, as pandas writes its index, or with the same one."""
+    for number, column in enumerate(columns, 1):
+        if not column.strip():
+            raise InputError(
+                f"{name}: column {number} has no name; name or remove it (pandas: to_csv(..., index=False))"
+            )
+        if column in columns[: number - 1]:
+            raise InputError(f"{name}: two columns are called {_shown(column)}; keep one")
 
 
 def _parquet_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -374,7 +379,7 @@ def _shown(value: object, quoted: bool = True) -> str:
     return text if len(text) <= MOST_SHOWN_CHARACTERS else text[:MOST_SHOWN_CHARACTERS] + "..."
 
 
-def _require_text(text: str, where: str, kind: str) -> None:
+def require_text(text: str, where: str, kind: str) -> None:
     """Raise InputError for text that a dataset cannot hold: halves of characters, and control characters but space."""
     for place, char in enumerate(text, 1):
         if "\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") or char == "\x7f":

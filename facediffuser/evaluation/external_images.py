@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from facediffuser.dataset.inputs import Prompt, Subject, parse_template
+from facediffuser.dataset.inputs import Prompt, Subject, normalised, parse_template, require_column_names, require_text
 from facediffuser.errors import InputError
 from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
@@ -75,15 +75,16 @@ def from_index(
     """
     by_name = {subject.subject_id: subject for subject in subjects}
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    present = set(_image_keys(store))
+    present = {normalised(key): key for key in _image_keys(store)}
     counted: Counter[tuple] = Counter()
     found = []
     for number, record in _index_lines(index, index_name):
         place = f"{index_name}:{number}"
-        key = (record["image"] or "").strip()
-        if key not in present:
-            raise InputError(f"{place}: no image {key!r} in {store.url}; give a path inside that folder")
-        names = [name.strip() for name in (record["subject_ids"] or "").split("+")]
+        name = (record["image"] or "").strip()
+        key = present.get(normalised(name))
+        if key is None:
+            raise InputError(f"{place}: no image {name!r} in {store.url}; give a path inside that folder")
+        names = [normalised(name.strip()) for name in (record["subject_ids"] or "").split("+")]
         unknown = [name for name in names if name not in by_name]
         if unknown:
             raise InputError(f"{place}: subject {unknown[0]!r} is not in --subjects; add their pictures")
@@ -112,6 +113,7 @@ def _index_lines(index: bytes, name: str) -> list[tuple[int, dict]]:
         columns, records = lines.fieldnames or [], list(lines)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{name}: not a CSV file in UTF-8 ({error}); save it as one") from error
+    require_column_names(columns, name)
     missing = [column for column in NEEDED_COLUMNS if column not in columns]
     if missing or not {"prompt", "prompt_id"} & set(columns):
         raise InputError(f"{name}: no column {missing[0] if missing else 'prompt'!r}; add it to the first line")
@@ -119,9 +121,11 @@ def _index_lines(index: bytes, name: str) -> list[tuple[int, dict]]:
 
 
 def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], subjects: int, place: str) -> Prompt:
-    prompt_id, text = (record.get("prompt_id") or "").strip(), (record.get("prompt") or "").strip()
+    prompt_id, text = normalised((record.get("prompt_id") or "").strip()), (record.get("prompt") or "").strip()
     category = (record.get("category") or "").strip() or None
+    require_text(prompt_id + (category or ""), place, "prompt_id or category")
     if text:
+        require_text(text, place, "prompt")
         named = "{" in text or IMAGE_MARKER in text
         pieces, order = parse_template(text, subjects, place) if named else ((text,), ())
         return Prompt(prompt_id or text, category, pieces, order)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
-from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
+from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects, read_table_file
 from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file
@@ -191,7 +191,7 @@ def _file(url: str) -> bytes:
     path = local_copy(url)
     if not path.is_file():
         raise InputError(f"{url}: not a file; give the CSV that lists the images")
-    return path.read_bytes()
+    return read_table_file(open_store(path.parent), path.name)
 
 
 def name_and_url(part: str) -> tuple[str | None, str]:

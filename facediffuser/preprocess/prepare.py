@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.faces import Face, face_crop_box, ffhq_crop
@@ -25,17 +26,19 @@ from facediffuser.preprocess.annotations import (
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.photo_stages import STAGES, Findings, Item, Job
 from facediffuser.preprocess.prepared_schema import CROP_STEP
-from facediffuser.preprocess.read_pictures import read_picture
+from facediffuser.preprocess.read_pictures import Picture, read_picture
 from facediffuser.preprocess.segment_maps import encode_map, read_map, resize_map
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
 from facediffuser.preprocess.subject_segments import tie_faces
-from facediffuser.storage import open_store, safe_key
+from facediffuser.storage import StorageError, open_store, safe_key
 
 logger = logging.getLogger(__name__)
 
 READERS = 8
+# Failures of the run, not of the picture at hand: storage, a model that cannot be had, memory.
+NOT_OF_A_PICTURE = (InputError, StorageError, MemoryError, torch.OutOfMemoryError)
 Files = dict[str, bytes]
 
 
@@ -144,15 +147,44 @@ class PartPreparer:
     ) -> list[Item | Rejection]:
         with self._timed("check"):
             results = [self._check(record, files) for record, files in zip(records, content, strict=True)]
-        items = [result for result in results if isinstance(result, Item)]
         for found in findings:
             with self._timed(found.stage.name):
-                found.complete(items)
+                results = self._complete(found, results)
         with self._timed("subjects"):
-            for item in items:
-                if item.ids is not None:
+            for item in results:
+                if isinstance(item, Item) and item.ids is not None:
                     item.subjects = tie_faces(item.subjects, item.faces, item.ids)
         return results
+
+    def _complete(self, found: Findings, results: list[Item | Rejection]) -> list[Item | Rejection]:
+        """Have a stage complete the items; a picture that it fails at, alone too, becomes a rejection."""
+        items = [result for result in results if isinstance(result, Item)]
+        try:
+            found.complete(items)
+            return results
+        except NOT_OF_A_PICTURE:
+            raise
+        except Exception as error:
+            failure = error
+        rejections: dict[str, Rejection] = {}
+        for item in items:
+            try:
+                found.complete([item])
+            except NOT_OF_A_PICTURE:
+                raise
+            except Exception as error:
+                rejection = Rejection("cannot be prepared", f"{found.stage.name}: {type(error).__name__}: {error}")
+                logger.warning("%s: %s", self.source.url_of(item.record.image), rejection.reason)
+                rejections[item.record.image_id] = rejection
+        if len(rejections) == len(items):
+            # Where it works for none, the fault is rather the stage's own: it must work for a plain picture.
+            try:
+                found.stage.run([Item(Record("", ""), Picture(Image.new("RGB", (256, 256), "grey"), b"", "", ""))])
+            except Exception:
+                raise failure from None
+        return [
+            rejections.get(result.record.image_id, result) if isinstance(result, Item) else result for result in results
+        ]
 
     def _check(self, record: Record, files: Files) -> Item | Rejection:
         """The picture and what its source says of it, each checked against the other."""
@@ -188,8 +220,9 @@ class PartPreparer:
             raise
         except Exception as error:
             # Nothing here but this picture's own files: whatever they make a library raise is their fault alone.
-            logger.warning("%s: %s", self.source.url_of(record.image), error, exc_info=True)
-            return Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
+            rejection = Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
+            logger.warning("%s: %s", self.source.url_of(record.image), rejection.reason)
+            return rejection
 
     def _read_fastcomposer(self, item: Item, files: Files) -> None:
         image, record = item.picture.image, item.record

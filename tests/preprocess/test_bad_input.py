@@ -17,10 +17,12 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess import sources
-from facediffuser.preprocess.photo_stages import Job
+from facediffuser.preprocess.photo_stages import Faces, Job
 from facediffuser.preprocess.prepare import PartPreparer
+from facediffuser.preprocess.preprocess_check import check_preprocess
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.read_pictures import read_picture
+from facediffuser.preprocess.required_models import needed_models
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import list_source
 
@@ -168,6 +170,57 @@ def test_credentials_that_run_out_stop_the_run_and_reject_nothing(tmp_path):
         preparer.prepare(0, [Record("a", "a.png")])
     assert not (tmp_path / "out").exists()
     assert preparer._read_files(Record("b", "a//b.png")) == {}, "a key that no store can hold is that picture's fault"
+
+
+class Odd(Faces):
+    """A stage that fails at every picture with a red corner, and at every one when it is broken."""
+
+    broken = False
+
+    def run(self, items):
+        if self.broken or any(item.picture.image.getpixel((0, 0)) == (255, 0, 0) for item in items):
+            raise RuntimeError("cannot\nbe")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_picture_at_which_a_stage_fails_is_rejected_and_the_others_are_not(tmp_path, count):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (64, 64), "red").save(photos / "red.png")
+    for number in range(count - 1):
+        Image.new("RGB", (64, 64), (0, number, 0)).save(photos / f"{number}.png")
+    settings = PreprocessSettings(source=str(photos), output=str(tmp_path / "out"), captioner="none", segmenter="none")
+    job = Job(settings, "folder", "f", device="cpu")
+    preparer = PartPreparer(job)
+    preparer.stages = [Odd(job, "cpu")]
+    counts = preparer.prepare(0, list_source(str(photos)).records)["counts"]
+    assert counts["rejected"] == 1 and counts["train"] + counts["test"] == count - 1
+    (rejected,) = rows(tmp_path / "out", "rejected")
+    assert rejected["reason"] == "cannot be prepared: faces: RuntimeError: cannot be"
+    shutil.rmtree(tmp_path / "out")
+    preparer.stages[0].broken = True
+    with pytest.raises(RuntimeError):
+        preparer.prepare(1, list_source(str(photos)).records)
+
+
+def test_the_terminal_names_what_is_no_picture_and_no_unused_model_is_asked_for(tmp_path, here, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    exif = {"exif": b"Exif\0\0Exif\0\0II"}
+    for name, kind, options in (("a.png", "PNG", {}), ("b.jfif", "JPEG", {}), ("phone.webp", "WEBP", exif)):
+        (photos / name).write_bytes(saved(ASTRONAUT, kind, **options))
+    for name in ("c.avif", "d.HEIC", "scan"):
+        (photos / name).write_bytes(b"x")
+    models = {"captioner": "none", "segmenter": "none", "matcher": str(tmp_path / "no-such-clip")}
+    check_preprocess(PreprocessSettings(source=str(photos), output=str(tmp_path / "out"), **models))
+    result = prepare(photos, tmp_path / "out", **models)
+    assert (result["pictures"], result["rejected"], result["left_out"]) == (3, 0, 3)
+    (line,) = [text for text in caplog.messages if "left out" in text]
+    assert line.startswith(f"{photos}: 3 other files left out: c.avif, d.HEIC, scan (pictures are named .jpg ")
+    (photos / "a.txt").write_text("a woman in an orange suit")
+    for matcher, more in ((True, {"segmenter": str(photos)}), (False, {})):
+        wanted = PreprocessSettings(source=str(photos), output=str(tmp_path / "other"), **models | more)
+        assert ("matcher" in needed_models(wanted, "folder", "some")) == matcher
 
 
 def test_authors_are_text_whatever_the_json_says(tmp_path):

@@ -157,6 +157,19 @@ def test_prepared_parquet_serves_as_the_training_set_with_its_own_boxes(scorers,
     assert np.allclose(known.vectors, scorers.identity.embed_faces([picture])[0].vectors, atol=1e-5)
 
 
+def test_a_training_picture_that_cannot_be_used_is_named_and_left_out(scorers, people, tmp_path, caplog):
+    picture = beside(people["eve"])
+    picture.save(tmp_path / "good.png")
+    picture.save(tmp_path / "phone.webp", exif=b"Exif\0\0Exif\0\0II", lossless=True)
+    (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    (tmp_path / "scan.HEIC").write_bytes(b"x")
+    assert training_faces(str(tmp_path), scorers.identity).names == ["good.png", "phone.webp"]
+    others, unusable = (text for text in caplog.messages if "left out" in text)
+    assert "1 other file left out: scan.HEIC" in others
+    assert "2 of 4 pictures left out: " in unusable and "0.png: not a usable" in unusable and "cut.png: " in unusable
+
+
 def test_a_training_set_without_faces_or_pictures_is_refused(scorers, tmp_path):
     with pytest.raises(InputError, match="no train/.* and no pictures"):
         training_faces(str(tmp_path), scorers.identity)

@@ -123,6 +123,9 @@ def test_a_csv_says_what_each_image_shows(tmp_path, colours, people, subjects, p
         ("a.png,eve,,p00000", "index.csv:2: subject 'eve' is not in --subjects"),
         ("a.png,ada,,p9", "index.csv:2: prompt 'p9' is not in --prompts"),
         ("a.png,ada+bob,,p00000", "index.csv:2: prompt 'p00000' names 1 subjects, the line 2"),
+        ("a.png,ada,a \u0007,", "index.csv:2: character 3 of the prompt"),
+        ('a.png,ada,"a woman, <|image|>",', "index.csv:2: <.image.> number 1 stands after"),
+        ("a.png,ada,{subject_" + "9" * 5000 + "},", "index.csv:2: .* is no subject"),
     ],
 )
 def test_a_wrong_line_of_the_csv_is_named(tmp_path, subjects, prompts, line, complaint):
@@ -236,6 +239,21 @@ def test_two_datasets_are_compared_on_the_rows_they_share(tmp_path):
 def test_a_url_that_holds_no_dataset_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no data/\*\.parquet there"):
         evaluate(dataset=tmp_path)
+
+
+def test_images_of_phones_and_names_of_other_systems_are_scored(tmp_path, colours, people, subjects, prompts, caplog):
+    images = tmp_path / "any"
+    images.mkdir()
+    beside(people["ada"]).save(images / "e\u0301.webp", exif=b"Exif\0\0Exif\0\0II", lossless=True)
+    (images / "b.avif").write_bytes(b"x")
+    index = tmp_path / "index.csv"
+    index.write_text("image,subject_ids,prompt\n\u00e9.webp,ada,a woman\n")
+    (found,) = evaluate(images=images, subjects=subjects, prompts=prompts, index=index).images.to_pylist()
+    assert found["status"] == "ok" and found["ip"] > 0.98
+    assert any("1 other file left out: b.avif" in text for text in caplog.messages)
+    index.write_text(",image,subject_ids,prompt\n0,\u00e9.webp,ada,a woman\n")
+    with pytest.raises(InputError, match="index.csv: column 1 has no name"):
+        evaluate(images=images, subjects=subjects, prompts=prompts, index=index)
 
 
 def test_an_image_folder_without_images_is_refused(tmp_path, subjects, prompts):
