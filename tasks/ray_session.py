@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
+from facediffuser.tasks.ray_place import require_reachable, session_folder
+
 logger = logging.getLogger(__name__)
 
 START_TRIES = 3
@@ -35,13 +37,15 @@ def connect_ray() -> None:
             "ignore_reinit_error": True,
         }
         if address and address != "local":
+            require_reachable(address)  # Ray itself would try for minutes
             if LOOPBACK.fullmatch(address.split("://")[-1].rsplit(":", 1)[0]):
                 _stay_on_loopback()  # else Ray looks for that cluster at the machine's outer address
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             _stay_on_loopback()
-            _start_local(quiet)
+            folder = session_folder()
+            _start_local(quiet | ({"_temp_dir": folder} if folder else {}))
         resources = ray.cluster_resources()
         logger.info(
             "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
