@@ -108,7 +108,8 @@ def explain_differences(
         found.append(f"{name} differ in {', '.join(parts)}")
     # The plan's digest is made of the settings, too, and says nothing that they do not.
     told = {*DIGESTS, *(("plan", "subjects") if found or "settings" in unlike else ())}
-    return found + differences(*[{k: v for k, v in run.items() if k not in told} for run in (there, here)])
+    one, two = ({k: v for k, v in run.items() if k not in told} for run in (there, here))
+    return found + differences(one, two)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
