@@ -1,5 +1,6 @@
 """One picture that explains the method: what each model responds to, who wins which cell, and the image so far."""
 
+import io
 import logging
 import math
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from facediffuser.prompts import require_marked_words, without_markers
 from facediffuser.schedulers import choose_scheduler, set_scheduler
 from facediffuser.stages import Stage, plan_stages
 from facediffuser.storage import open_store
+from facediffuser.storage.output import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +42,14 @@ class Frame:
     estimate: np.ndarray
 
 
-def explain(settings: ExplainSettings) -> Path:
-    """Return the path of the PNG: strips of TDM response, SDM response, mask and decoded estimate over the steps.
+def explain(settings: ExplainSettings) -> str:
+    """Return the path or URL of the PNG: strips of TDM response, SDM response, mask and decoded estimate over the steps.
 
     Responses are the maps Omega that are compared, each scaled to its own largest value; a model that does not run at a
     step leaves its place empty. Raises InputError, nothing written, for references or prompts that cannot be used.
     """
     require_marked_words(settings.prompt, "--prompt")
+    store, key = place_of(settings.output)
     references = [_open(path) for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(desc="explain")
@@ -54,9 +57,10 @@ def explain(settings: ExplainSettings) -> Path:
     device = settings.device
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frames, result = record(pipe, settings, references)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(frames, references, result, without_markers(settings.prompt))
-    figure.savefig(settings.output, format="png", dpi=120)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    store.put(key, data.getvalue())
     logger.info("%s: %d of %d steps drawn", settings.output, len(frames), settings.steps)
     return settings.output
 

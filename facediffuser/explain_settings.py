@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from facediffuser.settings import CommaSeparated, Device, Sampling, Seeded
+from facediffuser.settings import CommaSeparated, Device, Output, Sampling, Seeded
 
 
 class ExplainSettings(Device, Seeded, Sampling):
@@ -16,5 +16,5 @@ class ExplainSettings(Device, Seeded, Sampling):
     reference: Annotated[list[Path], CommaSeparated] = Field(
         description="reference pictures, one per `<|image|>`, in order"
     )
-    output: Path = Field(Path("explain.png"), description="the PNG to write")
+    output: Output = Field("explain.png", description="the PNG to write: a path or an `s3://` URL")
     columns: int = Field(10, ge=2, description="steps to draw, spread evenly over the run")

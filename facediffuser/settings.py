@@ -41,6 +41,9 @@ CommaSeparated = BeforeValidator(_split)
 
 Names = Annotated[list[str], CommaSeparated]
 
+Output = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, PurePath) else value)]
+"""Where something is written: a local path, also as a `Path`, or an `s3://` URL, which a `Path` would spoil."""
+
 Steps = Annotated[int, Field(ge=1, le=1000, description="denoising steps of an image")]
 ImagesPerPrompt = Annotated[int, Field(ge=1, description="images of each prompt and set of subjects")]
 

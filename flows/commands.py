@@ -26,6 +26,7 @@ from facediffuser.flows.terminal import warnings_held_back
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.settings import Dataset
+from facediffuser.storage.output import output_folder
 from facediffuser.training.train_settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ def assemble(settings: Annotated[AssembleSettings, FIELDS]) -> None:
     from facediffuser.modelfolder import assemble as assemble_models
     from facediffuser.modelfolder import resolve_base
 
-    print(assemble_models(resolve_base(settings.base), settings.tdm, settings.sdm, settings.output))
+    with output_folder(settings.output, "model_index.json") as folder:
+        assemble_models(resolve_base(settings.base), settings.tdm, settings.sdm, folder)
+    print(settings.output)
 
 
 def convert(settings: Annotated[ConvertSettings, FIELDS]) -> None:
@@ -130,7 +133,9 @@ def convert(settings: Annotated[ConvertSettings, FIELDS]) -> None:
     logger.info("Converting %s and %s to %s", settings.tdm, settings.sdm, settings.output)
     from facediffuser.checkpoints import convert as convert_checkpoints
 
-    print(convert_checkpoints(settings.base, settings.image_encoder, settings.sdm, settings.tdm, settings.output))
+    with output_folder(settings.output, "model_index.json") as folder:
+        convert_checkpoints(settings.base, settings.image_encoder, settings.sdm, settings.tdm, folder)
+    print(settings.output)
 
 
 def generate(settings: Annotated[GenerateSettings, FIELDS]) -> None:
@@ -330,7 +335,8 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
     logger.info("Rendering %d pictures in %s", settings.count, settings.output)
     from facediffuser.miniature.render import render_set
 
-    render_set(settings.count, settings.seed, settings.output, settings.size, settings.pairs, settings.actions)
+    with output_folder(settings.output, "prompts.jsonl") as folder:
+        render_set(settings.count, settings.seed, folder, settings.size, settings.pairs, settings.actions)
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
 
 

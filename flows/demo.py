@@ -19,6 +19,7 @@ from facediffuser.miniature.render import render_set
 from facediffuser.modelfolder import assemble, resolve_base
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
+from facediffuser.storage.output import put_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,7 @@ def render_photographs(settings: DemoSettings, url: str) -> str:
         rendered = Path(folder) / "photos"
         render_set(settings.photos, settings.seed, rendered)
         _keep_first(rendered, settings.subjects, settings.prompts)
-        files = sorted(path for path in rendered.rglob("*") if path.is_file() and path.name != "prompts.jsonl")
-        for path in [*files, rendered / "prompts.jsonl"]:
-            store.put(path.relative_to(rendered).as_posix(), path.read_bytes())
+        put_folder(store, rendered, "prompts.jsonl")
     logger.info("%s: %d photographs", url, settings.photos)
     return url
 
@@ -67,9 +66,7 @@ def assemble_models(tdm: str, sdm: str, url: str) -> str:
         return url
     with tempfile.TemporaryDirectory(prefix="facediffuser-models-") as folder:
         models = assemble(resolve_base("miniature"), tdm, sdm, Path(folder) / "models")
-        files = sorted(path for path in models.rglob("*") if path.is_file() and path.name != "model_index.json")
-        for path in [*files, models / "model_index.json"]:
-            store.put(path.relative_to(models).as_posix(), path.read_bytes())
+        put_folder(store, models, "model_index.json")
     return url
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from facediffuser.schedulers import SchedulerName
-from facediffuser.settings import ImagesPerPrompt, Sampling, Seeded, Settings, Steps, Workers
+from facediffuser.settings import ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
 from facediffuser.training.train_settings import TrainSettings
 
 
@@ -82,7 +82,7 @@ class AssembleSettings(Settings):
     base: str = Field(description="base model: a diffusers folder, an `s3://` URL, a hub id, or `miniature`")
     tdm: str = Field(description="URL that `train tdm` wrote to")
     sdm: str = Field(description="URL that `train sdm` wrote to")
-    output: Path = Field(description="model folder to write")
+    output: Output = Field(description="model folder to write: a folder or `s3://bucket/prefix`")
 
 
 class ConvertSettings(Settings):
@@ -92,14 +92,14 @@ class ConvertSettings(Settings):
     image_encoder: str = Field(description="CLIP ViT-L/14: a transformers folder, an `s3://` URL or a hub id")
     sdm: Path = Field(description="the released `SDM/pytorch_model.bin`")
     tdm: Path = Field(description="the released `TDM/pytorch_model.bin`")
-    output: Path = Field(description="model folder to write")
+    output: Output = Field(description="model folder to write: a folder or `s3://bucket/prefix`")
 
 
 class RenderSettings(Seeded):
     """A photo set of the miniature world in the layout of FastComposer's FFHQ, with `subjects/` and `prompts.jsonl`."""
 
     count: int = Field(ge=1, description="number of pictures")
-    output: Path = Field(description="folder to write")
+    output: Output = Field(description="folder to write, or `s3://bucket/prefix`")
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
     pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures that show two people")
     actions: float = Field(0.3, ge=0, le=1, description="share of the people who do something")

@@ -6,8 +6,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from facediffuser.dataset.manifest import build_manifest, object_entries, read_manifest, shard_entry, write_manifest
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.dataset.manifest import build_manifest, object_entries, read_manifest, shard_entry
 from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.dataset.seal import seal
 from facediffuser.dataset.shards import encode_shard, finished_shards
 from facediffuser.dataset.verify import find_problems, verify
 from facediffuser.errors import InputError
@@ -21,12 +23,13 @@ from facediffuser.storage import open_store
 
 
 def finish(store, job) -> None:
-    """Write the manifest of a dataset as it is now."""
+    """Write card and manifest of a dataset as it is now."""
     infos = finished_shards(store, job.layout, job.fingerprint)
     entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in sorted(infos)]
     places = {"models": job.models, "scorers": job.scorers}
     objects = object_entries(store, job.layout)
-    write_manifest(store, build_manifest(job.fingerprint, job.run, job.layout, entries, objects, places))
+    write_card(store)
+    seal(store, build_manifest(job.fingerprint, job.run, job.layout, entries, objects, places))
 
 
 @pytest.fixture
