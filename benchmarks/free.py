@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.dataset.plan import Layout, Plan, RowSettings
-from facediffuser.dataset.schema import SUBJECTS_SCHEMA, canonical_json
-from facediffuser.generation.generate_check import code_and_libraries
-from facediffuser.generation.generate_settings import Pool
+from facediffuser.dataset.schema import SUBJECTS_SCHEMA
+from facediffuser.generation.generate_stage import ShardWorker
 from facediffuser.generation.job import GenerationJob, Prepared
+from facediffuser.runs import fingerprint_of
 from facediffuser.scoring.scorers import ImageScore
-from facediffuser.tasks.pool import ShardActor
 
 SUBJECTS = 100
 
@@ -49,7 +49,7 @@ class FreeScorers:
         return [ImageScore(0.5, [0.5], 1, [[0.0, 0.0, 8.0, 8.0]], [1.0], 0.25) for _ in images]
 
 
-class FreeActor(ShardActor):
+class FreeWorker(ShardWorker):
     """A worker of the pool whose generator costs nothing."""
 
     def load(self, job):
@@ -60,7 +60,7 @@ def free_generator(job: GenerationJob):
     """Return a ShardGenerator that costs nothing, in this process."""
     from facediffuser.generation.shard_generator import ShardGenerator
 
-    torch.set_num_threads(job.made["threads"])
+    torch.set_num_threads(job.threads)
     return ShardGenerator(job, FreePipeline(), FreeScorers(job.run["scorers"]))
 
 
@@ -69,7 +69,7 @@ def _noise(seed: int, height: int, width: int) -> Image.Image:
 
 
 def free_run(output: str, rows: int, shard_size: int, size: int, workers: int) -> Prepared:
-    """Return a run of about so many rows of `size` px, to be made by `FreeActor`."""
+    """Return a run of about so many rows of `size` px, to be made by `FreeWorker`."""
     template = parse_template("a photo of a {subject} reading a book in the park", 1, "template")
     people = tuple(Subject(f"person{n:05d}", "man" if n % 2 else "woman", ("1.png",)) for n in range(SUBJECTS))
     prompts = tuple(Prompt(f"p{n:05d}", "action", *template) for n in range(max(1, rows // SUBJECTS)))
@@ -77,19 +77,11 @@ def free_run(output: str, rows: int, shard_size: int, size: int, workers: int) -
                       fusion_end=31, scheduler="PNDMScheduler", height=size, width=size)  # fmt: skip
     plan = Plan(people, prompts, 1, 0, row)
     made = {"seed": 0, **row.model_dump(), "batch_size": 8, "shard_size": shard_size, "image_format": "png",
-            "dtype": "float32", "device": "cpu", "threads": 1, "provenance": True}  # fmt: skip
-    run = {"settings": made, "models": {}, "scorers": {"none": "0"}, "plan": plan.digest(), **code_and_libraries()}
+            "dtype": "float32", "device": "cpu", "provenance": True}  # fmt: skip
+    run = {"settings": made, "models": {}, "scorers": {"none": "0"}, "plan": plan.digest()}
     layout = Layout(len(plan), shard_size)
-    fingerprint = _fingerprint(run)
-    pool = Pool(workers=workers, cpus_per_worker=1)
-    job = GenerationJob(output, fingerprint, run, layout, "none", "none", pool)
+    job = GenerationJob(output, fingerprint_of(run), run, layout, "none", "none", 1, WorkerPool(workers))
     return Prepared(job, plan, _references(people))
-
-
-def _fingerprint(run: dict) -> str:
-    import hashlib
-
-    return hashlib.sha256(canonical_json(run).encode()).hexdigest()
 
 
 def _references(people: tuple[Subject, ...]) -> pa.Table:

@@ -76,7 +76,7 @@ def _print_machinery(name: str, url: str, rows: int, args: argparse.Namespace) -
 
 
 def _run_free(url: str, rows: int, args: argparse.Namespace, note: Callable[[str], None] = lambda stage: None) -> dict:
-    from benchmarks.free import FreeActor, free_generator, free_run
+    from benchmarks.free import FreeWorker, free_generator, free_run
     from facediffuser.tasks.generate import finish_dataset, generate_shards
     from facediffuser.tasks.ray_session import connect_ray
 
@@ -87,7 +87,7 @@ def _run_free(url: str, rows: int, args: argparse.Namespace, note: Callable[[str
 
     def make() -> None:
         if args.workers:
-            generate_shards.fn(prepared.job, FreeActor)
+            generate_shards.fn(prepared.job, FreeWorker)
             return
         generator = free_generator(prepared.job)
         for shard in range(prepared.job.layout.shards):

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from facediffuser.preprocess.preprocess_stage import PartWorker
+
 STAGES = ("read", "check", "faces", "captions", "segments", "subjects", "write")
 
 
@@ -84,28 +86,25 @@ def _in_a_process(options: list[str], cheap: bool) -> dict:
 
 
 def _prepare(options: list[str], cheap: bool) -> dict:
-    import facediffuser.tasks.preprocess as stage
     from facediffuser.flows.cli import app
+    from facediffuser.tasks.preprocess import prepare_photographs
 
     settings = app.parse_args(["preprocess", *options])[1].arguments["settings"]
-    stage.PartActor = _Cheap if cheap else _Watched
-    result = stage.prepare_photographs.fn(settings)
+    result = prepare_photographs.fn(settings, worker=_Cheap if cheap else _Watched)
     workers = [float(path.read_text()) for path in Path(f"{settings.output}-memory").iterdir()]
     return {**result, "driver_mib": _peak_mib(), "worker_mib": max(workers)}
 
 
-class _Watched:
-    """The stage's actor, which also notes its highest memory."""
+class _Watched(PartWorker):
+    """The stage's worker, which also notes its highest memory."""
 
-    def __init__(self, job, threads: int):
-        from facediffuser.tasks.preprocess import PartActor
-
-        self.actor = PartActor(job, threads)
+    def __init__(self, job):
+        super().__init__(job)
         self.folder = Path(f"{job.settings.output}-memory")
         self.folder.mkdir(exist_ok=True)
 
-    def __call__(self, row: dict) -> dict:
-        result = self.actor(row)
+    def __call__(self, unit) -> dict:
+        result = super().__call__(unit)
         (self.folder / str(os.getpid())).write_text(str(_peak_mib()))
         return result
 
@@ -113,9 +112,9 @@ class _Watched:
 class _Cheap(_Watched):
     """The same without the search for faces."""
 
-    def __init__(self, job, threads: int):
-        super().__init__(job, threads)
-        self.actor.preparer.stages[0].run = lambda items: None
+    def __init__(self, job):
+        super().__init__(job)
+        self.preparer.stages[0].run = lambda items: None
 
 
 def _tell(count: int, result: dict) -> None:

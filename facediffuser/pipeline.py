@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+Generators = torch.Generator | list[torch.Generator] | None
 References = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict], dict | None]
 
@@ -484,8 +484,8 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         """Return height and width in px: as given, else those of the latents, else the UNet's own."""
         default = self._any_unet().config.sample_size
         sides = (default, default) if isinstance(default, int) else tuple(default)
-        rows, columns = tuple(latents.shape[-2:]) if latents is not None else sides
-        sizes = height or rows * self.vae_scale_factor, width or columns * self.vae_scale_factor
+        cells = tuple(latents.shape[-2:]) if latents is not None else sides
+        sizes = tuple(given or side * self.vae_scale_factor for given, side in zip((height, width), cells, strict=True))
         if any(size <= 0 or size % self.vae_scale_factor for size in sizes):
             raise InputError(
                 f"size {sizes[0]} x {sizes[1]}: give height and width in multiples of {self.vae_scale_factor} pixels"

@@ -179,6 +179,16 @@ class GenerateWorkers(Workers):
     )
 
 
+class Exact(Settings):
+    """Whether the output must be computed in one way."""
+
+    exact: bool = Field(
+        False,
+        description="refuse other versions of libraries or code, threads or hardware than those with which the output was "
+        "computed so far (default: one warning)",
+    )
+
+
 class Seeded(Settings):
     """What random numbers are drawn from."""
 

@@ -286,7 +286,7 @@ def remake(settings: Annotated[RemakeSettings, FIELDS]) -> int:
     from facediffuser.storage import open_store
 
     made = remake_image(settings, gpu=torch.cuda.is_available())
-    beside = f"in a batch of {made.company}" if made.company > 1 else "alone"
+    beside = f"in a batch of {made.batch_rows}" if made.batch_rows > 1 else "alone"
     if settings.output and made.row["image"]:
         store = open_store(settings.output)
         store.put(made.row["image"]["path"], made.row["image"]["bytes"])

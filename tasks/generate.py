@@ -1,14 +1,15 @@
-"""The stages of `generate-dataset` as Prefect tasks."""
+"""The tasks of the flow `generate-dataset`: plan, estimate, and the stage that generates the shards."""
 
+import functools
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import ray
 from prefect import task
 
+from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.inputs import class_words_line
@@ -28,12 +29,12 @@ from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
 from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
+from facediffuser.runs import Run
 from facediffuser.storage import Store, lasting_name
-from facediffuser.tasks.pool import ShardActor, Work, stopped_by_sigterm, workers_error
-from facediffuser.tasks.progress import Progress
-from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
-from facediffuser.tasks.spending import follow
+from facediffuser.tasks.driver import Driver
+from facediffuser.tasks.ray_driver import RayDriver
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,11 @@ class FailedRowsError(RunError):
 
 
 @task(name="plan-dataset", cache_policy=None, persist_result=False)
-def plan_dataset(settings: GenerateSettings) -> Prepared:
+def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Prepared:
     """Check the input and, unless it is a dry run, write the plan and the references."""
-    connect_ray()
-    gpu = cluster_gpus() > 0
-    threads = max(1, cluster_cpus() // (settings.workers or settings.max_workers or 1))
-    prepared = prepare(settings, gpu=gpu, threads=threads)
+    driver = driver or RayDriver()
+    threads = max(1, driver.cpus // (settings.workers or settings.max_workers or 1))
+    prepared = prepare(settings, gpu=driver.gpus > 0, threads=threads)
     layout = prepared.job.layout
     logger.info("%s: %d images of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
                 layout.rows, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
@@ -73,53 +73,71 @@ def plan_dataset(settings: GenerateSettings) -> Prepared:
 
 
 @task(name="estimate-run", cache_policy=None, persist_result=False)
-def estimate_run(settings: GenerateSettings, prepared: Prepared) -> dict[str, Any]:
-    """Return what a run would take, from a dataset's rate or from one batch that a worker makes in memory."""
+def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
+    """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
     if settings.measured_by:
         rate = rate_of_dataset(settings.measured_by)
     else:
         job = prepared.job
         rows = next(prepared.plan.tables(job.batch_size)).to_pylist()
-        gpu = job.device == "cuda"
-        sample = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_sample)
-        try:
-            rate = ray.get(sample.remote(job, rows, prepared.references))
-        except Exception as error:
-            cause = workers_error(error)
-            if cause is None:
-                raise
-            raise cause from None
+        stage = Stage(
+            "Sample", "images", job.run, [Unit("sample", len(rows))],
+            functools.partial(_SampleWorker, job, rows, prepared.references),
+            finish=lambda results: Rate(**results.counts["sample"]),
+            pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
+        )  # fmt: skip
+        rate = (driver or RayDriver()).run(stage)
     return estimate(prepared.job.layout.rows, rate, settings.gpu_hour_price)
 
 
-def _sample(job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table) -> Rate:
-    if job.device == "cpu":
-        import torch
+class _SampleWorker:
+    """Generates a few rows in memory; its counts are their `Rate`."""
 
-        torch.set_num_threads(job.made["threads"])
-    return rate_of_sample(job, rows, references)
+    def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table):
+        if job.threads:
+            import torch
+
+            torch.set_num_threads(job.threads)
+        self.given = job, rows, references
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        return vars(rate_of_sample(*self.given))
 
 
 @task(name="generate-shards", cache_policy=None, persist_result=False)
-def generate_shards(job: GenerationJob, actor: type[ShardActor] = ShardActor) -> dict[str, Any]:
-    """Make the shards that are missing; return how many were kept and made, and what the workers spent.
+def generate_shards(
+    job: GenerationJob, worker: type[ShardWorker] = ShardWorker, driver: Driver | None = None
+) -> dict[str, Any]:
+    """Generate the shards that are missing; return how many were there and generated, and what the workers spent.
 
-    Raises Stopped when the process is told to end (SIGTERM), after the shards in hand.
+    Raises:
+        Stopped: SIGTERM arrived; the shards in hand are finished.
+        InputError: shards are there of another provenance, and the job demands the exact one.
     """
     layout, store = job.layout, job.store()
     finished = finished_shards(store, layout, job.fingerprint)
     missing = [shard for shard in range(layout.shards) if shard not in finished]
-    logger.info("%d of %d shards are finished, %d to make", len(finished), layout.shards, len(missing))
-    started = time.monotonic()
-    kept = sum(layout.shard_rows(shard) for shard in finished)
-    work = Work(job, missing, actor)
-    with Progress(layout.rows, "images", "Generate") as progress, stopped_by_sigterm(work):
-        progress.skip(kept)
-        spent = follow(work, progress)
-    seconds = time.monotonic() - started
+    logger.info("%d of %d shards are finished, %d to generate", len(finished), layout.shards, len(missing))
     if missing:
-        logger.info("denoising took %.0f%% of the workers' time; %s", 100 * spent.busy, spent.stages())
-    return {"kept": len(finished), "made": len(missing), "seconds": round(seconds, 3), "busy": round(spent.busy, 4)}
+        job = job.with_recorded(_different([one.marks.provenance for one in finished.values()]))
+
+    def finish(results: Results) -> dict[str, Any]:
+        busy, seconds = denoising_share(results.totals), results.totals.get("seconds", {})
+        if missing:
+            stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in sorted(seconds.items()))
+            logger.info("denoising took %.0f%% of the workers' time; %s", 100 * busy, stages)
+        return {
+            "kept": len(finished),
+            "made": len(missing),
+            "seconds": round(results.seconds, 3),
+            "busy": round(busy, 4),
+        }
+
+    return (driver or RayDriver()).run(generate_stage(job, missing, finish, worker))
+
+
+def _different(provenances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for number, one in enumerate(provenances) if one and one not in provenances[:number]]
 
 
 def _added_before(store: Store) -> list[ObjectEntry]:
@@ -138,7 +156,7 @@ def _added_before(store: Store) -> list[ObjectEntry]:
 def finish_dataset(job: GenerationJob) -> Finished:
     """Write the card and, last, the manifest. Raise when shards are missing or too many rows failed."""
     layout, store = job.layout, job.store()
-    require_same_run(store, job.fingerprint, job.run)
+    require_same_run(store, Run(job.run, job.fingerprint))
     finished = finished_shards(store, layout, job.fingerprint)
     missing = sorted(set(range(layout.shards)) - finished.keys())
     if missing:
@@ -146,11 +164,16 @@ def finish_dataset(job: GenerationJob) -> Finished:
                            "run the same command again")  # fmt: skip
     with ThreadPoolExecutor(READERS) as pool:
         numbers = sorted(finished)
-        entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard]), numbers))
+        entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
     table = write_card(store)
     objects = [*object_entries(store, layout), *_added_before(store)]
-    manifest = seal(store, build_manifest(job.fingerprint, job.run, layout, entries, objects, places))
+    computed_with = [finished[shard].marks.computed_with for shard in numbers]
+    built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with)
+    if len(built.provenances) > 1:
+        logger.warning("%s: its shards were computed in %d ways (libraries, threads, hardware); the manifest lists them",
+                       store.url, len(built.provenances))  # fmt: skip
+    manifest = seal(store, built)
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
                 counts.shards)  # fmt: skip

@@ -42,7 +42,7 @@ def require_reachable(address: str) -> None:
 
 
 def session_folder(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the folder for the files of a Ray started here, None for Ray's own choice.
+    """Return what RAY_TMPDIR must be for a Ray started here, None for Ray's own choice.
 
     Ray takes TMPDIR; where that is too long for the paths of its sockets, /tmp is taken. Raises InputError naming the
     variable when RAY_TMPDIR, which is Ray's own, is too long, or /tmp cannot be written.
@@ -56,4 +56,4 @@ def session_folder(environment: Mapping[str, str] = os.environ) -> str | None:
             f"{name} {folder}: longer than {LONGEST_FOLDER} characters, too long for Ray's sockets; set RAY_TMPDIR to a "
             "shorter folder"
         )
-    return f"{SHORT_FOLDER}/ray"
+    return SHORT_FOLDER

@@ -7,17 +7,17 @@ from prefect import task
 
 from facediffuser.cards.dataset_card import rewrite_card, write_card
 from facediffuser.dataset.added_columns import ADDED_PREFIX
-from facediffuser.dataset.manifest import Manifest, build_manifest, read_manifest, read_sound_manifest
+from facediffuser.dataset.manifest import ENTRY_NAMES, Manifest, build_manifest, read_manifest, read_sound_manifest
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
 from facediffuser.generation.generate_check import check_repair
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
+from facediffuser.generation.generate_stage import replacement_stage
+from facediffuser.generation.job import Listed
 from facediffuser.generation.repair import job_of_dataset, restore_plan_part, sort_damage
 from facediffuser.storage import open_store
-from facediffuser.tasks.pool import RepairActor, Work, stopped_by_sigterm
-from facediffuser.tasks.progress import Progress
-from facediffuser.tasks.ray_session import cluster_gpus, connect_ray
-from facediffuser.tasks.spending import follow
+from facediffuser.tasks.driver import Driver
+from facediffuser.tasks.ray_driver import RayDriver
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,10 @@ def find_damage(settings: RepairSettings) -> tuple[Manifest, list[Problem]]:
 
 
 @task(name="repair-damage", cache_policy=None, persist_result=False)
-def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[Problem]) -> list[str]:
-    """Make what is damaged again, and only that; return what is still wrong, one line each."""
+def repair_damage(
+    settings: RepairSettings, manifest: Manifest, problems: list[Problem], driver: Driver | None = None
+) -> list[str]:
+    """Restore what is damaged, and only that; return what is still wrong, one line each."""
     store = open_store(settings.url)
     damage = sort_damage(store, manifest, problems)
     left = []
@@ -53,12 +55,11 @@ def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[P
     left += [f"{problem}; `score` and `copies` write their columns again" if problem.key.startswith(ADDED_PREFIX)
              else str(problem) for problem in damage.others]  # fmt: skip
     if damage.shards:
-        wanted = {shard: {"sha256": None if settings.accept else manifest.shards[shard].sha256}
-                  for shard in damage.shards}  # fmt: skip
-        made = make_again(settings, manifest, wanted, "Repair")
+        wanted = {shard: {"listed": _listed(manifest, shard), "changed": settings.accept} for shard in damage.shards}
+        made = replace_shards(settings, manifest, wanted, "Repair", driver)
         changed = {shard: stats for shard, stats in made.items() if stats["sha256"] != manifest.shards[shard].sha256}
         if settings.accept and changed:
-            manifest = list_again(settings.url, manifest, changed)
+            manifest = update_manifest(settings.url, manifest, changed)
         for shard in damage.shards:
             entry = manifest.shards[shard]
             left += [f"{entry.key}: {what}" for what in check_shard(store, manifest, shard, entry)]
@@ -71,45 +72,67 @@ def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[P
 
 
 @task(name="retry-failed-rows", cache_policy=None, persist_result=False)
-def retry_failed_rows(settings: RetrySettings) -> Manifest:
-    """Make the shards that hold failed rows again; those with fewer failed rows now take their place."""
+def retry_failed_rows(settings: RetrySettings, driver: Driver | None = None) -> Manifest:
+    """Generate the shards that hold failed rows once more; those with fewer failed rows now take their place."""
     check_repair(settings)
     store = open_store(settings.url)
     manifest = read_sound_manifest(store)
     wanted = {shard: {"fewer_failed_than": entry.failed} for shard, entry in enumerate(manifest.shards) if entry.failed}
     if not wanted:
         return manifest
-    made = make_again(settings, manifest, wanted, "Retry")
-    return list_again(settings.url, manifest, {shard: stats for shard, stats in made.items() if stats["put"]})
+    made = replace_shards(settings, manifest, wanted, "Retry", driver)
+    return update_manifest(settings.url, manifest, {shard: stats for shard, stats in made.items() if stats["put"]})
 
 
-def make_again(
-    settings: RepairSettings | RetrySettings, manifest: Manifest, wanted: dict[int, dict[str, Any]], title: str
+def _listed(manifest: Manifest, shard: int) -> Listed:
+    return Listed(manifest.shards[shard].sha256, manifest.computed_with(shard))
+
+
+def replace_shards(
+    settings: RepairSettings | RetrySettings,
+    manifest: Manifest,
+    wanted: dict[int, dict[str, Any]],
+    name: str,
+    driver: Driver | None,
 ) -> dict[int, dict[str, Any]]:
-    """Have the pool make shards again; return the stats of each."""
-    connect_ray()
-    store = open_store(settings.url)
-    job = job_of_dataset(store, manifest, settings.models, settings.scorers, cluster_gpus() > 0, settings.workers)
-    work = Work(job, sorted(wanted), RepairActor, again=wanted)
-    made: dict[int, dict[str, Any]] = {}
-    rows = sum(manifest.shards[shard].rows for shard in wanted)
-    with Progress(rows, "images", title) as progress, stopped_by_sigterm(work):
-        follow(work, progress, made)
-    return made
+    """Generate shards of a finished dataset once more; return the stats of each.
+
+    Args:
+        settings: where the dataset, its models and scorers are.
+        manifest: the dataset's.
+        wanted: the arguments of `ShardGenerator.replace` by shard.
+        name: the stage's name in the progress.
+        driver: runs the stage; None: Ray.
+    """
+    driver = driver or RayDriver()
+    job = job_of_dataset(
+        open_store(settings.url), manifest, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
+        settings.exact,
+    )  # fmt: skip
+    return driver.run(replacement_stage(job, name, wanted))
 
 
-def list_again(url: str, manifest: Manifest, made: dict[int, dict[str, Any]]) -> Manifest:
-    """Write card and manifest with shards that were made again, and return the manifest."""
+def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[str, Any]]) -> Manifest:
+    """Write card and manifest with the stats of shards that were replaced, and return the manifest."""
     entries = [
-        entry.model_copy(update={name: made[shard][name] for name in ("rows", "ok", "failed", "bytes", "sha256")})
-        if shard in made else entry
+        entry.model_copy(update={name: replaced[shard][name] for name in ENTRY_NAMES}) if shard in replaced else entry
         for shard, entry in enumerate(manifest.shards)
-    ]  # fmt: skip
+    ]
+    computed_with = [
+        replaced[shard]["computed_with"] if shard in replaced else manifest.computed_with(shard)
+        for shard in range(len(entries))
+    ]
     store = open_store(url)
-    listed = build_manifest(
-        manifest.fingerprint, manifest.run, manifest.layout, entries, manifest.objects, manifest.made_from
+    updated = build_manifest(
+        manifest.fingerprint,
+        manifest.run,
+        manifest.layout,
+        entries,
+        manifest.objects,
+        manifest.made_from,
+        computed_with,
     )
-    if not made:
-        return listed
+    if not replaced:
+        return updated
     write_card(store)
-    return seal(store, listed)
+    return seal(store, updated)

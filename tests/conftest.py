@@ -27,11 +27,11 @@ def prefect_harness():
 @pytest.fixture(scope="session")
 def ray_session():
     """One local Ray with two CPUs for the whole session."""
-    import ray
-
+    os.environ.pop("RAY_ADDRESS", None)
     from facediffuser.tasks.ray_session import connect_ray
 
-    os.environ.pop("RAY_ADDRESS", None)
     connect_ray()
     yield
+    import ray
+
     ray.shutdown()

@@ -55,7 +55,7 @@ def test_ray_is_not_started_for_a_dead_cluster(dead_port, monkeypatch):
 def test_a_folder_too_long_for_sockets_is_left_for_a_short_one_or_named():
     long = "/" + "x" * LONGEST_FOLDER
     assert session_folder({}) is None and session_folder({"TMPDIR": long[:-1]}) is None
-    assert session_folder({"TMPDIR": long}) == "/tmp/ray"
+    assert session_folder({"TMPDIR": long}) == "/tmp"
     assert session_folder({"TMPDIR": long, "RAY_TMPDIR": "/short"}) is None
     with pytest.raises(InputError, match="RAY_TMPDIR /xxx.*shorter folder"):
         session_folder({"RAY_TMPDIR": long})

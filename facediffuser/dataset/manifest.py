@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from facediffuser.dataset.plan import Layout
 from facediffuser.dataset.reading import read_columns
-from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY, canonical_json
+from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
 from facediffuser.errors import InputError
+from facediffuser.runs import canonical_json, count_provenances, fingerprint_of, provenance_of
 from facediffuser.storage import ObjectInfo, Store
 
 MANIFEST_KEY = "manifest.json"
+SHARDS = "shards"
 ENTRY_NAMES = ("rows", "ok", "failed", "bytes", "sha256")
 # Timings of the workers, another at every run: `verify` compares what they repeat of the manifest instead.
 UNLISTED = ("stats/",)
@@ -29,7 +31,11 @@ class _Part(BaseModel):
 
 
 class ShardEntry(_Part):
-    """One shard as the manifest lists it."""
+    """One shard as the manifest lists it.
+
+    computed_with: the place in `Manifest.provenances` of what its footer says of libraries, threads and hardware; None
+    for a shard of an earlier version, whose footer keeps that in the run document.
+    """
 
     key: str
     rows: Count
@@ -37,6 +43,7 @@ class ShardEntry(_Part):
     failed: Count
     bytes: Count
     sha256: str
+    computed_with: int | None = None
 
 
 class ObjectEntry(_Part):
@@ -57,11 +64,14 @@ class Counts(_Part):
 
 
 class Manifest(_Part):
-    """`run` is the document the fingerprint is the sha256 of: settings, model and scorer digests, plan, libraries.
+    """What a finished dataset holds.
 
-    `digest`: the sha256 of the manifest's own bytes with this value empty; empty in manifests of earlier versions, which
-    list plan, references and shards only. `made_from`: where models and scorers lay at `generate`; it decides nothing,
-    `repair` looks there first. `objects`: all that is neither a shard nor below one of the prefixes in `unlisted`.
+    digest: the sha256 of the manifest's own bytes with this value empty; empty in manifests of earlier versions, which
+        list plan, references and shards only.
+    run: the document the fingerprint is the sha256 of: settings, digests of models and scorers, plan, subjects.
+    made_from: where models and scorers were at `generate`; it decides nothing, `repair` looks there first.
+    objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
+    provenances: what the shards were computed with (code, libraries, threads, hardware), and how many `shards` each.
     """
 
     digest: str = ""
@@ -76,6 +86,7 @@ class Manifest(_Part):
     made_from: dict[str, str] = {}
     objects: list[ObjectEntry] = []
     unlisted: list[str] = []
+    provenances: list[dict[str, Any]] = []
     shards: list[ShardEntry]
 
     @model_validator(mode="after")
@@ -92,6 +103,18 @@ class Manifest(_Part):
     def layout(self) -> Layout:
         return Layout(self.rows, self.shard_size)
 
+    def computed_with(self, shard: int) -> dict[str, Any] | None:
+        """Return the provenance in a shard's footer, None for a shard of an earlier version."""
+        place = self.shards[shard].computed_with
+        if place is None:
+            return None
+        return {name: value for name, value in self.provenances[place].items() if name != SHARDS}
+
+    def recorded_provenances(self) -> list[dict[str, Any]]:
+        """Return the different provenances of the shards, those of an earlier version from the run document."""
+        found = [{name: value for name, value in one.items() if name != SHARDS} for one in self.provenances]
+        return found or [one for one in [provenance_of(self.run)] if one]
+
 
 def build_manifest(
     fingerprint: str,
@@ -100,16 +123,36 @@ def build_manifest(
     shards: list[ShardEntry],
     objects: list[ObjectEntry] | None = None,
     made_from: dict[str, str] | None = None,
+    computed_with: Sequence[dict[str, Any] | None] = (),
 ) -> Manifest:
-    """Return the manifest of a dataset all of whose shards are there."""
+    """Return the manifest of a dataset all of whose shards are there.
+
+    Args:
+        fingerprint, run: the run.
+        layout: how rows lie in shards.
+        shards: an entry for each shard, in order; `computed_with` in them is filled in here.
+        objects: the entries of plan and references.
+        made_from: where models and scorers were.
+        computed_with: the provenance in each shard's footer, None where it has none; by default none has.
+
+    Raises:
+        RuntimeError: shards or rows are missing.
+    """
     ok, failed = sum(shard.ok for shard in shards), sum(shard.failed for shard in shards)
     counts = Counts(rows=ok + failed, ok=ok, failed=failed, shards=len(shards))
     if len(shards) != layout.shards or counts.rows != layout.rows:
         raise RuntimeError(f"{counts.rows} rows in {len(shards)} shards; planned are {layout.rows} in {layout.shards}")
+    each = list(computed_with) or [None] * len(shards)
+    provenances = count_provenances([one or provenance_of(run) for one in each], SHARDS)
+    places = {canonical_json({k: v for k, v in one.items() if k != SHARDS}): n for n, one in enumerate(provenances)}
+    shards = [
+        entry.model_copy(update={"computed_with": None if one is None else places[canonical_json(one)]})
+        for entry, one in zip(shards, each, strict=True)
+    ]
     return Manifest(
         fingerprint=fingerprint, counts=counts, scorers=run["scorers"], models=run["models"], run=run,
         rows=layout.rows, shard_size=layout.shard_size, made_from=made_from or {}, objects=objects or [],
-        unlisted=list(UNLISTED), shards=shards,
+        unlisted=list(UNLISTED), provenances=provenances, shards=shards,
     )  # fmt: skip
 
 
@@ -177,7 +220,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         if hashlib.sha256(unsigned).hexdigest() != manifest.digest:
             yield "changed since it was written (its digest is of other bytes)"
     else:
-        unknown = json.loads(data).keys() - (Manifest.model_fields.keys() - {"digest", "unlisted"})
+        unknown = json.loads(data).keys() - (Manifest.model_fields.keys() - {"digest", "unlisted", "provenances"})
         if unknown:
             yield f"has no digest, but {sorted(unknown)[0]!r}, which no manifest of an earlier version has"
     if manifest.schema_version != SCHEMA_VERSION:
@@ -217,7 +260,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
 
 def _fingerprint(run: dict[str, Any]) -> str:
     try:
-        return hashlib.sha256(canonical_json(run).encode()).hexdigest()
+        return fingerprint_of(run)
     except ValueError:  # NaN or infinity, which no run's document holds
         return ""
 

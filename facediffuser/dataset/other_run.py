@@ -1,4 +1,4 @@
-"""Which run an output holds, and in what words it differs from the run at hand: its own plan and subjects tell."""
+"""Which run an output holds, and how it differs from the run at hand, named by its own plan and subjects."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ from facediffuser.dataset.plan import Plan
 from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
 from facediffuser.errors import InputError
+from facediffuser.runs import Run, begin_or_resume, differences, identity_of, other_run_error
 from facediffuser.storage import Store
 
-SHOWN_DIFFERENCES = 4
 SHOWN_NAMES = 3
 SHOWN_TEXT = 60
 # Parts of a run document whose values are digests by name: a reader wants to know which, not the digests.
@@ -33,34 +33,45 @@ class PlannedPrompt:
     subject_ids: tuple[str, ...]
 
 
-def run_there(store: Store) -> tuple[str, dict[str, Any]] | None:
-    """Return fingerprint and run document of the run that the output holds, None when it holds none."""
+def run_there(store: Store) -> Run | None:
+    """Return the run that the output holds, None when it holds none."""
     plans = [info.key for info in store.list("plan/")]
     if not plans:
         return None
     try:
         with store.open(plans[0]) as source:
             marks = pq.read_schema(source).metadata or {}
-        return marks[FINGERPRINT_KEY].decode(), json.loads(marks[RUN_KEY])
+        return Run(json.loads(marks[RUN_KEY]), marks[FINGERPRINT_KEY].decode())
     except (pa.ArrowInvalid, KeyError, ValueError):
         raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None
 
 
-def require_same_run(
-    store: Store,
-    fingerprint: str,
-    run: Mapping[str, Any],
-    plan: Plan | None = None,
-    references: pa.Table | None = None,
-) -> None:
-    """Raise InputError, with the difference in words, when the output holds another run.
+def begin_or_resume_dataset(
+    store: Store, identity: Mapping[str, Any], plan: Plan | None = None, references: pa.Table | None = None
+) -> Run:
+    """Return the run to go on with: a new one, or the one in the output when it has the same identity.
 
-    `plan` and `references` (a table of SUBJECTS_SCHEMA) are this run's: with them the error names the prompts and
-    subjects that differ.
+    Args:
+        store: the output.
+        identity: this run's document, which is its identity.
+        plan, references: this run's plan, and its table of SUBJECTS_SCHEMA: with them the error names the prompts and
+            subjects that differ.
+
+    Raises:
+        InputError: the output holds another run; the differences are named.
     """
     there = run_there(store)
-    if there is not None and there[0] != fingerprint:
-        _refuse(store, there[1], run, plan, references)
+    run = begin_or_resume(identity, there)
+    if run is None:
+        _refuse(store, identity_of(there.document), identity, plan, references)
+    return run
+
+
+def require_same_run(store: Store, run: Run, plan: Plan | None = None, references: pa.Table | None = None) -> None:
+    """Raise InputError, with the differences in words, unless the output holds this very run or none yet."""
+    there = run_there(store)
+    if there is not None and there.fingerprint != run.fingerprint:
+        _refuse(store, identity_of(there.document), identity_of(run.document), plan, references)
 
 
 def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence[str], plan: Plan) -> None:
@@ -71,8 +82,9 @@ def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence
     there = run_there(store)
     if there is None:
         return
-    settings = {name: value for name, value in there[1]["settings"].items() if name not in undecided}
-    alike = {**{name: there[1].get(name) for name in known}, "settings": settings}
+    identity = identity_of(there.document)
+    settings = {name: value for name, value in identity["settings"].items() if name not in undecided}
+    alike = {**{name: identity.get(name) for name in known}, "settings": settings}
     if alike != known:
         _refuse(store, alike, known, plan, None)
 
@@ -81,9 +93,7 @@ def _refuse(
     store: Store, there: Mapping[str, Any], here: Mapping[str, Any], plan: Plan | None, references: pa.Table | None
 ) -> None:
     found = explain_differences(store, there, here, plan, references)
-    more = f"; {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-    shown = "; ".join(found[:SHOWN_DIFFERENCES]) + more
-    raise InputError(f"{store.url}: holds another run ({shown}); repeat that run's options or give another output")
+    raise other_run_error(store.url, found, "repeat that run's options or give another output")
 
 
 def explain_differences(
@@ -107,21 +117,8 @@ def explain_differences(
         parts = sorted(part for part in one.keys() | two.keys() if one.get(part) != two.get(part))
         found.append(f"{name} differ in {', '.join(parts)}")
     # The plan's digest is made of the settings, too, and says nothing that they do not.
-    told = {*DIGESTS, *(("plan", "subjects") if found or "settings" in unlike else ())}
-    one, two = ({k: v for k, v in run.items() if k not in told} for run in (there, here))
-    return found + differences(one, two)
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return how two documents differ, as "settings.steps 30 there, 50 here"; long values are shortened."""
-    found = []
-    for name in sorted(there.keys() | here.keys()):
-        one, two = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(two, dict):
-            found += differences(one, two, f"{prefix}{name}.")
-        elif one != two:
-            found.append(f"{prefix}{name} {_short(one)} there, {_short(two)} here")
-    return found
+    named = {*DIGESTS, *(("plan", "subjects") if found or "settings" in unlike else ())}
+    return found + differences(*({k: v for k, v in run.items() if k not in named} for run in (there, here)))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -165,15 +162,15 @@ def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mappin
             break
     else:
         return []
-    told = [] if one is None else [f"{one.prompt_id} {_shown(one.text)}{_of(one.category)} there"]
+    sides = [] if one is None else [f"{one.prompt_id} {_shown(one.text)}{_in_category(one.category)} there"]
     if two is not None:
         text = two.text([subject.class_word for subject in plan.subjects[: two.subjects]])
-        told.append(f"{two.prompt_id} {_shown(text)}{_of(two.category)} here")
+        sides.append(f"{two.prompt_id} {_shown(text)}{_in_category(two.category)} here")
     only = "the first only" if one is None or two is None else f"number {number}, the first that differs,"
-    return [f"prompts differ ({_counts(there, here)}): {only} is {', '.join(told)}"]
+    return [f"prompts differ ({_counts(there, here)}): {only} is {', '.join(sides)}"]
 
 
-def _of(category: str | None) -> str:
+def _in_category(category: str | None) -> str:
     return f" of {category}" if category else ""
 
 
@@ -231,8 +228,3 @@ def subject_differences(
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 40 else f"{text[:12]}..."

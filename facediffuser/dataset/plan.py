@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.inputs import Prompt, Subject
 from facediffuser.dataset.reading import open_parquet
-from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, canonical_json
+from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA
 from facediffuser.errors import InputError
+from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
 
 ROWS_PER_PART = 100_000
@@ -142,7 +143,7 @@ class Plan:
     def sets(self, size: int) -> Iterator[tuple[Subject, ...]]:
         """Yield the sets of `size` subjects, each in the order of the subjects."""
         count, wanted = len(self.subjects), self.count_sets(size)
-        every: Iterator[tuple[int, ...]] = itertools.combinations(range(count), size)
+        every = itertools.combinations(range(count), size)
         if wanted < math.comb(count, size):
             # Neighbours on a ring first, then every second one, and so on: each subject as often as any other.
             ring = (

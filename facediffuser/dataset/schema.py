@@ -1,18 +1,20 @@
 """The columns of plan, shards and subjects, and the marks in their Parquet footers."""
 
-import json
 from typing import Any
 
 import pyarrow as pa
 
 from facediffuser import __version__
+from facediffuser.runs import canonical_json
 
 SCHEMA_VERSION = "1"
 SUBJECTS_KEY = "subjects.parquet"
 FINGERPRINT_KEY = b"facediffuser_fingerprint"
 RUN_KEY = b"facediffuser_run"
 SCHEMA_KEY = b"facediffuser_dataset_schema"
+# What the media are (synthetic), as opposed to COMPUTED_WITH_KEY, which tells libraries, threads and hardware.
 PROVENANCE_KEY = b"facediffuser_provenance"
+COMPUTED_WITH_KEY = b"facediffuser_computed_with"
 # IPTC's word for media made wholly by a trained model.
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
@@ -70,8 +72,21 @@ SUBJECTS_SCHEMA = pa.schema(
 )
 
 
-def with_marks(schema: pa.Schema, fingerprint: str, run: dict[str, Any], synthetic: bool) -> pa.Schema:
-    """Return the schema with the footer marks: fingerprint and its run, provenance, Hugging Face features."""
+def with_marks(
+    schema: pa.Schema,
+    fingerprint: str,
+    run: dict[str, Any],
+    synthetic: bool,
+    computed_with: dict[str, Any] | None = None,
+) -> pa.Schema:
+    """Return the schema with the footer marks: fingerprint and its run, Hugging Face features, and what the data are.
+
+    Args:
+        schema: the columns.
+        fingerprint, run: the run and the SHA-256 of its document.
+        synthetic: mark the data as synthetic media.
+        computed_with: the provenance (see `facediffuser.runs.provenance_here`); None: leave it out.
+    """
     marks = {
         SCHEMA_KEY: SCHEMA_VERSION.encode(),
         FINGERPRINT_KEY: fingerprint.encode(),
@@ -80,17 +95,14 @@ def with_marks(schema: pa.Schema, fingerprint: str, run: dict[str, Any], synthet
     }
     if synthetic:
         marks[PROVENANCE_KEY] = canonical_json(provenance()).encode()
+    if computed_with is not None:
+        marks[COMPUTED_WITH_KEY] = canonical_json(computed_with).encode()
     return schema.with_metadata(marks)
 
 
 def provenance() -> dict[str, Any]:
     """Return what images and shards say of their origin."""
     return {"synthetic": True, "digital_source_type": DIGITAL_SOURCE_TYPE, "software": f"facediffuser {__version__}"}
-
-
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Shards: finished rows as one Parquet object, encoded in memory; its presence with the run's fingerprint ends it."""
 
+import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +12,8 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY
+from facediffuser.dataset.schema import COMPUTED_WITH_KEY, DATASET_SCHEMA, FINGERPRINT_KEY, RUN_KEY
+from facediffuser.runs import provenance_of
 from facediffuser.storage import ObjectInfo, Store
 
 logger = logging.getLogger(__name__)
@@ -18,6 +21,28 @@ logger = logging.getLogger(__name__)
 ROWS_PER_GROUP = 100
 IMAGE_BYTES = "image.bytes"
 READERS = 16
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the footer of an object of a run says.
+
+    fingerprint: the run's.
+    computed_with: the provenance kept apart from the run document; None in an object of an earlier version.
+    provenance: the same, or what the run document of an earlier version says of it; may be empty.
+    """
+
+    fingerprint: str
+    computed_with: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard that is whole and of the run at hand."""
+
+    info: ObjectInfo
+    marks: Marks
 
 
 def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
@@ -37,17 +62,27 @@ def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
     )
 
 
-def shard_mark(store: Store, key: str) -> str | None:
-    """Return the fingerprint in a Parquet object's footer; None when it has none, is missing, or is not whole."""
+def read_marks(store: Store, key: str) -> Marks | None:
+    """Return the marks in a Parquet object's footer; None when it has none, is missing, or is not whole."""
     try:
         with store.open(key) as source:
             metadata = pq.read_metadata(source).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):
         return None
-    return metadata.get(FINGERPRINT_KEY, b"").decode() or None
+    fingerprint = metadata.get(FINGERPRINT_KEY, b"").decode()
+    if not fingerprint:
+        return None
+    computed_with = json.loads(metadata.get(COMPUTED_WITH_KEY, b"null"))
+    return Marks(fingerprint, computed_with, computed_with or provenance_of(json.loads(metadata.get(RUN_KEY, b"{}"))))
 
 
-def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int, ObjectInfo]:
+def shard_mark(store: Store, key: str) -> str | None:
+    """Return the fingerprint in a Parquet object's footer; None when it has none, is missing, or is not whole."""
+    marks = read_marks(store, key)
+    return marks.fingerprint if marks else None
+
+
+def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int, FinishedShard]:
     """Return the shards that are there and whole, with the run's fingerprint, by number."""
     there = {}
     for info in store.list("data/"):
@@ -55,8 +90,12 @@ def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int,
         if shard is not None:
             there[shard] = info
     with ThreadPoolExecutor(READERS) as pool:
-        marks = pool.map(lambda info: shard_mark(store, info.key), there.values())
-    finished = {shard: info for (shard, info), mark in zip(there.items(), marks, strict=True) if mark == fingerprint}
+        marks = pool.map(lambda info: read_marks(store, info.key), there.values())
+    finished = {
+        shard: FinishedShard(info, found)
+        for (shard, info), found in zip(there.items(), marks, strict=True)
+        if found is not None and found.fingerprint == fingerprint
+    }
     for shard in there.keys() - finished.keys():
         logger.warning("%s: not a whole shard of this run; it is made again", store.url_of(there[shard].key))
     return finished

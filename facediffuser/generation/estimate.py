@@ -50,7 +50,7 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -
         seconds = time.perf_counter() - started
     failed = [row["error"] for row in made if row["status"] == "failed"]
     if failed:
-        raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); mend that before a run")
+        raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); fix that before a run")
     return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), f"a sample of {len(rows)} images")
 
 

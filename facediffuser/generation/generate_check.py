@@ -3,13 +3,11 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facediffuser import __version__
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
 from facediffuser.dataset.manifest import planned_keys, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run
@@ -25,7 +23,6 @@ from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
 OURS = ("plan/", "data/", "stats/", "card/", "scores/", "subjects.parquet", "manifest.json", "README.md")
-LIBRARIES = ("torch", "diffusers", "transformers", "facenet-pytorch", "pillow", "numpy", "pyarrow")
 _WITH_SUBJECTS = ("unet", "image_encoder", "subject_fuser")
 NEEDED_BY_METHOD = {
     "face-diffuser": ("unet_text", *_WITH_SUBJECTS),
@@ -34,7 +31,7 @@ NEEDED_BY_METHOD = {
     "fastcomposer": _WITH_SUBJECTS,
 }
 # Settings of a run document that depend on the device, which Ray knows.
-OF_THE_DEVICE = ("batch_size", "dtype", "device", "threads")
+OF_THE_DEVICE = ("batch_size", "dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
 
 def known_document(settings: GenerateSettings, plan: Plan) -> dict[str, Any]:
     """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
-    made = {
+    given = {
         "subjects_per_image": plan.subjects_per_image,
         "images_per_prompt": plan.images_per_prompt,
         "subject_sets": plan.subject_sets,
@@ -148,13 +145,8 @@ def known_document(settings: GenerateSettings, plan: Plan) -> dict[str, Any]:
     }
     if settings.negative_prompt:
         # Only where one is given: a run without keeps the fingerprint it had before there were negative prompts.
-        made["negative_prompt"] = settings.negative_prompt
-    return {"settings": made, "plan": plan.digest(), **code_and_libraries()}
-
-
-def code_and_libraries() -> dict[str, Any]:
-    """Return the versions of this code and of the libraries that pixels pass through."""
-    return {"libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}, "code": __version__}
+        given["negative_prompt"] = settings.negative_prompt
+    return {"settings": given, "plan": plan.digest()}
 
 
 def require_ours(store: Store) -> None:

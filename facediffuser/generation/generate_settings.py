@@ -4,25 +4,21 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.suites import suite_prompts, suite_subjects
 from facediffuser.prompts import IMAGE_MARKER
-from facediffuser.settings import Dataset, GenerateWorkers, Method, Moved, Repeats, Sampling, Seeded, Settings, Workers
-
-
-class Pool(Settings):
-    """How many workers make images: a fixed number, or between two bounds as there is work and room."""
-
-    workers: int | None = None
-    min_workers: int | None = None
-    max_workers: int | None = None
-    cpus_per_worker: int | None = None
-
-    def size(self, gpus: int, shards: int) -> tuple[int, int]:
-        """Return the fewest and the most workers for so many GPUs of the cluster and shards to make."""
-        if self.max_workers:
-            return min(self.min_workers or 1, shards), min(self.max_workers, shards)
-        fixed = min(self.workers or gpus or 1, shards)
-        return fixed, fixed
+from facediffuser.settings import (
+    Dataset,
+    Exact,
+    GenerateWorkers,
+    Method,
+    Moved,
+    Repeats,
+    Sampling,
+    Seeded,
+    Settings,
+    Workers,
+)
 
 
 class PlanSettings(Settings):
@@ -70,7 +66,7 @@ class PlanSettings(Settings):
         return str(suite_prompts(self.benchmark)) if self.benchmark else self.prompts
 
 
-class GenerateSettings(GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):
+class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):
     """Subjects x prompts x images to a scored image dataset; run again, it resumes where it stopped."""
 
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
@@ -132,13 +128,13 @@ class GenerateSettings(GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings)
             )
 
     @property
-    def pool(self) -> Pool:
-        """The part of the settings that says how many workers there are."""
-        return Pool(**self.values_of(Pool))
+    def pool(self) -> WorkerPool:
+        """How many workers there are."""
+        return WorkerPool(self.workers, self.min_workers, self.max_workers)
 
 
-class RepairSettings(Workers, Moved, Dataset):
-    """Makes what `verify` finds missing or damaged, and nothing else; the bytes are the manifest's."""
+class RepairSettings(Exact, Workers, Moved, Dataset):
+    """Restores what `verify` finds missing or damaged, and nothing else; the bytes are the manifest's."""
 
     accept: bool = Field(
         False, description="keep shards that come out with other bytes (other hardware) and list them in the manifest"
@@ -146,7 +142,7 @@ class RepairSettings(Workers, Moved, Dataset):
     remove_foreign: bool = Field(False, description="remove files in `data/` that are no shard of the dataset")
 
 
-class RetrySettings(Workers, Moved, Dataset):
+class RetrySettings(Exact, Workers, Moved, Dataset):
     """Makes the shards that hold failed rows anew and lists them in the manifest."""
 
 

@@ -1,14 +1,15 @@
 """From settings to a checked run: what goes in is read and measured, the output compared, nothing written yet."""
 
 import functools
-import hashlib
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from facediffuser.dataset.other_run import require_same_run, run_there
+from facediffuser.batch_stage import WorkerPool
+from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_there
 from facediffuser.dataset.plan import Layout, Plan, write_plan
 from facediffuser.dataset.references import encode_references, references_digest
 from facediffuser.dataset.schema import (
@@ -16,30 +17,49 @@ from facediffuser.dataset.schema import (
     PLAN_SCHEMA,
     SUBJECTS_KEY,
     SUBJECTS_SCHEMA,
-    canonical_json,
     with_marks,
 )
-from facediffuser.dataset.shards import shard_mark
+from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate, known_document
-from facediffuser.generation.generate_settings import GenerateSettings, Pool
+from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import model_digests
+from facediffuser.runs import Run, check_provenance, provenance_of, software
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import base_folder
 from facediffuser.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
 
-# Pixels denoised together: on a GPU 8 images of 512 px; on a CPU small images gain from company, large ones do not.
+# Pixels denoised together: on a GPU 8 images of 512 px; on a CPU small images gain from a batch, large ones do not.
 GPU_BATCH_PIXELS, GPU_MAX_BATCH = 8 * 512 * 512, 64
 CPU_BATCH_PIXELS, CPU_MAX_BATCH = 8 * 64 * 64, 8
 
 
 @dataclass(frozen=True)
+class Listed:
+    """What a manifest says of a shard: the SHA-256 of its bytes, and the provenance in its footer if there is one."""
+
+    sha256: str
+    computed_with: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class GenerationJob:
-    """A run, ready for workers: picklable and small. `run` is the document that `fingerprint` is the sha256 of."""
+    """A run, ready for workers: picklable and small.
+
+    output: where the dataset goes.
+    fingerprint, run: the run's document and its SHA-256.
+    layout: how rows lie in shards.
+    models, scorers: where they are.
+    threads: CPU threads of a worker without a GPU; None on a GPU.
+    pool: how many workers.
+    max_failed: share of failed rows above which the run fails.
+    exact: refuse to go on with another provenance than that of the shards that are there.
+    required: with `exact`, the provenances of those shards.
+    """
 
     output: str
     fingerprint: str
@@ -47,26 +67,43 @@ class GenerationJob:
     layout: Layout
     models: str
     scorers: str
-    pool: Pool = Pool()
+    threads: int | None = None
+    pool: WorkerPool = WorkerPool()
     max_failed: float = 1.0
+    exact: bool = False
+    required: tuple[dict[str, Any], ...] = ()
 
     @property
-    def made(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings that decide the bytes."""
         return self.run["settings"]
 
     @property
     def batch_size(self) -> int:
-        return self.made["batch_size"]
+        return self.settings["batch_size"]
 
     @property
     def device(self) -> str:
-        return self.made["device"]
+        return self.settings["device"]
 
     @functools.cached_property
     def shard_schema(self) -> pa.Schema:
         """The dataset's schema with this run's marks."""
-        return with_marks(DATASET_SCHEMA, self.fingerprint, self.run, self.made["provenance"])
+        return self.schema_with(None)
+
+    def schema_with(self, computed_with: dict[str, Any] | None) -> pa.Schema:
+        """Return the dataset's schema with this run's marks and, unless None, a provenance."""
+        marks = self.fingerprint, self.run, self.settings["provenance"]
+        return with_marks(DATASET_SCHEMA, *marks, computed_with=computed_with)
+
+    def with_recorded(self, recorded: Sequence[dict[str, Any]]) -> "GenerationJob":
+        """Return the job for an output whose shards have these provenances; another one here is warned of.
+
+        Raises:
+            InputError: libraries, code or threads differ here, and `exact` is set.
+        """
+        check_provenance(self.output, recorded, {**software(), "threads": self.threads}, self.exact)
+        return replace(self, required=tuple(recorded) if self.exact else ())
 
     def store(self) -> Store:
         """The place of the dataset."""
@@ -87,7 +124,8 @@ class Prepared:
         Raises InputError when another run took the output since it was looked at.
         """
         job, store = self.job, self.job.store()
-        require_same_run(store, job.fingerprint, job.run, self.plan, self.references)
+        run = Run(job.run, job.fingerprint)
+        require_same_run(store, run, self.plan, self.references)
         marks = {"fingerprint": job.fingerprint, "run": job.run, "synthetic": False}
         try:
             written = write_plan(store, self.plan, job.layout, with_marks(PLAN_SCHEMA, **marks))
@@ -97,7 +135,7 @@ class Prepared:
             store.put(SUBJECTS_KEY, encode_references(self.references, with_marks(SUBJECTS_SCHEMA, **marks)))
             written += 1
         # Where a server lets both of two conditional puts win, one of the two runs finds the other's mark here.
-        require_same_run(store, job.fingerprint, job.run, self.plan, self.references)
+        require_same_run(store, run, self.plan, self.references)
         return written
 
 
@@ -105,9 +143,9 @@ def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None =
     """Return the run that the settings stand for; reads and checks everything, writes nothing.
 
     `gpu`: whether workers have one (it decides precision and batch size, and so the pixels); `threads`: how many
-    threads a worker without one computes with (by default torch's here). A run that is taken up again keeps its threads
-    unless --cpus-per-worker is given: the last bits of an image depend on them. Raises InputError for everything a user
-    can mend, the quick checks first.
+    threads a worker without one computes with (by default torch's here). A resumed run keeps its threads unless
+    --cpus-per-worker is given: the last bits of an image depend on them. Raises InputError for everything a user can
+    fix, the quick checks first.
     """
     checked = check_generate(settings)
     store, plan = checked.store, checked.plan
@@ -120,18 +158,17 @@ def prepare(settings: GenerateSettings, gpu: bool = False, threads: int | None =
     )
     height, width = plan.row.height, plan.row.width
     batch_size = min(settings.batch_size or default_batch_size(height, width, gpu), settings.shard_size)
-    threads = settings.cpus_per_worker or _threads_of(store) or threads or _torch_threads()
-    run = run_document(settings, plan, digests, scorers.digests, references, batch_size, gpu, None if gpu else threads)
-    fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
-    require_same_run(store, fingerprint, run, plan, references)
+    identity = run_identity(settings, plan, digests, scorers.digests, references, batch_size, gpu)
+    run = begin_or_resume_dataset(store, identity, plan, references)
+    threads = None if gpu else settings.cpus_per_worker or _threads_there(store) or threads or _torch_threads()
     job = GenerationJob(
-        store.url, fingerprint, run, Layout(len(plan), settings.shard_size), settings.models, scorers_name,
-        settings.pool, settings.max_failed,
+        store.url, run.fingerprint, dict(run.document), Layout(len(plan), settings.shard_size), settings.models,
+        scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.exact,
     )  # fmt: skip
     return Prepared(job, plan, references)
 
 
-def run_document(
+def run_identity(
     settings: GenerateSettings,
     plan: Plan,
     models: dict[str, str],
@@ -139,16 +176,14 @@ def run_document(
     references: pa.Table,
     batch_size: int,
     gpu: bool,
-    threads: int | None,
 ) -> dict[str, Any]:
-    """Return all that decides the dataset's bytes on one kind of hardware; workers and places are not in it."""
+    """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it."""
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
     known = known_document(settings, plan)
     of_the_device = {
         "batch_size": batch_size,
         "dtype": dtype,
         "device": "cuda" if gpu else "cpu",
-        "threads": threads,
     }
     return {
         **known,
@@ -159,9 +194,13 @@ def run_document(
     }
 
 
-def _threads_of(store: Store) -> int | None:
-    there = run_there(store)
-    return there[1]["settings"].get("threads") if there else None
+def _threads_there(store: Store) -> int | None:
+    """The threads that the run in the output was computed with so far; None when it does not say."""
+    run = run_there(store)
+    known = provenance_of(run.document) if run else {}
+    shards = (info.key for info in store.list("data/")) if run and not known else ()
+    marks = next((found for key in shards if (found := read_marks(store, key))), None)
+    return (known or (marks.provenance if marks else {})).get("threads")
 
 
 def default_scorers(models: str, digests: dict[str, str]) -> str:

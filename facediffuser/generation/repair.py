@@ -1,4 +1,4 @@
-"""A finished dataset made again in part: from its own manifest, plan and references, with the models it was made with."""
+"""Parts of a finished dataset generated once more: from its manifest, plan and references, with the models of its run."""
 
 import logging
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from typing import Any
 
 import pyarrow as pa
 
+from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, object_entry, read_sound_manifest
-from facediffuser.dataset.other_run import differences
 from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import code_and_libraries
-from facediffuser.generation.generate_settings import Pool, RemakeSettings
+from facediffuser.generation.generate_settings import RemakeSettings
 from facediffuser.generation.job import GenerationJob
 from facediffuser.modelfolder import model_digests, resolve_model
+from facediffuser.runs import differences
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import Store, open_store
 
@@ -28,17 +28,33 @@ logger = logging.getLogger(__name__)
 
 
 def job_of_dataset(
-    store: Store, manifest: Manifest, models: str | None, scorers: str | None, gpu: bool, workers: int | None = None
+    store: Store,
+    manifest: Manifest,
+    models: str | None,
+    scorers: str | None,
+    gpu: bool,
+    workers: int | None = None,
+    exact: bool = False,
 ) -> GenerationJob:
-    """Return the job that made a dataset; `models` and `scorers`: where they lie now, if not where they lay then.
+    """Return the job of a finished dataset's run.
 
-    Raises InputError when the models are not those of the dataset, or when it was made on a GPU and here is none, or
-    the other way round. Other versions of libraries are told in the log: the last bits of images may depend on them.
+    Another provenance here than the shards' is one warning in the log: the last bits of images may depend on it.
+
+    Args:
+        store, manifest: the dataset.
+        models, scorers: where they are now; None: where they were then.
+        gpu: whether workers have a GPU.
+        workers: how many; None: one per GPU, or 1.
+        exact: refuse another provenance.
+
+    Raises:
+        InputError: the models are not those of the dataset, it was generated on a GPU and here is none, or the other way
+            round; or the provenance differs and `exact` is set.
     """
     models, scorers = models or manifest.made_from.get("models"), scorers or manifest.made_from.get("scorers")
     for name, value in (("models", models), ("scorers", scorers)):
         if not value:
-            raise InputError(f"{store.url}: does not say where its {name} lie; give --{name}")
+            raise InputError(f"{store.url}: does not say where its {name} are; give --{name}")
     with _naming_option("models"):
         found = differences(manifest.models, model_digests(resolve_model(models)))
     if found:
@@ -48,14 +64,16 @@ def job_of_dataset(
         found = differences(manifest.scorers, load_scorers(scorers).digests)
     if found:
         raise InputError(f"{scorers}: not the scorers of this dataset ({found[0]}); give those with --scorers")
-    pool = Pool(workers=workers)
-    job = GenerationJob(store.url, manifest.fingerprint, manifest.run, manifest.layout, models, scorers, pool)
+    recorded = manifest.recorded_provenances()
+    threads = None if gpu else next((one["threads"] for one in recorded if one.get("threads")), None)
+    pool = WorkerPool(workers, cpus=threads or 1, gpu=gpu)
+    job = GenerationJob(
+        store.url, manifest.fingerprint, manifest.run, manifest.layout, models, scorers, threads, pool, exact=exact
+    )
     if (job.device == "cuda") != gpu:
         here = "here is a GPU" if gpu else "here is none"
         raise InputError(f"{store.url}: was made on {job.device} and {here}; its bytes can only be made there")
-    for line in differences({name: manifest.run[name] for name in ("libraries", "code")}, code_and_libraries()):
-        logger.warning("%s: made with other software: %s; bytes may differ", store.url, line)
-    return job
+    return job.with_recorded(recorded)
 
 
 @contextmanager
@@ -137,11 +155,15 @@ def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:
 
 @dataclass(frozen=True)
 class Remade:
-    """One row made again. `equal`: image and scores are the dataset's; `company`: how many rows its batch had."""
+    """One row generated once more, beside the one in the dataset.
+
+    row, stored: the two.
+    batch_rows: how many rows were denoised together.
+    """
 
     row: dict[str, Any]
     stored: dict[str, Any]
-    company: int
+    batch_rows: int
 
     @property
     def differing(self) -> list[str]:
@@ -151,13 +173,14 @@ class Remade:
 
     @property
     def equal(self) -> bool:
+        """Whether image and scores are the dataset's."""
         return not self.differing
 
 
 def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> Remade:
-    """Return one row of a dataset made again, beside the row stored.
+    """Return one row of a dataset generated once more, beside the row stored.
 
-    It is made in its batch's company first; where that gives other bytes, alone, as it was made when its batch failed.
+    It is generated with its batch first; where that gives other bytes, alone, as it was when its batch failed.
     """
     from facediffuser.generation.shard_generator import ShardGenerator
 
@@ -192,11 +215,11 @@ def _as_stored(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def threads_of(job: GenerationJob) -> Iterator[None]:
-    """Compute with as many threads as the dataset was made with."""
+    """Compute with as many threads as the dataset was."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(job.made.get("threads") or before)
+    torch.set_num_threads(job.threads or before)
     try:
         yield
     finally:

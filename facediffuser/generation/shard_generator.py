@@ -1,4 +1,4 @@
-"""The worker: holds the models and the scorers, and makes shards."""
+"""The shard generator: holds the models and the scorers, and generates shards."""
 
 import hashlib
 import json
@@ -21,8 +21,9 @@ from facediffuser.dataset.schema import RESULT_FIELDS
 from facediffuser.dataset.shards import encode_shard, shard_mark
 from facediffuser.errors import NotFiniteError
 from facediffuser.generation.conditions import ConditionCache
-from facediffuser.generation.job import GenerationJob
+from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.prompts import without_markers
+from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.schedulers import set_scheduler
 
 logger = logging.getLogger(__name__)
@@ -32,18 +33,23 @@ ERROR_LENGTH = 500
 
 
 class ShardGenerator:
-    """Makes shards of one run: `generator(shard)` puts the shard and its stats and returns the stats.
+    """Generates shards of one run: `generator(shard)` puts the shard and its stats and returns the stats.
 
-    `again` puts a shard that is there already, `rows` makes a few rows and puts nothing.
+    `replace` puts a shard that is there already, `rows` generates a few rows and puts nothing.
 
     Loads the models and the scorers once; `pipeline`, `scorers` and `references` (by default the dataset's) take their
     place where given. Scoring and encoding of a batch run beside the denoising of the next.
+
+    Raises:
+        InputError: the job demands an exact provenance, and this worker has another.
     """
 
     def __init__(self, job: GenerationJob, pipeline=None, scorers=None, references: pa.Table | None = None):
         self.job = job
         self.store = job.store()
         self.device = torch.device(job.device)
+        for recorded in job.required:
+            check_provenance(job.output, [recorded], self.provenance, exact=True)
         self.pipeline = pipeline if pipeline is not None else load_pipeline(job)
         if scorers is None:
             from facediffuser.scoring.scorers import load_scorers
@@ -55,45 +61,61 @@ class ShardGenerator:
             self.pipeline,
             self.store,
             job.fingerprint,
-            with_subjects=job.made["method"] != "tdm",
+            with_subjects=job.settings["method"] != "tdm",
             references=references,
-            negative_prompt=job.made.get("negative_prompt", ""),
+            negative_prompt=job.settings.get("negative_prompt", ""),
         )
 
     def __call__(self, shard: int) -> dict[str, Any]:
-        """Return the stats of one shard, made now or, if a killed run or another worker finished it, found finished."""
+        """Return the stats of one shard, generated now, or found finished by a killed run or another worker."""
         layout = self.job.layout
         key = layout.shard_key(shard)
         if self.store.exists(key) and shard_mark(self.store, key) == self.job.fingerprint:
             return {"shard": shard, "rows": layout.shard_rows(shard), "found": True}
         return self._make_and_put(shard, lambda stats: True)
 
-    def again(self, shard: int, sha256: str | None = None, fewer_failed_than: int | None = None) -> dict[str, Any]:
-        """Make a shard whether it is there or not, and return its stats with `put`: whether it took its place.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What this process computes with: libraries, code, threads, hardware."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return provenance_here(torch.get_num_threads(), gpu)
 
-        It does when its bytes have the `sha256` given, or, where `fewer_failed_than` is given, when fewer of its rows
-        failed than that; with neither, always.
+    def replace(
+        self,
+        shard: int,
+        listed: Listed | None = None,
+        changed: bool = True,
+        fewer_failed_than: int | None = None,
+    ) -> dict[str, Any]:
+        """Generate a shard whether it is there or not, and return its stats with `put`: whether it was put.
+
+        Args:
+            shard: its number.
+            listed: what the manifest says of it. Where the same bytes come out they are put, with the provenance listed.
+            changed: put a shard that comes out with other bytes than those listed, with the provenance here.
+            fewer_failed_than: put it only when fewer of its rows failed.
         """
 
         def wanted(stats: dict[str, Any]) -> bool:
-            if sha256 is not None:
-                return stats["sha256"] == sha256
-            return fewer_failed_than is None or stats["failed"] < fewer_failed_than
+            same = listed is not None and stats["sha256"] == listed.sha256
+            return same or (changed and (fewer_failed_than is None or stats["failed"] < fewer_failed_than))
 
-        return self._make_and_put(shard, wanted)
+        return self._make_and_put(shard, wanted, listed)
 
     def rows(self, planned: list[Row]) -> list[Row]:
         """Return planned rows finished, in batches from the first on; nothing is put."""
         self.conditions.open(planned)
         return self._make(planned, Clock())[0]
 
-    def _make_and_put(self, shard: int, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def _make_and_put(
+        self, shard: int, wanted: Callable[[dict[str, Any]], bool], listed: Listed | None = None
+    ) -> dict[str, Any]:
         layout, clock = self.job.layout, Clock()
         planned = read_shard_rows(self.store, layout, shard, self.job.fingerprint)
         self.conditions.open(planned)
         rows, counts = self._make(planned, clock)
         with clock("pack"):
-            data = encode_shard(rows, self.job.shard_schema)
+            data, computed_with = self._encode(rows, listed)
         failed = sum(row["status"] == "failed" for row in rows)
         stats = {
             "shard": shard,
@@ -104,6 +126,7 @@ class ShardGenerator:
             "sha256": hashlib.sha256(data).hexdigest(),
             "retries": dict(counts),
             "device": device_name(self.device),
+            "computed_with": computed_with,
         }
         if not wanted(stats):
             return stats | {"seconds": clock.seconds(), "put": False}
@@ -114,6 +137,17 @@ class ShardGenerator:
         stats["seconds"] = clock.seconds()
         self.store.put(layout.stats_key(shard), (json.dumps(stats, indent=1) + "\n").encode())
         return stats | {"put": True}
+
+    def _encode(self, rows: list[Row], listed: Listed | None) -> tuple[bytes, dict[str, Any] | None]:
+        """Return a shard's bytes and the provenance in its footer.
+
+        The rows may come out as listed although a library is another now: then the bytes are those listed, footer and all.
+        """
+        if listed is not None:
+            data = encode_shard(rows, self.job.schema_with(listed.computed_with))
+            if hashlib.sha256(data).hexdigest() == listed.sha256:
+                return data, listed.computed_with
+        return encode_shard(rows, self.job.schema_with(self.provenance)), self.provenance
 
     # --- a shard's rows -----------------------------------------------------------------------------------------------
 
@@ -215,8 +249,8 @@ class ShardGenerator:
         for score in scores:
             score.require_finite()
         with clock("encode"):
-            kind = self.job.made["image_format"]
-            marked = self.job.made["provenance"]
+            kind = self.job.settings["image_format"]
+            marked = self.job.settings["provenance"]
             files = [encode_image(image, kind, row["sample_id"], marked) for row, (image, _) in made]
         return [
             row
@@ -273,9 +307,8 @@ def load_pipeline(job: GenerationJob):
 
     folder = resolve_model(job.models)
     _require_same("models", model_digests(folder), job.run["models"])
-    made = job.run["settings"]
-    pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, made["dtype"]))
-    set_scheduler(pipeline, made["scheduler"])
+    pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, job.settings["dtype"]))
+    set_scheduler(pipeline, job.settings["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(job.device)
 

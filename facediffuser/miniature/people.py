@@ -126,5 +126,4 @@ def _hair_words(person: Identity) -> str:
 
 
 def _shift(rng: np.random.Generator, reach: float) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in rng.uniform(-reach, reach, 3))
-    return red, green, blue
+    return tuple(float(value) for value in rng.uniform(-reach, reach, 3))

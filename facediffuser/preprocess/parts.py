@@ -22,6 +22,7 @@ from facediffuser.preprocess.prepared_schema import FINGERPRINT_KEY, PREPARED_SC
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import Listing
+from facediffuser.runs import Run, differences, fingerprint_of, identity_of, other_run_error
 from facediffuser.storage import Store, open_store
 
 RUN, MANIFEST = "run.json", "manifest.json"
@@ -29,22 +30,24 @@ REJECTED = "rejected"
 ROW_GROUP = 100
 
 
-def describe_run(
+def run_identity(
     settings: PreprocessSettings, listing: Listing, models: dict[str, str], earlier: dict[str, str]
 ) -> dict[str, Any]:
-    """Return all that decides which bytes are made, and its `fingerprint`.
+    """Return what decides the prepared rows, as a run document.
 
-    `models`: digests by option; `earlier`: the sides that are kept, by id.
+    Args:
+        settings: the settings.
+        listing: the source's pictures.
+        models: digests by option.
+        earlier: the sides that are kept, by id.
     """
-    content = {
+    return {
         "schema": SCHEMA_VERSION,
         "source": {"format": listing.format, "pictures": len(listing.records), "digest": listing.digest},
         "settings": settings.content(),
         "models": models,
         "earlier": hashlib.sha256(repr(sorted(earlier.items())).encode()).hexdigest() if earlier else None,
     }
-    text = json.dumps(content, sort_keys=True)
-    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **content}
 
 
 def split_into_parts(records: Sequence[Record], part_size: int) -> list[list[Record]]:
@@ -94,22 +97,30 @@ def put_part(store: Store, part: int, fingerprint: str, rows: dict[str, list[dic
     return summary
 
 
-def begin_run(store: Store, run: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
-    """Return what of this run is in the store already: sizes by key; `run.json` is written when nothing is there.
+def begin_or_resume_prepared(store: Store, identity: dict[str, Any], listing: Listing) -> tuple[Run, dict[str, int]]:
+    """Return the run to go on with, and the sizes by key of what is in the store; `run.json` is written when it is empty.
 
-    InputError, with nothing written, when the store holds something else or a run with another fingerprint; with
-    `listing`, this run's pictures, the error names the pictures that differ.
+    Args:
+        store: the output.
+        identity: this run's document.
+        listing: this run's pictures: the error names those that differ.
+
+    Raises:
+        InputError: the store holds something else or another run; nothing is written.
     """
-    there = require_startable(store, run, listing)
-    if not there:
-        store.put(RUN, to_json(run))
-    return there
+    there = require_startable(store, identity, listing)
+    if there:
+        document = json.loads(store.get(RUN))
+        return Run({name: document[name] for name in document if name != "fingerprint"}, document["fingerprint"]), there
+    run = Run(identity, fingerprint_of(identity))
+    store.put(RUN, to_json({"fingerprint": run.fingerprint, **identity}))
+    return run, there
 
 
-def require_startable(store: Store, run: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
+def require_startable(store: Store, identity: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
     """Return the sizes by key of what is in the store; InputError when it holds something else or another run.
 
-    `run` may be a part of a run's description: then that part is compared.
+    `identity` may be a part of a run's document: then that part is compared.
     """
     there = {info.key: info.size for info in store.list()}
     if not there:
@@ -118,15 +129,16 @@ def require_startable(store: Store, run: dict[str, Any], listing: Listing | None
         example = next(iter(there))
         raise InputError(f"{store.url}: holds something else ({example}); give an empty or a new --output")
     try:
-        earlier = json.loads(store.get(RUN))
-        same = earlier["fingerprint"] == run["fingerprint"] if "fingerprint" in run else True
-        earlier = {name: earlier[name] for name in run}
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(store.get(RUN))
+        # A damaged document may lack what a later step needs.
+        earlier = {name: identity_of(document)[name] for name in identity} if document["fingerprint"] else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{store.url_of(RUN)}: damaged; give a new --output") from error
     # Through JSON, as the earlier one went.
-    if not same or earlier != json.loads(json.dumps(run)):
-        difference = "; ".join(explain_differences(store, earlier, run, listing)) or "the fingerprint"
-        raise InputError(f"{store.url}: holds another run: {difference}; give a new --output or the same settings")
+    here = json.loads(json.dumps(identity))
+    if earlier != here:
+        found = explain_differences(store, earlier, here, listing)
+        raise other_run_error(store.url, found, "give a new --output or the same settings")
     return there
 
 
@@ -146,8 +158,8 @@ def explain_differences(
         lines.append(
             "--earlier gives other pictures or other sides" if now.get("earlier") else "--earlier was given there"
         )
-    told = ("source", "models", "earlier")
-    return lines + differences(*({k: v for k, v in run.items() if k not in told} for run in (earlier, now)))
+    named = ("source", "models", "earlier")
+    return lines + differences(*({k: v for k, v in run.items() if k not in named} for run in (earlier, now)))
 
 
 def _source_difference(store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None) -> str:
@@ -199,18 +211,6 @@ def earlier_splits(url: str) -> dict[str, str]:
     return sides
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """Return a line for each value that differs: `settings.size: 256 there, 512 now`."""
-    lines = []
-    for key in sorted(earlier.keys() | now.keys()):
-        before, after, name = earlier.get(key), now.get(key), f"{path}{key}"
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{name}.")
-        elif before != after and key != "fingerprint":
-            lines.append(f"{name}: {before!r} there, {after!r} now")
-    return lines
-
-
 def finished_parts(store: Store, there: dict[str, int], fingerprint: str, count: int) -> dict[int, dict[str, Any]]:
     """Return the summaries of the parts that are whole: their json is there, and every file it names at its size."""
     finished = {}
@@ -223,7 +223,7 @@ def finished_parts(store: Store, there: dict[str, int], fingerprint: str, count:
             whole = all(there.get(name) == file["bytes"] for name, file in summary["files"].items())
             whole = whole and summary["fingerprint"] == fingerprint
         except (ValueError, KeyError, TypeError):
-            whole = False  # not as this program writes it: made again
+            whole = False  # not as this program writes it: it is prepared once more
         if whole:
             finished[part] = summary
     return finished

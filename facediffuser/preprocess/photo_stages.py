@@ -47,7 +47,8 @@ KEPT_SCHEMA = pa.schema(
 class Job:
     """What every part of a run has in common; small enough to be sent to each worker.
 
-    `models`: the digest of each model in use, by option.
+    models: the digest of each model in use, by option.
+    required: the provenances a worker must have; none when any will do.
     """
 
     settings: PreprocessSettings
@@ -55,6 +56,7 @@ class Job:
     fingerprint: str
     device: str = "auto"
     models: dict[str, str] = field(default_factory=dict)
+    required: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass

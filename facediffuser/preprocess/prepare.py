@@ -1,4 +1,4 @@
-"""Preparing one part of a source: the work of a Ray actor, which keeps the models, without Ray in it."""
+"""Preparing one part of a source, with models that are loaded once."""
 
 import logging
 import time
@@ -32,6 +32,7 @@ from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
 from facediffuser.preprocess.subject_segments import tie_faces
+from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.storage import StorageError, open_store, safe_key
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class PartPreparer:
         self.job, self.settings = job, job.settings
         device = job.device
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        gpu = torch.cuda.get_device_name() if str(self.device).startswith("cuda") else None
+        self.provenance = provenance_here(torch.get_num_threads(), gpu)
+        for recorded in job.required:
+            check_provenance(self.settings.output, [recorded], self.provenance, exact=True)
         self.store = open_store(self.settings.output)
         self.source = open_store(self.settings.source)
         self.kept = open_store(self.settings.stages) if self.settings.stages else self.store.child("stages")
@@ -60,7 +65,7 @@ class PartPreparer:
     def prepare(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
         """Prepare and write one part; return its summary, and the seconds of each stage under `seconds`.
 
-        `files`: the bytes of the records' files, when whoever calls has read them (an archive is read in one go).
+        `files`: the bytes of the records' files, when the caller has read them (an archive is read in one go).
         """
         self.seconds = defaultdict(float)
         rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], TEST: [], REJECTED: []}
@@ -77,7 +82,13 @@ class PartPreparer:
                     rows[row["split"]].append(row)
                     facts.add(row)
         counts = {TRAIN: len(rows[TRAIN]), TEST: len(rows[TEST]), REJECTED: len(rows[REJECTED])}
-        known = {"pictures": len(records), "counts": counts, "rejected": dict(rejected), "facts": facts.to_dict()}
+        known = {
+            "pictures": len(records),
+            "counts": counts,
+            "rejected": dict(rejected),
+            "facts": facts.to_dict(),
+            "computed_with": self.provenance,
+        }
         with self._timed("write"):
             for found in findings:
                 found.keep()

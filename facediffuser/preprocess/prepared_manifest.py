@@ -8,10 +8,11 @@ from facediffuser import __version__
 from facediffuser.preprocess.parts import MANIFEST, REJECTED, to_json
 from facediffuser.preprocess.sources import Listing
 from facediffuser.preprocess.splits import TEST, TRAIN
+from facediffuser.runs import Run, count_provenances, provenance_of
 from facediffuser.storage import Store
 
 
-def build_manifest(run: dict[str, Any], listing: Listing, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the manifest of a run from its parts' summaries; RuntimeError when the counts do not add up."""
     counts: Counter[str] = Counter({TRAIN: 0, TEST: 0, REJECTED: 0})
     rejected: Counter[str] = Counter()
@@ -27,14 +28,21 @@ def build_manifest(run: dict[str, Any], listing: Listing, summaries: Sequence[di
     if pictures != counts.total():
         raise RuntimeError(f"{pictures} pictures went in, {counts.total()} rows came out")
     return {
-        **run,
-        "source": {**run["source"], "url": listing.url, "ignored_files": listing.ignored},
+        "fingerprint": run.fingerprint,
+        **run.document,
+        "source": {**run.document["source"], "url": listing.url, "ignored_files": listing.ignored},
         "counts": {"pictures": pictures, **counts},
         "rejected": dict(rejected),
         "facts": {name: {str(value): table[value] for value in sorted(table)} for name, table in facts.items()},
         "files": {key: files[key] for key in sorted(files)},
         "facediffuser": __version__,
+        "provenances": count_provenances([recorded_provenance(run, summary) for summary in summaries], "parts"),
     }
+
+
+def recorded_provenance(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what a finished part was computed with; what an earlier version's run document says, or nothing."""
+    return summary.get("computed_with") or provenance_of(run.document)
 
 
 def write_manifest(store: Store, manifest: dict[str, Any]) -> None:

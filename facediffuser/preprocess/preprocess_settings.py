@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from facediffuser.settings import Settings, Workers
+from facediffuser.settings import Exact, Settings, Workers
 
 NONE = "none"
 
@@ -23,7 +23,7 @@ class SourceSettings(Settings):
     )
 
 
-class PreprocessSettings(Workers, SourceSettings):
+class PreprocessSettings(Exact, Workers, SourceSettings):
     """Photographs become prepared Parquet: faces, captions, segments, subject phrases, splits."""
 
     format: Literal["auto", "ffhq", "ffhq-fastcomposer", "folder"] = Field(
@@ -80,8 +80,6 @@ class PreprocessSettings(Workers, SourceSettings):
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores of each worker")
 
     def content(self) -> dict[str, Any]:
-        """Return the settings that change the prepared rows, for the fingerprint: not places, not workers.
-
-        The threads of a worker are among them: on a CPU the last digits of a model's output depend on their number.
-        """
-        return self.model_dump(exclude={"source", "output", "stages", "earlier", "format", "workers"})
+        """Return the settings that decide the prepared rows: not places, not workers and their cores."""
+        others = {"source", "output", "stages", "earlier", "format", "workers", "cpus_per_worker", "exact"}
+        return self.model_dump(exclude=others)

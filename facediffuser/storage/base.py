@@ -1,6 +1,5 @@
 """What every store does: whole objects are written with one atomic request and read whole or in ranges."""
 
-import builtins
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def folders(self) -> builtins.list[str]:
+    def folders(self) -> "list[str]":
         """Return the names of the folders directly below the store, sorted; local ones also when they are empty."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ def _overrides(model: type[BaseModel]) -> type[BaseModel]:
     """A model with the same fields, none of which must be given: the presets know them."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         fields[name] = (kind | None, Field(None, description=f"{field.description} [the preset's]"))
     return create_model("Overrides", __base__=Settings, **fields)
 
@@ -40,8 +40,7 @@ class RunSettings(Settings):
     )
 
 
-# A base class made at run time is beyond mypy: it does not know the recipe's fields in these settings.
-class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):  # type: ignore[misc]
+class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
     """Train the TDM or the SDM from prepared Parquet. A preset fills in what is not given."""
 
     preset: Preset | None = Field(
@@ -83,8 +82,7 @@ class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):  # type: 
 
     def chosen_preset(self, role: Role) -> Preset:
         """Return the preset of a role: the one given, else the miniature's for its base, else the paper's."""
-        paper: Preset = "paper-tdm" if role == "tdm" else "paper-sdm"
-        return self.preset or ("miniature" if self.base == "miniature" else paper)
+        return self.preset or ("miniature" if self.base == "miniature" else f"paper-{role}")
 
     def of(self, role: Role) -> "TrainSettings":
         """Return the settings of one role alone, with its own output below this one's when there are two."""
@@ -94,8 +92,6 @@ class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):  # type: 
 
     def recipe(self) -> Recipe:
         """Return the preset's recipe with what was given in place of its own; for a single role."""
-        if self.role == "both":
-            raise ValueError("role both: a recipe is of one role; take `of(role)` first")
         preset = PRESETS[self.chosen_preset(self.role), self.role]
         given = {name: value for name in Recipe.model_fields if (value := getattr(self, name)) is not None}
         if "augmentation" in given and isinstance(given["augmentation"], Augmentation):

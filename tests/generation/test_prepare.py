@@ -32,7 +32,7 @@ def test_what_does_not_change_pixels_does_not_change_the_fingerprint(made, world
 ])  # fmt: skip
 def test_few_steps_get_a_scheduler_that_bears_them_and_a_named_one_is_kept(world, tmp_path, given, scheduler):
     prepared = prepare(world.settings(tmp_path / "out", **given))
-    assert prepared.job.made["scheduler"] == scheduler
+    assert prepared.job.settings["scheduler"] == scheduler
     assert {scheduler} == set(next(prepared.plan.tables(3))["scheduler"].to_pylist())
 
 
@@ -43,9 +43,9 @@ def test_a_run_with_another_scheduler_is_refused_with_the_difference(made, world
 
 def test_a_negative_prompt_makes_another_run_and_none_leaves_the_run_document_as_it_was(made, world, tmp_path):
     plain = prepare(world.settings(tmp_path / "x", negative_prompt="")).job
-    assert plain.run == made[0].run and "negative_prompt" not in made[0].made
+    assert plain.run == made[0].run and "negative_prompt" not in made[0].settings
     other = prepare(world.settings(tmp_path / "x", negative_prompt="a hat")).job
-    assert other.made == made[0].made | {"negative_prompt": "a hat"}
+    assert other.settings == made[0].settings | {"negative_prompt": "a hat"}
     assert other.fingerprint != made[0].fingerprint and other.run["plan"] == made[0].run["plan"]
     with pytest.raises(InputError, match="settings.negative_prompt None there, a hat here"):
         prepare(world.settings(made[0].output, negative_prompt="a hat"))

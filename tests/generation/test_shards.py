@@ -294,7 +294,7 @@ def finished(made, tmp_path):
     for info in source.list():
         store.put(info.key, source.get(info.key))
     infos = finished_shards(store, job.layout, job.fingerprint)
-    entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in sorted(infos)]
+    entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in sorted(infos)]
     write_manifest(
         store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
     )
@@ -317,10 +317,10 @@ def test_the_base_install_verifies_and_cards_a_dataset(finished, tmp_path):
 def test_the_manifest_is_the_same_when_stats_are_missing(finished):
     job, store = finished
     infos = finished_shards(store, job.layout, job.fingerprint)
-    with_stats = [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)]
+    with_stats = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in range(4)]
     for info in store.list("stats/"):
         store.delete(info.key)
-    assert [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)] == with_stats
+    assert [shard_entry(store, job.layout, shard, infos[shard].info) for shard in range(4)] == with_stats
 
 
 def test_verify_finds_what_is_missing_changed_swapped_or_foreign(finished):
@@ -344,7 +344,7 @@ def test_verify_finds_rows_that_are_not_those_planned(finished):
     store.put(job.layout.shard_key(0), store.get(job.layout.shard_key(1)))
     infos = finished_shards(store, job.layout, job.fingerprint)
     store.delete(job.layout.stats_key(0))
-    entries = [shard_entry(store, job.layout, shard, infos[shard]) for shard in range(4)]
+    entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in range(4)]
     write_manifest(
         store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
     )

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from facediffuser.miniature.render import render_set
-from facediffuser.preprocess.photo_stages import Job
-from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-from facediffuser.preprocess.sources import Listing
-from facediffuser.tasks import preprocess as stage
+from facediffuser.preprocess.preprocess_stage import PartWorker
+from facediffuser.tasks.local_driver import LocalDriver
+from facediffuser.tasks.preprocess import prepare_photographs
 
 COUNT = 20
 
@@ -35,25 +34,18 @@ def photos(rendered: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch) -> Iterator[None]:
-    """Parts are prepared in this process, by the same PartPreparer as in an actor."""
+def here() -> Iterator[LocalDriver]:
+    """Parts are prepared in this process, whose number of threads is put back afterwards."""
     threads = torch.get_num_threads()
-
-    def drive(mode: str, job: Job, listing: Listing, parts):
-        preparer = PartPreparer(job, threads=1)
-        for part, records in parts.items():
-            yield part, (preparer.check if mode == stage.CHECK else preparer.prepare)(part, records)
-
-    monkeypatch.setattr(stage, "_drive", drive)
-    monkeypatch.setattr(stage, "connect_ray", lambda: None)
-    yield
+    yield LocalDriver()
     torch.set_num_threads(threads)
 
 
-def prepare(source: Path | str, output: Path | str, **settings) -> dict:
-    """Run the stage with parts of 8 pictures and without models unless told otherwise."""
+def prepare(source: Path | str, output: Path | str, driver=None, worker=PartWorker, **settings) -> dict:
+    """Run the task with parts of 8 pictures and, unless given otherwise, without models and without Ray."""
     chosen = {"part_size": 8, "captioner": "none", "segmenter": "none", "matcher": "none", **settings}
-    return stage.prepare_photographs.fn(PreprocessSettings(source=str(source), output=str(output), **chosen))
+    given = PreprocessSettings(source=str(source), output=str(output), **chosen)
+    return prepare_photographs.fn(given, driver or LocalDriver(), worker)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -19,8 +19,9 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_KEY, SCHEMA_VERSION
+from facediffuser.preprocess.preprocess_stage import PartWorker
 from facediffuser.preprocess.segment_maps import decode_map
-from facediffuser.tasks import preprocess as stage
+from facediffuser.tasks.ray_driver import RayDriver
 
 
 def rows(output: Path, *folders: str) -> list[dict]:
@@ -59,15 +60,13 @@ def damage(photos: Path) -> dict[str, str]:
 
 def test_what_ray_prepares_is_whole_and_the_same_bytes_as_without_ray(photos, tmp_path, ray_session):
     bad = damage(photos)
-    result = prepare(photos, tmp_path / "out", workers=2)
+    result = prepare(photos, tmp_path / "out", RayDriver(), workers=2)
     prepared, rejected = rows(tmp_path / "out"), rows(tmp_path / "out", "rejected")
     assert {row["image_id"]: row["reason"].split(":")[0] for row in rejected} == bad
     assert len(prepared) + len(rejected) == COUNT == result["pictures"]
     assert (result["train"], result["test"], result["rejected"]) == (*_split_counts(prepared), len(bad))
     assert result["rejected_by_reason"] == Counter(bad.values())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_drive", _in_this_process)
-        prepare(photos, tmp_path / "again", workers=1)
+    prepare(photos, tmp_path / "again", workers=1)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
@@ -76,22 +75,11 @@ def _split_counts(prepared: list[dict]) -> tuple[int, int]:
     return counts["train"], counts["test"]
 
 
-def _in_this_process(mode, job, listing, parts):
-    from facediffuser.preprocess.prepare import PartPreparer
-
-    preparer = PartPreparer(job, threads=1)
-    for part, records in parts.items():
-        yield part, preparer.prepare(part, records)
-
-
 @pytest.fixture(scope="module")
 def prepared(rendered, tmp_path_factory) -> Path:
     """The rendered set, prepared without Ray."""
     output = tmp_path_factory.mktemp("prepared") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_drive", _in_this_process)
-        patch.setattr(stage, "connect_ray", lambda: None)
-        prepare(rendered, output)
+    prepare(rendered, output)
     return output
 
 
@@ -168,20 +156,23 @@ def test_the_card_shows_pictures(prepared):
     assert f"{COUNT:,} pictures" in text and "card/contact-sheet.png" in text
 
 
-def test_a_run_stopped_in_the_middle_goes_on_to_the_same_bytes(rendered, prepared, tmp_path, here, monkeypatch):
+class Interrupted(PartWorker):
+    """A worker that is interrupted when it has written its second part."""
+
+    parts = 0
+
+    def __call__(self, unit):
+        counts = super().__call__(unit)
+        self.parts += 1
+        if self.parts == 2:
+            raise KeyboardInterrupt
+        return counts
+
+
+def test_a_run_stopped_in_the_middle_goes_on_to_the_same_bytes(rendered, prepared, tmp_path, here):
     output = tmp_path / "out"
-    whole = stage._drive
-
-    def stopped(mode, job, listing, parts):
-        for number, item in enumerate(whole(mode, job, listing, parts)):
-            if number == 1:
-                raise KeyboardInterrupt
-            yield item
-
-    monkeypatch.setattr(stage, "_drive", stopped)
     with pytest.raises(KeyboardInterrupt):
-        prepare(rendered, output)
-    monkeypatch.setattr(stage, "_drive", whole)
+        prepare(rendered, output, worker=Interrupted)
     # As a killed worker leaves it: files of a part without its summary, a summary whose file is not whole.
     assert not (output / "manifest.json").exists() and (output / "parts/part-00000.json").exists()
     (output / "parts/part-00001.json").unlink()
@@ -205,7 +196,7 @@ def test_a_part_whose_file_is_cut_short_is_made_again(rendered, prepared, tmp_pa
 
 def test_another_run_in_the_output_is_refused_with_the_difference(rendered, prepared, photos, here):
     before = contents(prepared)
-    with pytest.raises(InputError, match=r"settings.size: None there, 48 now; give a new --output"):
+    with pytest.raises(InputError, match=r"settings.size None there, 48 here\); give a new --output"):
         prepare(rendered, prepared, size=48)
     (photos / "00000" / "00000000.jpg").write_bytes(b"other")
     with pytest.raises(
@@ -267,14 +258,7 @@ def _same_rows(first: Path, second: Path) -> bool:
     return one == two
 
 
-def test_an_archive_gives_the_same_rows_as_its_folder(rendered, prepared, tmp_path, here, monkeypatch):
-    def drive(mode, job, listing, parts):
-        actor = stage.PartActor(job, 1)
-        for batch in stage._read_archive({"archive": [listing.url]}, mode, listing.top, parts):
-            row = actor({"payload": batch["payload"][0]})
-            yield row["part"], json.loads(row["result"])
-
-    monkeypatch.setattr(stage, "_drive", drive)
+def test_an_archive_gives_the_same_rows_as_its_folder(rendered, prepared, tmp_path, here):
     result = prepare(_pack(rendered, tmp_path / "photos.tgz"), tmp_path / "out")
     assert result["pictures"] == COUNT and result["rejected"] == 0
     assert _same_rows(tmp_path / "out", prepared)
@@ -285,7 +269,9 @@ def test_an_archive_is_read_by_ray_even_when_actors_have_every_core(rendered, pr
     import ray
 
     cores = int(ray.cluster_resources()["CPU"])
-    result = prepare(_pack(rendered, tmp_path / "photos.tgz"), tmp_path / "out", workers=2, cpus_per_worker=cores // 2)
+    result = prepare(
+        _pack(rendered, tmp_path / "photos.tgz"), tmp_path / "out", RayDriver(), workers=2, cpus_per_worker=cores // 2
+    )
     assert result["pictures"] == COUNT and _same_rows(tmp_path / "out", prepared)
 
 

@@ -116,7 +116,7 @@ def test_weights_that_changed_in_their_folder_are_another_model(folder, tmp_path
     prepare(folder, tmp_path / "out", segmenter=str(mine))
     assert set(json.loads((tmp_path / "out/run.json").read_text())["models"]) == {"segmenter"}
     (mine / "notes.txt").write_text("finetuned")
-    with pytest.raises(InputError, match="models.segmenter: "):
+    with pytest.raises(InputError, match="the segmenter is another model"):
         prepare(folder, tmp_path / "out", segmenter=str(mine))
 
 

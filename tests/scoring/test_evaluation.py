@@ -8,11 +8,12 @@ from PIL import Image
 from pydantic import ValidationError
 from scoring.made import beside, row, write_dataset
 
-from facediffuser.dataset.schema import RUN_KEY, canonical_json
+from facediffuser.dataset.schema import RUN_KEY
 from facediffuser.errors import InputError
 from facediffuser.evaluation import evaluator as evaluation
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.runs import canonical_json
 
 
 @pytest.fixture

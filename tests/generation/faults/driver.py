@@ -1,6 +1,6 @@
-"""A driver as a process of its own: `python driver.py SETTINGS.json [ACTOR]` makes a dataset with Ray, without Prefect.
+"""A driver as a process of its own: `python driver.py SETTINGS.json [WORKER]` makes a dataset with Ray, without Prefect.
 
-The exit codes are those of the command line; ACTOR names a worker of this file that stumbles.
+The exit codes are those of the command line; WORKER names a worker of this file that stumbles.
 """
 
 import logging
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from facediffuser.flows.cli import exit_code
 from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.generate_stage import ShardWorker
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
-from facediffuser.tasks.pool import ShardActor
 
 POISON = "FACEDIFFUSER_TEST_POISON"
 
 
-class Poisoned(ShardActor):
+class Poisoned(ShardWorker):
     """A worker whose model fails on one row, known by its seed, each time."""
 
     def load(self, job):
@@ -38,7 +38,7 @@ class Poisoned(ShardActor):
         return generator
 
 
-class Cramped(ShardActor):
+class Cramped(ShardWorker):
     """A worker that cannot write files of more than a few KiB: what a full disk does, where none can be mounted."""
 
     def load(self, job):
@@ -51,10 +51,10 @@ class Cramped(ShardActor):
 def main() -> int:
     logging.basicConfig(level=logging.INFO)
     settings = GenerateSettings.model_validate_json(Path(sys.argv[1]).read_text())
-    actor = globals()[sys.argv[2]] if len(sys.argv) > 2 else ShardActor
+    worker = globals()[sys.argv[2]] if len(sys.argv) > 2 else ShardWorker
     try:
         prepared = plan_dataset.fn(settings)
-        generate_shards.fn(prepared.job, actor)
+        generate_shards.fn(prepared.job, worker)
         finish_dataset.fn(prepared.job)
     except Exception as error:
         code = exit_code(error)

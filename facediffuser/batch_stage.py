@@ -1,0 +1,120 @@
+"""A stage of batch work as data: preprocess, generate, repair, score and the latents cache are each one `Stage`.
+
+A driver runs it: `facediffuser.tasks.ray_driver` on Ray, `facediffuser.tasks.local_driver` in this process. Drivers are
+interchangeable: the stage says what is done, the driver where.
+
+    stage = Stage("Resize", "pictures", identity, units, worker=functools.partial(Resizer, settings))
+    LocalDriver().run(stage)
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Counts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of a stage's work: done by one worker in one call, as one object in storage.
+
+    key: names the unit, once in a stage; usually the key of the object.
+    rows: its size, in what the stage counts (images, pictures, ...).
+    data: what the worker needs to know of it; picklable.
+    """
+
+    key: str
+    rows: int
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class WorkerPool:
+    """How many workers a stage may have: a fixed number, or between two bounds, and what each of them occupies.
+
+    workers: a fixed number; None: one per GPU, or one where there is none.
+    fewest, most: bounds of a pool that grows and shrinks with the work; they apply when `most` is given.
+    cpus: CPU cores of a worker.
+    gpu: whether each worker has a GPU.
+    """
+
+    workers: int | None = None
+    fewest: int | None = None
+    most: int | None = None
+    cpus: int = 1
+    gpu: bool = False
+
+    def size(self, gpus: int, units: int) -> tuple[int, int]:
+        """Return the fewest and the most workers.
+
+        Args:
+            gpus: GPUs of the cluster, 0 or more.
+            units: units to do; there are never more workers than units, and at least one.
+        """
+        units = max(1, units)
+        if self.most:
+            return min(self.fewest or 1, units), min(self.most, units)
+        fixed = min(self.workers or (gpus if self.gpu else 0) or 1, units)
+        return fixed, fixed
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what decides its output, its units, who does one of them, and what is written last.
+
+    name: title of its progress, for example "Generate".
+    noun: what is counted, in the plural, for example "images".
+    identity: what decides the output; its digest marks every object (see `facediffuser.runs`).
+    units: the units to do; those that are finished already are left out.
+    worker: picklable; called once per worker process, returns the function that does a unit: it puts the unit's object
+        and returns its counts, a dict of plain values. Numbers in it, and dicts of numbers, are summed up. Pixels are
+        never returned. A worker may be handed a unit twice (its process died), so the same unit gives the same object.
+    finish: called once when all units are done, with the results; writes manifest and card. Its result is the run's.
+    finished: rows that were done before, for the progress.
+    pool: how many workers, and what each occupies.
+    read: for a source that can only be read from beginning to end (an archive): called in one process, yields the units
+        with their contents in `data`; the drivers hold only a few at a time.
+    describe: returns a few words on the sums of the counts so far, for the progress line.
+    """
+
+    name: str
+    noun: str
+    identity: Mapping[str, Any]
+    units: Sequence[Unit]
+    worker: Callable[[], Callable[[Unit], Counts]]
+    finish: Callable[["Results"], Any] = lambda results: results
+    finished: int = 0
+    pool: WorkerPool = WorkerPool()
+    read: Callable[[], Iterable[Unit]] | None = None
+    describe: Callable[[Counts], str] = lambda totals: ""
+
+    @property
+    def rows(self) -> int:
+        """All rows, those finished before included."""
+        return self.finished + sum(unit.rows for unit in self.units)
+
+
+@dataclass
+class Results:
+    """What came back: each unit's counts by its key, and their sums.
+
+    totals: numbers summed by name; dicts of numbers summed to a Counter by name.
+    seconds: wall-clock seconds of the whole.
+    """
+
+    counts: dict[str, Counts] = field(default_factory=dict)
+    totals: Counts = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, unit: str, counts: Counts) -> bool:
+        """Add a unit's counts; return False for a unit that came back before."""
+        if unit in self.counts:
+            return False
+        self.counts[unit] = counts
+        for name, value in counts.items():
+            if isinstance(value, (int, float)):
+                self.totals[name] = self.totals.get(name, 0) + value
+            elif isinstance(value, dict) and all(isinstance(one, (int, float)) for one in value.values()):
+                self.totals.setdefault(name, Counter()).update(value)
+        return True

@@ -1,0 +1,162 @@
+"""The drivers: every unit once, stopped by SIGTERM with the units in hand finished, errors as they were raised."""
+
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
+from facediffuser.errors import InputError, Stopped
+from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.generation.generate_stage import describe_totals
+from facediffuser.storage import StorageError
+from facediffuser.tasks.local_driver import LocalDriver
+from facediffuser.tasks.ray_driver import RayDriver
+from tests.counting_worker import Counting
+
+ONE = WorkerPool(1)
+
+
+def stage(count=12, pool=ONE, worker=Counting, **others) -> Stage:
+    units = [Unit(f"unit-{number}", 2) for number in range(count)]
+    return Stage("Test", "images", {}, units, worker, pool=pool, **others)
+
+
+@pytest.fixture(params=["ray", "local"])
+def driver(request):
+    if request.param == "local":
+        return LocalDriver()
+    request.getfixturevalue("ray_session")
+    return RayDriver()
+
+
+def test_every_unit_is_done_once_and_counts_are_summed(driver, caplog):
+    given = stage(pool=WorkerPool(fewest=1, most=2), finished=4, describe=describe_totals)
+    with caplog.at_level("INFO"):
+        results: Results = driver.run(given)
+    assert sorted(results.counts) == sorted(unit.key for unit in given.units)
+    assert (results.totals["rows"], results.totals["failed"], results.totals["bytes"]) == (24, 12, 120)
+    assert results.totals["retries"] == {"denoise": 12} and results.totals["seconds"]["total"] == 48
+    assert "Test: 28/28 images" in caplog.text
+
+
+def test_the_progress_line_says_what_operators_look_for(ray_session, monkeypatch):
+    from facediffuser.tasks import driver as following
+
+    notes = []
+
+    class Progress(following.Progress):
+        def advance(self, n=1, note=""):
+            notes.append(note)
+            super().advance(n, note)
+
+    monkeypatch.setattr(following, "Progress", Progress)
+    RayDriver().run(stage(pool=WorkerPool(fewest=1, most=2), describe=describe_totals))
+    assert notes[1] == "denoising 75%, 1 retries, 1 failed, 9 queued, 0 restarted"
+    assert notes[-1] == "denoising 75%, 12 retries, 12 failed, 0 queued, 0 restarted"
+
+
+def test_a_finished_stage_makes_no_worker_and_is_finished_again(driver):
+    worker = partial(Counting, cannot_start=InputError("must not be made"))
+    assert driver.run(stage(0, worker=worker, finish=lambda results: "finished")) == "finished"
+
+
+def test_sigterm_finishes_what_is_in_hand_and_begins_nothing_more(driver):
+    before, done = signal.getsignal(signal.SIGTERM), []
+
+    def once(totals):
+        done.append(totals["rows"])
+        if len(done) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    def finish(results):
+        raise AssertionError("a stopped stage is not finished")
+
+    with pytest.raises(Stopped, match="run the same command again"):
+        driver.run(stage(describe=once, finish=finish))
+    assert 1 <= len(done) < 12
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+OUTAGE = StorageError("s3://bucket/data: S3 answered 503 (SlowDown)")
+DAMAGED = InputError("a.png: damaged; replace it")
+
+
+@pytest.mark.parametrize(("where", "error"), [
+    ("in a unit", OUTAGE), ("at the start", DAMAGED), ("in the reader", OUTAGE),
+])  # fmt: skip
+def test_what_a_worker_raises_arrives_as_it_is(driver, where, error):
+    def broken():
+        yield Unit("unit-0", 2)
+        raise error
+
+    given = {
+        "in a unit": {"worker": partial(Counting, wrong={"unit-3": error})},
+        "at the start": {"worker": partial(Counting, cannot_start=error)},
+        "in the reader": {"read": broken},
+    }[where]
+    with pytest.raises(type(error)) as caught:
+        driver.run(stage(6, **given))
+    assert str(caught.value) == str(error)
+
+
+def test_a_source_that_is_read_from_beginning_to_end_hands_its_contents_to_workers(driver):
+    def read():
+        for number in range(5):
+            yield Unit(f"unit-{number}", 2, bytes([number]) * 100_000)
+
+    results = driver.run(stage(5, pool=WorkerPool(2), read=read))
+    assert [results.counts[f"unit-{number}"]["data"][0] for number in range(5)] == list(range(5))
+
+
+@pytest.mark.parametrize(("pool", "gpus", "units", "size"), [
+    (WorkerPool(), 0, 9, (1, 1)), (WorkerPool(gpu=True), 4, 9, (4, 4)), (WorkerPool(gpu=True), 4, 2, (2, 2)),
+    (WorkerPool(3), 8, 9, (3, 3)), (WorkerPool(), 4, 9, (1, 1)), (WorkerPool(most=5), 0, 9, (1, 5)),
+    (WorkerPool(fewest=2, most=5), 0, 3, (2, 3)), (WorkerPool(3), 0, 0, (1, 1)),
+])  # fmt: skip
+def test_how_many_workers_there_are(pool, gpus, units, size):
+    assert pool.size(gpus, units) == size
+
+
+@pytest.mark.parametrize("wrong", [
+    {"workers": 2, "max_workers": 3}, {"min_workers": 2}, {"min_workers": 3, "max_workers": 2},
+])  # fmt: skip
+def test_bounds_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValidationError, match="workers"):
+        GenerateSettings(models="m", subjects="s", prompts="p", output="o", **wrong)
+
+
+def test_a_ray_started_here_listens_on_the_loopback_address_only(ray_session):
+    mine = psutil.Process()
+    addresses = set()
+    for process in [mine, *mine.children(recursive=True)]:
+        # Our own tests serve on loopback, too; Ray's processes are known by their path or title.
+        try:
+            words = " ".join(process.cmdline())
+            if process is mine or "/ray/" in words or words.startswith("ray::"):
+                found = process.net_connections()
+                addresses |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+        except psutil.NoSuchProcess:
+            continue  # ended meanwhile, or a zombie: it listens nowhere
+    outside = [one for one in addresses if not ipaddress.ip_address(one.removeprefix("::ffff:")).is_loopback]
+    assert addresses and not outside
+
+
+@pytest.mark.parametrize(("address", "switch"), [
+    (None, "0"), ("local", "0"), ("127.0.0.1:6379", "0"), ("ray://localhost:10001", "0"), ("10.0.0.7:6379", "None"),
+    ("auto", "None"), ("ray://head:10001", "None"),
+])  # fmt: skip
+def test_the_switch_for_loopback_is_set_for_a_ray_of_one_machine_only(address, switch):
+    names = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"RAY_ADDRESS": address} if address else {}
+    code = "import os, facediffuser.tasks; print(os.environ.get('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == switch
