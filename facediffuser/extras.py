@@ -21,16 +21,19 @@ EXTRAS = {
 }
 
 
-def require_all() -> None:
-    """Check that the libraries of every extra are installed, without importing them.
+def require_extra(extra: str) -> None:
+    """Check that the libraries of an extra are installed, without importing them.
+
+    Args:
+        extra: `pipeline`, or `all`, which has what `pipeline` has, too.
 
     Raises:
-        InputError: one is not; the line names the extra that brings all of them.
+        InputError: one is not; the line names the extra that brings it.
     """
-    for modules in EXTRAS.values():
-        for module in modules:
+    for part in ("pipeline", "all") if extra == "all" else (extra,):
+        for module in EXTRAS[part]:
             if importlib.util.find_spec(module) is None:
-                raise InputError(_line(module, "all"))
+                raise InputError(_line(module, extra))
 
 
 def missing_extra(error: BaseException) -> str | None:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.explain_settings import ExplainSettings
-from facediffuser.extras import require_all
+from facediffuser.extras import require_extra
 from facediffuser.flows.flow_settings import (
     AssembleSettings,
     ClaimSettings,
@@ -36,13 +36,13 @@ FIELDS = Parameter(name="*")
 
 
 @contextmanager
-def _starting(text: str, *arguments: Any) -> Iterator[None]:
-    """Log what a command that runs a flow starts, then let the caller check its input.
+def _starting(text: str, *arguments: Any, extra: str = "all") -> Iterator[None]:
+    """Log what a command starts, then let the caller check its input.
 
-    Raises InputError when Prefect, Ray or what else a flow needs is not installed.
+    Raises InputError when a library of the extra that the command needs is not installed; a flow needs `all`.
     """
     logger.info(text, *arguments)
-    require_all()
+    require_extra(extra)
     with warnings_held_back():
         yield
 
@@ -276,7 +276,7 @@ def remake(settings: Annotated[RemakeSettings, FIELDS]) -> int:
     facediffuser remake ada~reading~0 --dataset out/mine --output out/remade
     ```
     """
-    with _starting("Making %s of %s anew", settings.sample_id, settings.dataset):
+    with _starting("Making %s of %s anew", settings.sample_id, settings.dataset, extra="pipeline"):
         from facediffuser.generation.generate_check import check_remake
 
         check_remake(settings)
