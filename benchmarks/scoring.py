@@ -18,8 +18,8 @@ from PIL import Image
 
 from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.schema import DATASET_SCHEMA
+from facediffuser.devices import pick_device
 from facediffuser.evaluation.copies import find_copies
-from facediffuser.evaluation.evaluator import pick_device
 from facediffuser.evaluation.likeness import nearest
 from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.evaluation.training_faces import TrainingFaces

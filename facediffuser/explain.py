@@ -12,6 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from facediffuser.devices import pick_device
 from facediffuser.errors import InputError
 from facediffuser.explain_settings import ExplainSettings
 from facediffuser.pictures import open_picture, to_rgb
@@ -54,8 +55,7 @@ def explain(settings: ExplainSettings) -> str:
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(desc="explain")
     set_scheduler(pipe, choose_scheduler(settings.scheduler, type(pipe.scheduler).__name__, settings.steps))
-    device = settings.device
-    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    pipe.to(pick_device(settings.device))
     frames, result = record(pipe, settings, references)
     figure = draw(frames, references, result, without_markers(settings.prompt))
     data = io.BytesIO()

@@ -17,4 +17,4 @@ class ExplainSettings(Device, Seeded, Sampling):
         description="reference pictures, one per `<|image|>`, in order"
     )
     output: Output = Field("explain.png", description="the PNG to write: a path or an `s3://` URL")
-    columns: int = Field(10, ge=2, description="steps to draw, spread evenly over the run")
+    columns: int = Field(10, ge=2, le=1000, description="steps to draw, spread evenly over the run")

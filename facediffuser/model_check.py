@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from facediffuser.errors import InputError
+from facediffuser.storage import LocalStore
 
 CONFIGS = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
 """Configuration file of a component; `config.json` for all others."""
@@ -37,11 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(LocalStore(path.parent).get(path.name))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; give a whole model folder") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a whole model folder") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give a whole model folder") from None
     if not isinstance(content, dict):
@@ -213,9 +216,11 @@ def _check_tokenizer_files(folder: Path) -> None:
         raise InputError(f"{folder}/vocab.json: no table of tokens and ids; give a CLIP tokenizer")
     merges = folder / "merges.txt"
     try:
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        lines = LocalStore(folder).get(merges.name).decode().splitlines()
     except FileNotFoundError:
         raise InputError(f"{merges}: missing; give a whole model folder") from None
+    except InputError:
+        raise
     except (OSError, ValueError):
         raise InputError(f"{merges}: cannot be read as text; copy it again") from None
     pairs = [line for line in lines if line.strip() and not line.startswith("#version")]

@@ -4,6 +4,7 @@ A settings model is at once the options of a command, the form of a Prefect depl
 Ray nor Prefect is imported here or by the settings models.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -22,17 +23,26 @@ from facediffuser.redaction import JSON_PATTERN, has_credentials
 from facediffuser.schedulers import SCHEDULER_HELP, SchedulerName
 from facediffuser.window import default_fusion_window, fusion_window
 
+# Control characters, line separators, and surrogates: those stand for bytes of the command line that are not UTF-8.
+_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 Method = Literal["face-diffuser", "tdm", "sdm", "fastcomposer"]
 
 
 def _split(value: Any) -> Any:
-    """Return the parts of a text, or of every text in a list, that commas separate; anything else as it is."""
+    """Return the parts of a text, or of every text in a list, that commas separate; anything else as it is.
+
+    Raises ValueError for a text without any part.
+    """
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list | tuple):
         return value
     parts: list[Any] = []
     for item in given:
-        parts += filter(None, map(str.strip, item.split(","))) if isinstance(item, str) else [item]
+        found = [part for part in map(str.strip, item.split(",")) if part] if isinstance(item, str) else [item]
+        if not found:
+            raise ValueError("empty; name at least one, or leave the option out")
+        parts += found
     return parts
 
 
@@ -45,7 +55,12 @@ Output = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(v
 """Where something is written: a local path, also as a `Path`, or an `s3://` URL, which a `Path` would spoil."""
 
 Steps = Annotated[int, Field(ge=1, le=1000, description="denoising steps of an image")]
-ImagesPerPrompt = Annotated[int, Field(ge=1, description="images of each prompt and set of subjects")]
+ImagesPerPrompt = Annotated[int, Field(ge=1, le=1_000_000, description="images of each prompt and set of subjects")]
+
+LARGEST = 2**63 - 1
+"""The largest integer that Parquet, torch and numpy hold."""
+MOST_WORKERS = 100_000
+"""More than any cluster runs; a larger number is a typing error."""
 
 
 def _choices(kind: Any) -> list[Any]:
@@ -90,6 +105,22 @@ class Settings(BaseModel):
         if any(has_credentials(text) for text in _texts(value)):
             raise ValueError("a URL cannot carry credentials or a signature; set AWS_ACCESS_KEY_ID and "
                              "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")  # fmt: skip
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_odd_characters(cls, value: Any) -> Any:
+        """Refuse text that no path, line of a log or cell of Parquet can hold."""
+        for text in _texts(value):
+            if odd := _ODD.search(text):
+                raise ValueError(f"holds the character {odd[0]!r}; give text without control characters, in UTF-8")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_large_integers(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"too large; give at most {LARGEST}")
         return value
 
     @classmethod
@@ -168,14 +199,17 @@ class Repeats(Settings):
 class Workers(Settings):
     """How many processes work side by side."""
 
-    workers: int | None = Field(None, ge=1, description="Ray workers (default: one per GPU, or 1)")
+    workers: int | None = Field(None, ge=1, le=MOST_WORKERS, description="Ray workers (default: one per GPU, or 1)")
 
 
 class GenerateWorkers(Workers):
     """How many processes make images, and on how many cores each."""
 
     cpus_per_worker: int | None = Field(
-        None, ge=1, description="CPU cores of a worker without a GPU; the last bits of an image can depend on it"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU cores of a worker without a GPU; the last bits of an image can depend on it",
     )
 
 
@@ -192,7 +226,9 @@ class Exact(Settings):
 class Seeded(Settings):
     """What random numbers are drawn from."""
 
-    seed: int = Field(0, ge=0, description="random seed; the same seed gives the same result on the same hardware")
+    seed: int = Field(
+        0, ge=0, le=LARGEST, description="random seed; the same seed gives the same result on the same hardware"
+    )
 
 
 class Device(Settings):
@@ -200,11 +236,18 @@ class Device(Settings):
 
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, or `auto`: the GPU where there is one")
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+            raise ValueError("no such device; give auto, cpu, cuda, or cuda:N with the GPU's number")
+        return device
+
 
 class Scoring(Device):
     """How a single process scores images."""
 
-    batch_size: int = Field(16, ge=1, description="images scored at a time")
+    batch_size: int = Field(16, ge=1, le=65_536, description="images scored at a time")
 
 
 class Dataset(Settings):

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -28,10 +29,16 @@ from facediffuser.flows import commands
 from facediffuser.flows.terminal import Verbosity, shown
 from facediffuser.redaction import redacted
 
+SHOWN = 200
+"""Characters of a value that an error line repeats at most."""
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_TERMINATED = 128 + 15
+# What the system answers about a path that cannot be used; the path is one that the user named.
+PATH_ERRORS = (
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO,
+)  # fmt: skip
 # Errors of a place, as of a full disk: no fault of the code's.
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -141,15 +148,30 @@ def _fail(prog: str, error: Exception, file: "_ConfigFile | None" = None) -> int
     line = (
         _option_errors(error, file)
         if isinstance(error, CycloptsError | ValidationError)
-        else missing_extra(error) or error
+        else missing_extra(error) or _path_error(error) or error
     )
     print(redacted(f"{prog}: {line}"), file=sys.stderr)
     return code
 
 
+def _path_error(error: Exception) -> str | None:
+    """Return the line of a path that cannot be used, None for another error."""
+    if not isinstance(error, OSError) or not error.filename or error.errno not in PATH_ERRORS:
+        return None
+    return f"{_shortened(os.fsdecode(error.filename))}: cannot be used ({error.strerror}); give another path"
+
+
+def _shortened(text: str) -> str:
+    """Return a text as one line of at most SHOWN characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that one line explains, None for one that needs its traceback."""
     if isinstance(error, InputError | CycloptsError | ValidationError) or missing_extra(error):
+        return EXIT_BAD_INPUT
+    if _path_error(error):
         return EXIT_BAD_INPUT
     if isinstance(error, Stopped):
         return EXIT_TERMINATED
@@ -243,7 +265,9 @@ def _option_error(item: dict[str, Any], arguments: set[str], file: _ConfigFile |
         name = option.upper() if place[0] in arguments else f"--{option}"
     if item["type"] == "missing":
         return f"{name} is required"
-    return f"{name}: {message}" + ("" if isinstance(item["input"], dict) else f" (given: {item['input']!r})")
+    return f"{name}: {message}" + (
+        "" if isinstance(item["input"], dict) else f" (given: {_shortened(repr(item['input']))})"
+    )
 
 
 if __name__ == "__main__":

@@ -114,6 +114,9 @@ def assemble(settings: Annotated[AssembleSettings, FIELDS]) -> None:
     ```
     """
     logger.info("Assembling %s and %s in %s", settings.tdm, settings.sdm, settings.output)
+    from facediffuser.flows.flow_check import check_new_folder
+
+    check_new_folder(settings.output)
     from facediffuser.modelfolder import assemble as assemble_models
     from facediffuser.modelfolder import resolve_base
 
@@ -131,6 +134,9 @@ def convert(settings: Annotated[ConvertSettings, FIELDS]) -> None:
     ```
     """
     logger.info("Converting %s and %s to %s", settings.tdm, settings.sdm, settings.output)
+    from facediffuser.flows.flow_check import check_new_folder
+
+    check_new_folder(settings.output)
     from facediffuser.checkpoints import convert as convert_checkpoints
 
     with output_folder(settings.output, "model_index.json") as folder:
@@ -320,6 +326,9 @@ def explain(settings: Annotated[ExplainSettings, FIELDS]) -> None:
     ```
     """
     logger.info("Drawing %s with %s", settings.prompt, settings.models)
+    from facediffuser.flows.flow_check import check_explain
+
+    check_explain(settings)
     from facediffuser.explain import explain as draw_steps
 
     print(draw_steps(settings))
@@ -333,6 +342,9 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
     ```
     """
     logger.info("Rendering %d pictures in %s", settings.count, settings.output)
+    from facediffuser.flows.flow_check import check_new_folder
+
+    check_new_folder(settings.output)
     from facediffuser.miniature.render import render_set
 
     with output_folder(settings.output, "prompts.jsonl") as folder:

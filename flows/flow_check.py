@@ -1,9 +1,14 @@
 """Input checks of the flows that are made of other flows; without Prefect, Ray and torch."""
 
+from facediffuser.explain_settings import ExplainSettings
 from facediffuser.flows.flow_settings import ClaimSettings, DemoSettings
 from facediffuser.generation.generate_check import check_models
+from facediffuser.modelfolder import require_free
+from facediffuser.pictures import open_picture
+from facediffuser.prompts import require_marked_words
 from facediffuser.scoring.folder import require_scorers
-from facediffuser.storage import open_store
+from facediffuser.storage import LocalStore, open_store
+from facediffuser.storage.output import place_of
 from facediffuser.training import training_run as runs
 
 
@@ -15,6 +20,23 @@ def check_demo(settings: DemoSettings) -> None:
     for role in settings.training.roles:
         of_role = settings.training.of(role)
         runs.require_startable(open_store(of_role.output), of_role)
+
+
+def check_explain(settings: ExplainSettings) -> None:
+    """Raise InputError when the output cannot be written, or prompt, reference pictures or models cannot be used."""
+    place_of(settings.output)
+    require_marked_words(settings.prompt, "--prompt")
+    for path in settings.reference:
+        open_picture(open_store(path.parent), path.name)
+    check_models(settings.models)
+
+
+def check_new_folder(output: str) -> None:
+    """Raise InputError unless a local folder is new or empty, and the output can be written."""
+    store = open_store(output)
+    store.require_writable()
+    if isinstance(store, LocalStore):
+        require_free(store.root)
 
 
 def check_claim(settings: ClaimSettings) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from facediffuser.schedulers import SchedulerName
-from facediffuser.settings import ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
+from facediffuser.settings import MOST_WORKERS, ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
 from facediffuser.training.train_settings import TrainSettings
 
 
@@ -14,7 +14,7 @@ class DemoSettings(Workers, Seeded):
     """How large the demonstration is; the defaults take a few minutes on two CPU cores."""
 
     output: str = Field("out/demo", description="where everything goes: a folder or `s3://bucket/prefix`")
-    photos: int = Field(480, ge=8, description="photographs to render")
+    photos: int = Field(480, ge=8, le=10_000_000, description="photographs to render")
     train_steps: int = Field(60, ge=1, description="training steps of each model")
     batch_size: int = Field(32, ge=1, description="images of a training step")
     subjects: int = Field(6, ge=1, description="people to make images of")
@@ -57,7 +57,7 @@ class ClaimSettings(Sampling, Seeded):
     models: str = Field("miniature", description="model folder to judge, or `miniature` for the shipped one")
     scorers: str = Field("miniature", description="`miniature`, or a folder with `identity/` and `prompt/`")
     output: str = Field("out/claim", description="where people, images and tables go; run again, it resumes")
-    people: int = Field(15, ge=2, description="unseen people, and at most as many pairs of them")
+    people: int = Field(15, ge=2, le=100_000, description="unseen people, and at most as many pairs of them")
     images_per_prompt: ImagesPerPrompt = 3
     steps: Steps = 12
     scheduler: SchedulerName = Field(
@@ -67,7 +67,7 @@ class ClaimSettings(Sampling, Seeded):
         None, ge=0, description="first step in which both models are fused (default: 3 of 12)"
     )
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 11 of 12)")
-    workers: int = Field(2, ge=1, description="Ray workers, each with a core")
+    workers: int = Field(2, ge=1, le=MOST_WORKERS, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images denoised together")
 
     @property
@@ -98,7 +98,7 @@ class ConvertSettings(Settings):
 class RenderSettings(Seeded):
     """A photo set of the miniature world in the layout of FastComposer's FFHQ, with `subjects/` and `prompts.jsonl`."""
 
-    count: int = Field(ge=1, description="number of pictures")
+    count: int = Field(ge=1, le=10_000_000, description="number of pictures")
     output: Output = Field(description="folder to write, or `s3://bucket/prefix`")
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
     pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures that show two people")

@@ -5,10 +5,10 @@ from prefect import task
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import count_rows
+from facediffuser.devices import pick_device
 from facediffuser.evaluation.add_columns import add_columns
 from facediffuser.evaluation.copies import find_copies, scorers_of
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
-from facediffuser.evaluation.evaluator import pick_device
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
 from facediffuser.scoring.columns import load_columns

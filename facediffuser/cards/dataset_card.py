@@ -53,6 +53,8 @@ def write_card(store: Store) -> list[ScoreRow]:
         "card/score_histograms.png": score_histograms(groups),
         "card/ip_pc_plane.png": image_plane(groups),
     }
+    for key in (*pictures, "card/index.html", "README.md"):
+        store.require_replaceable(key)
     for key, data in pictures.items():
         store.put(key, data)
     facts, settings = summary(card), run_lines(card.run)

@@ -13,7 +13,7 @@ from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
-from facediffuser.storage.base import StorageError
+from facediffuser.storage.reading import reading
 
 DATA_PREFIX = "data/"
 
@@ -61,15 +61,8 @@ def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 @contextmanager
 def readable_parquet(store: Store, key: str) -> Iterator[None]:
     """Turn what reading a damaged Parquet object raises in the block into InputError, one line that names it."""
-    try:
+    with reading(store.url_of(key), "Parquet of a dataset", "put it back, or let `facediffuser repair` make it again"):
         yield
-    except (StorageError, FileNotFoundError, InputError):
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{store.url_of(key)}: not readable as Parquet of a dataset ({type(error).__name__}); put it back, or let "
-            "`facediffuser repair` make it again"
-        ) from None
 
 
 def row_groups(
@@ -104,7 +97,9 @@ def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
     """Return fingerprint and run document from the metadata of a Parquet object that a run wrote; None and {} without."""
     metadata = (schema.metadata if schema is not None else None) or {}
     fingerprint = metadata.get(FINGERPRINT_KEY)
-    return fingerprint.decode() if fingerprint else None, json.loads(metadata.get(RUN_KEY, b"{}"))
+    with reading("the run in a Parquet footer", "JSON", "run `facediffuser verify` to find the damaged file"):
+        run = json.loads(metadata.get(RUN_KEY, b"{}"))
+        return fingerprint.decode() if fingerprint else None, run if isinstance(run, dict) else {}
 
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:

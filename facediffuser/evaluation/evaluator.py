@@ -9,6 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
+from facediffuser.devices import pick_device
 from facediffuser.errors import InputError
 from facediffuser.evaluation import compare, tables
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -130,17 +131,6 @@ def write_evaluation(store: Store, evaluation: Evaluation) -> None:
     store.put("plot.png", method_plane(evaluation.table))
     store.put("table.md", evaluation.markdown.encode())
     store.put("table.parquet", parquet_bytes(tables.as_arrow(evaluation.table).replace_schema_metadata(digests)))
-
-
-def pick_device(name: str) -> str:
-    """Return `name`, for `auto` cuda where there is one and cpu elsewhere; InputError for a GPU that is not there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no GPU that torch can use; give cpu")
-    return name
 
 
 def _scored(batch: list[dict], scorers: Scorers, references: Mapping[str, np.ndarray]) -> list[dict]:

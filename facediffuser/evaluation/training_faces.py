@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from facediffuser.dataset.reading import read_footer
+from facediffuser.dataset.reading import open_parquet, read_footer
 from facediffuser.errors import InputError
 from facediffuser.pictures import SHOWN_NAMES, is_picture_name, left_out_line, open_picture, stored_picture
 from facediffuser.storage import Store, open_store
@@ -78,7 +77,7 @@ def training_keys(url: str) -> tuple[Store, list[str], list[str], list[str]]:
 
 def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
     for key in keys:
-        with store.open(key) as source, pq.ParquetFile(source) as file:
+        with open_parquet(store, key) as file:
             for batch in file.iter_batches(BATCH, columns=["image_id", "image", "faces"]):
                 yield [
                     (

@@ -8,6 +8,7 @@ from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.suites import suite_prompts, suite_subjects
 from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.settings import (
+    MOST_WORKERS,
     Dataset,
     Exact,
     GenerateWorkers,
@@ -76,8 +77,12 @@ class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSe
         description="what images should not show: takes the place of the empty text in the guidance of the TDM's steps "
         "(alone and fused) and of FastComposer's; the SDM is guided from the plain text, so its part does not read it",
     )
-    min_workers: int | None = Field(None, ge=1, description="fewest workers of a pool that grows and shrinks by itself")
-    max_workers: int | None = Field(None, ge=1, description="most workers of a pool that grows and shrinks by itself")
+    min_workers: int | None = Field(
+        None, ge=1, le=MOST_WORKERS, description="fewest workers of a pool that grows and shrinks by itself"
+    )
+    max_workers: int | None = Field(
+        None, ge=1, le=MOST_WORKERS, description="most workers of a pool that grows and shrinks by itself"
+    )
     batch_size: int | None = Field(None, ge=1, le=1024, description="images denoised together (default: by image size)")
     scorers: str | None = Field(
         None,

@@ -100,6 +100,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def require_replaceable(self, key: str) -> None:
+        """Raise InputError when something else than an object stands where the key is to be written."""
+
+    @abstractmethod
     def child(self, prefix: str) -> "Store":
         """Return the store of the objects below `prefix/`."""
 

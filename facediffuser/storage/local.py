@@ -137,6 +137,11 @@ class LocalStore(Store):
         if read_only or not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"{self.url}: folder {folder} cannot be written; check its permissions or give another")
 
+    def require_replaceable(self, key: str) -> None:
+        path = self._path(key)
+        if path.is_dir():
+            raise InputError(f"{path}: a folder stands where a file is to be written; remove it")
+
     def _require_possible(self) -> None:
         """Raise InputError for a path that no file system can hold, or that leads in a circle."""
         if "\0" in self.url:

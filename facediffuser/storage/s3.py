@@ -147,6 +147,9 @@ class S3Store(Store):
     def require_writable(self) -> None:
         self.require_readable()
 
+    def require_replaceable(self, key: str) -> None:
+        """Raise nothing: in a bucket no folder stands in a key's place."""
+
     def child(self, prefix: str) -> "S3Store":
         return S3Store(self.bucket, self._key(prefix.strip("/")))
 

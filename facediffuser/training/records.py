@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as TF
 from facediffuser.errors import InputError
 from facediffuser.pictures import stored_ids, stored_picture
 from facediffuser.storage import open_store
-from facediffuser.training.train_check import require_prepared
+from facediffuser.storage.reading import reading
+from facediffuser.training.train_check import FIX, require_prepared
 
 READ_BYTES = 8 << 20
 COLUMNS = [
@@ -45,7 +46,7 @@ class Records:
         require_prepared(url, store, split)
         tables = []
         for key in [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]:
-            with store.open(key, READ_BYTES) as source:
+            with reading(store.url_of(key), "Parquet", FIX), store.open(key, READ_BYTES) as source:
                 tables.append(pq.read_table(source, columns=COLUMNS))
         self.table = pa.concat_tables(tables)
         if not len(self.table):

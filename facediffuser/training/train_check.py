@@ -15,8 +15,12 @@ from facediffuser.modelfolder import resolve_base, resolve_model
 from facediffuser.preprocess.parts import MANIFEST
 from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import Store, open_store
+from facediffuser.storage.reading import reading
 from facediffuser.training import training_run as runs
 from facediffuser.training.train_settings import TrainSettings
+
+FIX = "copy it again or run `facediffuser preprocess` again"
+"""What can be done about a damaged file of prepared data."""
 
 UNET = {"tdm": "unet_text", "sdm": "unet"}
 """The UNet component of each role in a model folder."""
@@ -55,7 +59,7 @@ def require_prepared(url: str, store: Store, split: str) -> None:
             f"{url}: no {MANIFEST} there, which preprocess writes last; run `facediffuser preprocess` again"
         )
     _require_files(url, store)
-    with store.open(keys[0]) as source:
+    with reading(store.url_of(keys[0]), "Parquet", FIX), store.open(keys[0]) as source:
         require_schema(url, pq.read_schema(source))
 
 

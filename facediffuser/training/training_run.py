@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import save_component
 from facediffuser.storage import Store
+from facediffuser.storage.reading import read_json_object
 from facediffuser.training.train_settings import TrainSettings
 
 # What run lies in an output can be asked without torch, which takes seconds to import.
@@ -43,7 +44,8 @@ def require_startable(store: Store, settings: TrainSettings) -> None:
         raise InputError(
             f"{settings.output}: holds a training run; add --resume to go on with it, or give another output"
         )
-    earlier, ours = json.loads(store.get(RUN))["content"], settings.content()
+    fix = "put it back, or give another output"
+    earlier, ours = read_json_object(store, RUN, fix, {"content": dict})["content"], settings.content()
     differing = sorted(key for key in ours.keys() | earlier.keys() if ours.get(key) != earlier.get(key))
     if differing:
         told = ", ".join(f"{key} was {earlier.get(key)!r}, now {ours.get(key)!r}" for key in differing)
@@ -85,7 +87,9 @@ def load_checkpoint(store: Store, step: int) -> dict[str, Any]:
     """Read a checkpoint, tensors and plain values only."""
     import torch
 
-    count = json.loads(store.get(f"{_name(step)}.json"))["parts"]
+    mark = f"{_name(step)}.json"
+    fix = f"remove it to go on from the checkpoint before, or put {_name(step)} back"
+    count = read_json_object(store, mark, fix, {"parts": int})["parts"]
     with tempfile.TemporaryFile(prefix="facediffuser-checkpoint-") as file:
         for part in range(count):
             file.write(store.get(_part(step, part)))
@@ -151,4 +155,8 @@ def save_final(store: Store, parts: "dict[str, nn.Module]", record: dict[str, An
 
 def finished_step(store: Store) -> int | None:
     """Return the number of steps of the finished run, None when none has finished."""
-    return json.loads(store.get(DONE))["step"] if store.exists(DONE) else None
+    if not store.exists(DONE):
+        return None
+    return read_json_object(store, DONE, "put it back, or remove it and train again with --resume", {"step": int})[
+        "step"
+    ]

@@ -34,6 +34,7 @@ SPECIAL = {
     ("generate", "workers"): ("--models m --subjects s --prompts p --output o", 3),
     ("generate", "negative_prompt"): (NEEDED["generate"], "a hat"),
     ("miniature claim", "fusion_end"): ("", 12),
+    **{(name, "device"): (NEEDED[name], "cuda:1") for name in ("evaluate", "score", "copies", "explain")},
     **{(name, "fusion_end"): (NEEDED[name], 40) for name in ("generate", "evaluate", "explain")},
 }
 

@@ -1,0 +1,57 @@
+"""Reading files that a user may have damaged: whatever their format's reader raises is one line that names the file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from facediffuser.errors import InputError
+from facediffuser.storage.base import StorageError, Store
+
+
+@contextmanager
+def reading(url: str, what: str, fix: str) -> Iterator[None]:
+    """Turn what reading a damaged file raises in the block into InputError.
+
+    A missing file stays FileNotFoundError, a store that fails StorageError: both say something else than damage.
+
+    Args:
+        url: the file, for the message.
+        what: what it should be, e.g. `Parquet of a dataset`.
+        fix: what the user can do.
+
+    Raises:
+        InputError: one line with all three and the kind of error.
+    """
+    try:
+        yield
+    except (StorageError, FileNotFoundError, InputError):
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{url}: not readable as {what} ({type(error).__name__}); {fix}") from None
+
+
+def read_json_object(store: Store, key: str, fix: str, fields: dict[str, type]) -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Args:
+        store: where it lies.
+        key: its key.
+        fix: what the user can do about a damaged one.
+        fields: what it must hold, name -> type.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is not JSON, no object, or lacks one of the fields.
+    """
+    url = store.url_of(key)
+    with reading(url, "JSON", fix):
+        content = json.loads(store.get(key))
+    if not isinstance(content, dict):
+        raise InputError(f"{url}: holds no JSON object; {fix}")
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise InputError(f"{url}: has no usable {name!r}; {fix}")
+    return content
