@@ -19,6 +19,9 @@ SHARDS = "shards"
 ENTRY_NAMES = ("rows", "ok", "failed", "bytes", "sha256")
 # Timings of the workers, another at every run: `verify` compares what they repeat of the manifest instead.
 UNLISTED = ("stats/",)
+# What manifests had before they carried a digest.
+EARLIER_FIELDS = frozenset({"schema_version", "fingerprint", "counts", "scorers", "models", "run", "rows", "shard_size",
+                            "made_from", "objects", "shards"})  # fmt: skip
 # About two million shards; a larger file is not read.
 MOST_BYTES = 512 << 20
 
@@ -220,7 +223,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         if hashlib.sha256(unsigned).hexdigest() != manifest.digest:
             yield "changed since it was written (its digest is of other bytes)"
     else:
-        unknown = json.loads(data).keys() - (Manifest.model_fields.keys() - {"digest", "unlisted", "provenances"})
+        unknown = json.loads(data).keys() - EARLIER_FIELDS
         if unknown:
             yield f"has no digest, but {sorted(unknown)[0]!r}, which no manifest of an earlier version has"
     if manifest.schema_version != SCHEMA_VERSION:

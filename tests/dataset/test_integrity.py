@@ -12,7 +12,7 @@ from dataset.finished import finish_dataset
 
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added
-from facediffuser.dataset.manifest import read_manifest, read_sound_manifest
+from facediffuser.dataset.manifest import EARLIER_FIELDS, read_manifest, read_sound_manifest
 from facediffuser.dataset.verify import inspect, verify
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
@@ -47,7 +47,7 @@ def add_scores(store, value: float = 1.0) -> str:
 def as_earlier_version(store) -> dict:
     """Take from the manifest what earlier versions did not write; return its document."""
     document = json.loads(store.get(MANIFEST))
-    del document["digest"], document["unlisted"]
+    document = {name: value for name, value in document.items() if name in EARLIER_FIELDS}
     document["objects"] = [
         entry for entry in document["objects"] if entry["key"].startswith(("plan/", "subjects.parquet"))
     ]
