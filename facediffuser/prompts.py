@@ -70,7 +70,8 @@ def max_tokens(tokenizer) -> int:
 def _ids_and_places(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
     # A special token splits the text before anything else happens to it, so the pieces between give the same ids.
     pieces = prompt.split(IMAGE_MARKER)
-    ids, places = [tokenizer.bos_token_id], []
+    ids: list[int] = [tokenizer.bos_token_id]
+    places: list[int] = []
     for number, piece in enumerate(pieces):
         ids += tokenizer(piece, add_special_tokens=False, truncation=False, verbose=False).input_ids if piece else []
         if number == len(pieces) - 1:

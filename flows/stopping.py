@@ -45,6 +45,7 @@ def watch_process(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
             env={**os.environ, **settings.to_environment_variables(exclude_unset=True)},
             start_new_session=True,  # a signal to the process's group is not for the watcher
         )
+    assert _watcher.stdin is not None  # it was started with a pipe
     _watcher.stdin.write(f"{run.id} {state.id}\n".encode())
     _watcher.stdin.flush()
 

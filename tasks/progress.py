@@ -63,7 +63,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.close()
-        logger.info(self._line("" if error is None else f"stopped by {kind.__name__}"))
+        logger.info(self._line("" if error is None else f"stopped by {type(error).__name__}"))
         if self._artifact:
             self._show("" if error is None else "stopped")
 

@@ -85,7 +85,7 @@ def _cell(row: dict[str, Any]) -> Image.Image:
             inside = ids == subject["segment_id"]
             # Its outline in full colour, a breath of it inside, so that the picture itself can be judged.
             opacity = np.where(binary_erosion(inside, border_value=1), 0.12, 0.9) * inside
-            pixels += opacity[..., None] * (np.float32(SUBJECTS[index % len(SUBJECTS)]) - pixels)
+            pixels += opacity[..., None] * (np.asarray(SUBJECTS[index % len(SUBJECTS)], np.float32) - pixels)
         image = Image.fromarray(pixels.astype(np.uint8))
     scale = (CELL - 2) / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -207,7 +207,7 @@ class _SheetChoice:
     def _admit(self, subjects: tuple[str, ...]) -> bool:
         own = rank("\x1f".join(subjects))
         if len(self.sets) >= SHEET_ROWS:
-            last = max(self.ranks, key=self.ranks.get)
+            last = max(self.ranks, key=self.ranks.__getitem__)
             if own >= self.ranks[last]:
                 return False
             del self.sets[last], self.ranks[last]

@@ -37,7 +37,8 @@ class Added:
 
         Quick for rows asked for in the order they were added in, piece by piece, as one reads a dataset.
         """
-        columns, wanted = {}, pa.chunked_array(sample_ids if isinstance(sample_ids, pa.ChunkedArray) else [sample_ids])
+        columns: dict[str, pa.ChunkedArray] = {}
+        wanted = pa.chunked_array(sample_ids if isinstance(sample_ids, pa.ChunkedArray) else [sample_ids])
         for key, table in self.tables.items():
             found = table.slice(self._next.get(key, 0), len(wanted))
             if found[KEY] == wanted:

@@ -187,7 +187,8 @@ def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt
         rows = _parquet_rows(data, name)
     else:
         rows = _json_rows(data, name)
-    prompts, seen = [], {}
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
     for number, row in rows:
         _require_columns(row, PROMPT_COLUMNS, ("prompt",), name)
         prompt = _prompt(row, number, len(prompts), name, subjects_per_image)

@@ -59,10 +59,11 @@ def find_copies(
             ids.append(row["sample_id"])
             seen.append(picture is not None)
             boxes = (row["face_boxes"] or []) if picture else []
-            crops += [identity.crop(picture, box, identity.crop_size) for box in boxes]
+            if picture:
+                crops += [identity.crop(picture, box, identity.crop_size) for box in boxes]
             owners += [place] * len(boxes)
             theirs = [face for name in row["subject_ids"] for face in references.get(name, [])]
-            values = [pixel_likeness(picture, box, theirs) for box in boxes] if theirs else []
+            values = [pixel_likeness(picture, box, theirs) for box in boxes] if picture and theirs else []
             pasted.append(max(values, default=None))
             thumbnails.append(thumbnail(picture) if picture else np.zeros(3 * THUMBNAIL**2, np.float32))
         if crops and training is not None:

@@ -77,6 +77,9 @@ class ScoreSample:
         groups = {}
         for name, parts in members.items():
             chosen = np.isin(codes, parts)
-            count, sums = sum(self.counts[code] for code in parts), sum(self.sums[code] for code in parts)
+            count, sums = (
+                sum(self.counts[code] for code in parts),
+                sum((self.sums[code] for code in parts), np.zeros(2)),
+            )
             groups[name] = Scores(ip[chosen], pc[chosen], count, float(sums[0]), float(sums[1]))
         return groups

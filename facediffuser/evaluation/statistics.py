@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 SAMPLES = 2000
 NORMAL_FROM = 20_000
 CHUNK_VALUES = 4_000_000
+Key = TypeVar("Key", bound=Hashable)
 NORMAL_95 = 1.959964
 
 
@@ -70,7 +72,7 @@ class RunningMean:
         for factor, code in enumerate(codes):
             known = self._levels[factor]
             length = max(known.shape[1], int(code.max(initial=-1)) + 1)
-            sums = np.stack([np.bincount(code, values, length), np.bincount(code, minlength=length)])
+            sums = np.stack([np.bincount(code, values, length), np.bincount(code, minlength=length).astype(np.float64)])
             sums[:, : known.shape[1]] += known
             self._levels[factor] = sums
 
@@ -128,9 +130,9 @@ def coded(levels: Sequence[Hashable]) -> np.ndarray:
 
 
 def paired_difference(
-    ours: Mapping[Hashable, float],
-    theirs: Mapping[Hashable, float],
-    factors: Sequence[Callable[[Hashable], Hashable]] = (),
+    ours: Mapping[Key, float],
+    theirs: Mapping[Key, float],
+    factors: Sequence[Callable[[Key], Hashable]] = (),
     seed: int = 0,
 ) -> Interval:
     """Return the mean of `ours - theirs` over the rows both have (keys of the two), with its 95% interval.

@@ -24,7 +24,10 @@ def write_captions(
     scene = f" {SCENES[setting.scene]}" if rng.random() < 0.9 else ""
     style = f"a {setting.style} of " if setting.style != "photo" or rng.random() < 0.5 else ""
     told = int(rng.integers(2, 5))
-    return tuple(_compose(people, outfits, keep, style, scene, words) for words in (0, told))
+    return (
+        _compose(people, outfits, keep, style, scene, 0),
+        _compose(people, outfits, keep, style, scene, told),
+    )
 
 
 def _compose(

@@ -126,4 +126,5 @@ def _hair_words(person: Identity) -> str:
 
 
 def _shift(rng: np.random.Generator, reach: float) -> tuple[float, float, float]:
-    return tuple(float(value) for value in rng.uniform(-reach, reach, 3))
+    red, green, blue = (float(value) for value in rng.uniform(-reach, reach, 3))
+    return red, green, blue

@@ -81,7 +81,8 @@ def _face_box(who: Identity, pose: Pose, size: int) -> tuple[float, float, float
     """Where a face detector puts its box, in pixels: from the brows to the chin, from cheek to cheek."""
     cx, width = pose.x + 0.8 * pose.yaw * pose.scale, who.face_width * FACE_BOX_WIDTH * pose.scale
     top, bottom = pose.y - FACE_BOX_TOP * pose.scale, pose.y + who.face_height * pose.scale
-    return tuple(float((value + 1) * size / 2) for value in (cx - width, top, cx + width, bottom))
+    left, upper, right, lower = (float((value + 1) * size / 2) for value in (cx - width, top, cx + width, bottom))
+    return left, upper, right, lower
 
 
 def render_set(
@@ -106,7 +107,8 @@ def render_set(
     write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
     people = max(2, -(-count // PER_PERSON))
     first = SET_PEOPLE + seed * 10_000
-    train, test = [], []
+    train: list[str] = []
+    test: list[str] = []
     for index in range(count):
         rng = np.random.default_rng((seed, index, 13))
         numbers = [first + index % people]

@@ -50,7 +50,7 @@ class Segmenter:
         infos = sorted(result["segments_info"], key=lambda info: info["id"])
         # Numbered anew from 1, since versions of the library differ in the first id and in the mark for no segment.
         ids = np.zeros_like(raw)
-        segments = []
+        segments: list[Segment] = []
         for info in infos:
             ids[raw == info["id"]] = len(segments) + 1
             box = segment_box(ids, len(segments) + 1)

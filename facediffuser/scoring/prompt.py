@@ -82,7 +82,7 @@ def clip_crop(image: Image.Image, size: int) -> np.ndarray:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255.0
-    return ((pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
+    return ((pixels - np.asarray(CLIP_MEAN, np.float32)) / np.asarray(CLIP_STD, np.float32)).transpose(2, 0, 1)
 
 
 def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer, str]:

@@ -1,5 +1,6 @@
 """What every store does: whole objects are written with one atomic request and read whole or in ranges."""
 
+import builtins
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def folders(self) -> "list[str]":
+    def folders(self) -> builtins.list[str]:
         """Return the names of the folders directly below the store, sorted; local ones also when they are empty."""
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Objects in a local folder: an object is a file, written beside its place, synced, and renamed."""
 
+import builtins
 import errno
 import os
 import posixpath
@@ -96,7 +97,7 @@ class LocalStore(Store):
                 key = path.relative_to(self.root).as_posix()
                 yield ObjectInfo(key, state.st_size, f"{state.st_mtime_ns}-{state.st_ino}")
 
-    def folders(self) -> "list[str]":
+    def folders(self) -> builtins.list[str]:
         self.require_readable()
         return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
 

@@ -5,6 +5,7 @@ profile, SSO, region, endpoint, certificates, proxy, addressing) and nothing els
 what a server answered is shown by its error code only.
 """
 
+import builtins
 import errno
 import io
 import re
@@ -106,7 +107,7 @@ class S3Store(Store):
                         found.append(ObjectInfo(item["Key"][len(base) :], item["Size"], item["ETag"]))
         return sorted(found, key=lambda info: info.key)
 
-    def folders(self) -> "list[str]":
+    def folders(self) -> builtins.list[str]:
         base = f"{self.prefix}/" if self.prefix else ""
         found = []
         with self._translated_errors(""):

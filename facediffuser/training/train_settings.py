@@ -82,7 +82,8 @@ class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
 
     def chosen_preset(self, role: Role) -> Preset:
         """Return the preset of a role: the one given, else the miniature's for its base, else the paper's."""
-        return self.preset or ("miniature" if self.base == "miniature" else f"paper-{role}")
+        paper: Preset = "paper-tdm" if role == "tdm" else "paper-sdm"
+        return self.preset or ("miniature" if self.base == "miniature" else paper)
 
     def of(self, role: Role) -> "TrainSettings":
         """Return the settings of one role alone, with its own output below this one's when there are two."""
