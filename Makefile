@@ -28,10 +28,11 @@ test: .venv/ready .swift/ready lint  ## lint and the quick tests
 test-slow: .venv/ready .swift/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/ready  ## what a commit must pass before any test: ruff, its format, the import law of .importlinter
+lint: .venv/ready  ## what a commit must pass before any test: ruff, its format, the import law of .importlinter, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 
 format: .venv/ready  ## write all code in ruff's format
 	$(BIN)/ruff check --fix .

@@ -85,8 +85,10 @@ def record(
         nonlocal before
         if i in shown:
             clean = _clean(before, tensors["noise_pred"], alphas[int(t)])
+            mask = _map(tensors["mask"])
+            assert mask is not None  # every step has one, of zeros or ones where one model runs alone
             frames.append(Frame(
-                i, stages[i], _map(tensors["text_saliency"]), _map(tensors["subject_saliency"]), _map(tensors["mask"]),
+                i, stages[i], _map(tensors["text_saliency"]), _map(tensors["subject_saliency"]), mask,
                 pipe.decode_latents(clean, "np")[0],
             ))  # fmt: skip
         before = tensors["latents"]

@@ -484,8 +484,8 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         """Return height and width in px: as given, else those of the latents, else the UNet's own."""
         default = self._any_unet().config.sample_size
         sides = (default, default) if isinstance(default, int) else tuple(default)
-        cells = tuple(latents.shape[-2:]) if latents is not None else sides
-        sizes = tuple(given or side * self.vae_scale_factor for given, side in zip((height, width), cells, strict=True))
+        rows, columns = tuple(latents.shape[-2:]) if latents is not None else sides
+        sizes = height or rows * self.vae_scale_factor, width or columns * self.vae_scale_factor
         if any(size <= 0 or size % self.vae_scale_factor for size in sizes):
             raise InputError(
                 f"size {sizes[0]} x {sizes[1]}: give height and width in multiples of {self.vae_scale_factor} pixels"

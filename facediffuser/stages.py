@@ -154,7 +154,8 @@ def _fused(unet_text, unet, latents, conditions, guidance, saliency_text, salien
 
 def _guided(denoiser, latents, baseline, condition, scale) -> tuple[torch.Tensor, torch.Tensor]:
     noise = denoiser(torch.cat([latents, latents]), torch.cat([baseline, condition]))
-    return snf.guide(*noise.chunk(2), scale)
+    without, with_condition = noise.chunk(2)
+    return snf.guide(without, with_condition, scale)
 
 
 def _everywhere(value: bool, latents: torch.Tensor) -> torch.Tensor:

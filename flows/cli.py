@@ -21,6 +21,7 @@ from cyclopts import (
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from facediffuser import __version__
 from facediffuser.errors import InputError, RunError, Stopped
@@ -63,7 +64,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-ORDER = (
+ORDER: tuple[Callable[..., Any], ...] = (
     commands.demo,
     commands.preprocess,
     commands.train,
@@ -244,7 +245,7 @@ def _option_errors(error: CycloptsError | ValidationError, file: _ConfigFile | N
         key = (error.token.keyword or "").strip("[]").replace("][", ".")
         return f"{file.path}: unknown key {key!r}; give an option of the command"
     if isinstance(error, UnusedCliTokensError):
-        return f"unexpected argument {error.unused_tokens[0]!r}; remove it, or write it as the value of an option"
+        return f"unexpected argument {(error.unused_tokens or [''])[0]!r}; remove it, or write it as the value of an option"
     if isinstance(error, MissingArgumentError) and error.argument:
         if error.keyword or error.argument.tokens:
             return f"{error.keyword or error.argument.name}: no value given; give one"
@@ -253,7 +254,7 @@ def _option_errors(error: CycloptsError | ValidationError, file: _ConfigFile | N
     return " ".join(str(error).split())
 
 
-def _option_error(item: dict[str, Any], arguments: set[str], file: _ConfigFile | None) -> str:
+def _option_error(item: ErrorDetails, arguments: set[str], file: _ConfigFile | None) -> str:
     message = item["msg"].removeprefix("Value error, ")
     place = [str(part) for part in item["loc"] if not isinstance(part, int)]
     if not place:

@@ -29,7 +29,7 @@ class DemoSettings(Workers, Seeded):
     @property
     def training(self) -> TrainSettings:
         """The settings of the demonstration's training."""
-        return TrainSettings(
+        return TrainSettings(  # type: ignore[call-arg]  # the recipe's fields: see TrainSettings
             role="both",
             data=f"{self.root}/prepared",
             base="miniature",

@@ -71,16 +71,16 @@ def _ray_core_lines_dropped(handler: logging.StreamHandler) -> Iterator[None]:
 
     `sys.stderr` and the handler go on writing to the terminal itself, so that progress bars know it.
     """
-    if sys.stderr is not sys.__stderr__:
+    stream = sys.stderr
+    if stream is not sys.__stderr__ or stream is None:
         yield  # a caller has taken stderr for itself
         return
-    stream, terminal = sys.stderr, os.dup(2)
+    terminal = os.dup(2)
     reader, writer = os.pipe()
     os.dup2(writer, 2)
     os.close(writer)
-    sys.stderr = sys.__stderr__ = os.fdopen(
-        terminal, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
-    )
+    unfiltered = os.fdopen(terminal, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False)
+    sys.stderr = sys.__stderr__ = unfiltered  # type: ignore[misc]  # final, says typeshed
     handler.setStream(sys.stderr)
 
     def copy() -> None:
@@ -95,7 +95,7 @@ def _ray_core_lines_dropped(handler: logging.StreamHandler) -> Iterator[None]:
         yield
     finally:
         sys.stderr.flush()
-        sys.stderr = sys.__stderr__ = stream
+        sys.stderr = sys.__stderr__ = stream  # type: ignore[misc]
         os.dup2(terminal, 2)
 
 

@@ -68,6 +68,7 @@ def test_test_sets_up_both_environments_and_lints_before_it_tests(fresh):
         "ruff check",
         "ruff format --check",
         "lint-imports",
+        "mypy",
         "-m pytest",
     ]
     places = [lines.index(step) for step in steps]

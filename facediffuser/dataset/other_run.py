@@ -118,7 +118,8 @@ def explain_differences(
         found.append(f"{name} differ in {', '.join(parts)}")
     # The plan's digest is made of the settings, too, and says nothing that they do not.
     named = {*DIGESTS, *(("plan", "subjects") if found or "settings" in unlike else ())}
-    return found + differences(*({k: v for k, v in run.items() if k not in named} for run in (there, here)))
+    theirs, ours = ({k: v for k, v in run.items() if k not in named} for run in (there, here))
+    return found + differences(theirs, ours)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

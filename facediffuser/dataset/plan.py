@@ -143,7 +143,7 @@ class Plan:
     def sets(self, size: int) -> Iterator[tuple[Subject, ...]]:
         """Yield the sets of `size` subjects, each in the order of the subjects."""
         count, wanted = len(self.subjects), self.count_sets(size)
-        every = itertools.combinations(range(count), size)
+        every: Iterator[tuple[int, ...]] = itertools.combinations(range(count), size)
         if wanted < math.comb(count, size):
             # Neighbours on a ring first, then every second one, and so on: each subject as often as any other.
             ring = (

@@ -18,7 +18,10 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     """
     # One table has one set of scorers: what scores other systems' images scores these too.
     scorers = settings.scorers if settings.images or "scorers" in settings.model_fields_set else None
-    subjects = len(read_subjects(settings.subjects)) if settings.benchmark else 0
+    if not settings.benchmark:
+        return []
+    assert settings.subjects is not None and settings.output is not None  # the settings ask for both with a benchmark
+    subjects = len(read_subjects(settings.subjects))
     runs = []
     for suite in settings.benchmark:
         file = prompts_file(suite)

@@ -66,10 +66,10 @@ class Evaluator:
         rows: list[pa.Table] = []
         schema, others = self._schema()
         for source in self.sources:
-            references = source.references(self.scorers) if source.references else None
+            references = source.references(self.scorers) if source.references and self.scorers else None
             pictures = source.pictures() if self.others else {}
             for batch in source.batches():
-                if references is not None:
+                if references is not None and self.scorers is not None:
                     batch = _scored(batch, self.scorers, references)
                 if self.others:
                     batch = _with_others(batch, self.others, pictures)

@@ -98,7 +98,9 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
 def folder_source(method: str, url: str, settings: ForeignSettings, batch_size: int) -> Source:
     """The images of a folder that another system made; `method` names it in the table."""
     store = open_store(url)
-    subjects = read_subjects(settings.subjects)
+    assert settings.subjects is not None  # the settings ask for them with folders of images
+    people = settings.subjects
+    subjects = read_subjects(people)
     prompts = []
     if settings.prompts:
         prompts = read_prompts(prompts_file(settings.prompts), settings.subjects_per_image)
@@ -114,10 +116,10 @@ def folder_source(method: str, url: str, settings: ForeignSettings, batch_size: 
     shown = {name for image in listed for name in image.subject_ids}
 
     def references(scorers: "Scorers") -> Mapping[str, np.ndarray]:
-        return folder_references(open_store(settings.subjects), [s for s in subjects if s.subject_id in shown], scorers)
+        return folder_references(open_store(people), [s for s in subjects if s.subject_id in shown], scorers)
 
     def pictures() -> Mapping[str, list[Image.Image]]:
-        place = open_store(settings.subjects)
+        place = open_store(people)
         return {s.subject_id: [open_picture(place, key)[0] for key in s.references] for s in subjects}
 
     return Source(len(listed), batches, references, pictures, store.url)

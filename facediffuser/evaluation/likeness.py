@@ -22,12 +22,13 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
 
     vectors, queries = (np.ascontiguousarray(values, np.float32) for values in (vectors, queries))
     size = vectors.shape[1]
-    index = faiss.IndexFlatIP(size)
+    index: faiss.Index = faiss.IndexFlatIP(size)
     if len(vectors) > EXACT:
         clusters = int(min(4 * len(vectors) ** 0.5, len(vectors) / FEW_CLUSTERS))
-        index = faiss.IndexIVFFlat(index, size, clusters, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-        index.nprobe = 32
+        inverted = faiss.IndexIVFFlat(index, size, clusters, faiss.METRIC_INNER_PRODUCT)
+        inverted.train(vectors)
+        inverted.nprobe = 32
+        index = inverted
     index.add(vectors)
     return index.search(queries, count)
 

@@ -105,7 +105,7 @@ class _Header(tarfile.TarInfo):
     """A member's header; tarfile would take a damaged one for the end of the archive and stop there without a word."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -136,7 +136,7 @@ def _damage_told(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[BinaryIO]:
+def _opened(url: str) -> Iterator[BinaryIO | gzip.GzipFile]:
     """Yield the archive's bytes, unpacked; gzip's checksum is compared when they are read to the end."""
     parent, name = posixpath.split(url)
     with open_store(parent or ".").open(name, READ_BYTES) as stream:
@@ -160,7 +160,8 @@ def _members(url: str) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], byte
 
             def read() -> bytes:
                 with _damage_told(url):
-                    return archive.extractfile(member).read()
+                    file = archive.extractfile(member)
+                    return file.read() if file else b""
 
             for member in archive:
                 if len(member.name) > LONGEST_NAME:
@@ -172,8 +173,8 @@ def _members(url: str) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], byte
                     )
                 yield "/".join(part for part in parts if part not in ("", ".")), member, read
                 # tarfile remembers each member it has met, which is no use in a stream and grows with it.
-                archive.members.clear()
-            _require_end(archive.fileobj)
+                archive.members.clear()  # type: ignore[attr-defined]  # no part of its interface
+            _require_end(archive.fileobj)  # type: ignore[arg-type]  # what it reads from; None once closed
 
 
 def _require_end(stream: BinaryIO) -> None:

@@ -43,7 +43,7 @@ def read_picture(
     opened = read_header(data, max_megapixels)
     kind, mode = opened.format, opened.mode
     # Pillow shows colour of 16 bits as 8-bit RGB: only how the file packs its pixels tells them apart.
-    deep = any(";16" in str(tile[3]) for tile in opened.tile)
+    deep = any(";16" in str(tile[3]) for tile in getattr(opened, "tile", ()))
     load_pixels(opened)
     if pixel_md5 is not None and _pixel_md5(opened) != pixel_md5:
         raise Rejection("does not match its metadata", "the pixels' MD5 is not the one in ffhq-dataset-v2.json")
@@ -52,8 +52,9 @@ def read_picture(
     image = _to_rgb(turned(opened))
     if min(image.size) < min_side:
         raise Rejection("too small", f"{image.width} x {image.height} px, the shorter side must have {min_side}")
-    reduced = size is not None and min(image.size) > size
-    if reduced:
+    reduced = False
+    if size is not None and min(image.size) > size:
+        reduced = True
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     wanted = encode if encode != "same" else "jpeg" if kind in LOSSY else "png"

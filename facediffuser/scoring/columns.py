@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -76,7 +76,7 @@ def load_columns(names: Sequence[str], device: str = "cpu") -> dict[str, ColumnS
 
 
 def column_scores(
-    scorers: dict[str, ColumnScorer],
+    scorers: Mapping[str, ColumnScorer],
     images: Sequence[Image.Image],
     references: Sequence[Sequence[Sequence[Image.Image]]],
     prompts: Sequence[str],

@@ -65,8 +65,11 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
         if not store.root.exists():
             raise InputError(f"{url}: no such file or folder; check the path")
         return store.root
+    from facediffuser.storage.s3 import S3Store
+
+    assert isinstance(store, S3Store)  # there is no third kind
     store.require_readable()
-    bucket = type(store)(store.bucket)
+    bucket = S3Store(store.bucket)
     inside = [info for info in bucket.list(store.prefix) if _is_at(info.key, store.prefix)]
     if not inside:
         raise InputError(f"{url}: nothing there; check the bucket and the prefix")

@@ -118,7 +118,8 @@ class Batches:
         self._other_pictures = (
             records.other_pictures() if recipe.reference_pairing == "other" and reference_size else {}
         )
-        self._epoch, self._order = -1, None
+        self._epoch = -1
+        self._order: list[int] = []
 
     def __getitem__(self, position: int) -> Batch:
         size = self.recipe.batch_size

@@ -95,10 +95,10 @@ def write_missing_parts(
 
 def read_array(store: Store, name: str, rows: int) -> np.ndarray:
     """Return an array that `write_missing_parts` completed, (rows, ...) float16."""
-    whole, start = None, 0
+    whole, start = np.empty((0,), np.float16), 0
     for part in range(math.ceil(rows / PART_ROWS)):
         table = pq.read_table(pa.BufferReader(store.get(_key(name, part))))
-        if whole is None:
+        if part == 0:
             shape = tuple(int(side) for side in table.schema.metadata[b"shape"].split(b","))
             whole = np.empty((rows, *shape), np.float16)
         for value in table["array"]:

@@ -136,7 +136,8 @@ class TrainingRun:
         record = {**result, **used, "settings": settings, "content": self.settings.content()}
         with self._ema_weights():
             runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
-        self.monitor.close()
+        if self.monitor:
+            self.monitor.close()
 
     def batch_iterator(self) -> Iterator[Batch]:
         """Return this worker's batches from its current step to the last, prepared by the loader processes."""
@@ -253,7 +254,8 @@ class TrainingRun:
                 "optimiser": self.optimiser.state_dict(),
             }
             runs.save_checkpoint(self.store, self.step, state, self.settings.keep_last, self.settings.keep_every)
-            self.monitor.upload()
+            if self.monitor:
+                self.monitor.upload()
 
     def _load_last_checkpoint(self) -> None:
         steps = runs.checkpoint_steps(self.store)

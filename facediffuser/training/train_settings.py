@@ -12,7 +12,7 @@ def _overrides(model: type[BaseModel]) -> type[BaseModel]:
     """A model with the same fields, none of which must be given: the presets know them."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         fields[name] = (kind | None, Field(None, description=f"{field.description} [the preset's]"))
     return create_model("Overrides", __base__=Settings, **fields)
 
@@ -40,7 +40,8 @@ class RunSettings(Settings):
     )
 
 
-class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
+# A base class made at run time is beyond mypy: it does not know the recipe's fields in these settings.
+class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):  # type: ignore[misc]
     """Train the TDM or the SDM from prepared Parquet. A preset fills in what is not given."""
 
     preset: Preset | None = Field(
@@ -93,6 +94,8 @@ class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):
 
     def recipe(self) -> Recipe:
         """Return the preset's recipe with what was given in place of its own; for a single role."""
+        if self.role == "both":
+            raise ValueError("role both: a recipe is of one role; take `of(role)` first")
         preset = PRESETS[self.chosen_preset(self.role), self.role]
         given = {name: value for name in Recipe.model_fields if (value := getattr(self, name)) is not None}
         if "augmentation" in given and isinstance(given["augmentation"], Augmentation):
