@@ -68,7 +68,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     workers = settings.workers or max(1, cluster_gpus() // side_by_side)
     on_gpu = cluster_gpus() >= workers
     cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))
-    board = _Board.remote()
+    board = _Board.remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
     with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
         trainer = TorchTrainer(
             _work,

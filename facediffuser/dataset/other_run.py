@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,9 +62,10 @@ def begin_or_resume_dataset(
     """
     there = run_there(store)
     run = begin_or_resume(identity, there)
-    if run is None:
-        _refuse(store, identity_of(there.document), identity, plan, references)
-    return run
+    if run is not None:
+        return run
+    assert there is not None  # where there is no run, a new one begins
+    _refuse(store, identity_of(there.document), identity, plan, references)
 
 
 def require_same_run(store: Store, run: Run, plan: Plan | None = None, references: pa.Table | None = None) -> None:
@@ -91,7 +92,7 @@ def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence
 
 def _refuse(
     store: Store, there: Mapping[str, Any], here: Mapping[str, Any], plan: Plan | None, references: pa.Table | None
-) -> None:
+) -> NoReturn:
     found = explain_differences(store, there, here, plan, references)
     raise other_run_error(store.url, found, "repeat that run's options or give another output")
 

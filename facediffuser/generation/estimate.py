@@ -60,11 +60,13 @@ def estimate(images: int, rate: Rate, hour_price: float | None) -> dict[str, flo
     Starting up is not in it.
     """
     hours = images * rate.seconds_per_image / 3600
-    found = {
+    found: dict[str, float | str] = {
         "worker_hours": round(hours, 4),
         "bytes": round(images * rate.bytes_per_image),
         "images_per_second_per_worker": round(1 / rate.seconds_per_image, 4),
         "device": rate.device,
         "measured_by": rate.source,
     }
-    return found | ({} if hour_price is None else {"cost": round(hours * hour_price, 2)})
+    if hour_price is not None:
+        found["cost"] = round(hours * hour_price, 2)
+    return found

@@ -64,7 +64,10 @@ class PlanSettings(Settings):
     @property
     def prompts_url(self) -> str:
         """Where the prompts are: the file given, or the benchmark's."""
-        return str(suite_prompts(self.benchmark)) if self.benchmark else self.prompts
+        if self.benchmark:
+            return str(suite_prompts(self.benchmark))
+        assert self.prompts is not None  # one of the two is given
+        return self.prompts
 
 
 class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):

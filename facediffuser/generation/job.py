@@ -126,13 +126,15 @@ class Prepared:
         job, store = self.job, self.job.store()
         run = Run(job.run, job.fingerprint)
         require_same_run(store, run, self.plan, self.references)
-        marks = {"fingerprint": job.fingerprint, "run": job.run, "synthetic": False}
+        plan_schema, subjects_schema = (
+            with_marks(schema, job.fingerprint, job.run, synthetic=False) for schema in (PLAN_SCHEMA, SUBJECTS_SCHEMA)
+        )
         try:
-            written = write_plan(store, self.plan, job.layout, with_marks(PLAN_SCHEMA, **marks))
+            written = write_plan(store, self.plan, job.layout, plan_schema)
         except FileExistsError:
             raise InputError(f"{store.url}: another run has just begun there; give another output") from None
         if shard_mark(store, SUBJECTS_KEY) != job.fingerprint:
-            store.put(SUBJECTS_KEY, encode_references(self.references, with_marks(SUBJECTS_SCHEMA, **marks)))
+            store.put(SUBJECTS_KEY, encode_references(self.references, subjects_schema))
             written += 1
         # Where a server lets both of two conditional puts win, one of the two runs finds the other's mark here.
         require_same_run(store, run, self.plan, self.references)

@@ -52,9 +52,9 @@ def job_of_dataset(
             round; or the provenance differs and `exact` is set.
     """
     models, scorers = models or manifest.made_from.get("models"), scorers or manifest.made_from.get("scorers")
-    for name, value in (("models", models), ("scorers", scorers)):
-        if not value:
-            raise InputError(f"{store.url}: does not say where its {name} are; give --{name}")
+    if not models or not scorers:
+        name = "scorers" if models else "models"
+        raise InputError(f"{store.url}: does not say where its {name} are; give --{name}")
     with _naming_option("models"):
         found = differences(manifest.models, model_digests(resolve_model(models)))
     if found:

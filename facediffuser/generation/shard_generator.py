@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -165,8 +165,9 @@ class ShardGenerator:
                     with clock("wait"):
                         finished += waiting.result()
                 waiting = pool.submit(self._finish_or_split, made, clock, counts)
-            with clock("wait"):
-                finished += waiting.result()
+            if waiting is not None:
+                with clock("wait"):
+                    finished += waiting.result()
         return finished, counts
 
     def _denoise_or_split(
@@ -322,7 +323,7 @@ class Clock:
     """Sums the seconds spent in each stage of a shard; stages on two threads may overlap."""
 
     def __init__(self):
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self._started = time.monotonic()
 
     @contextmanager

@@ -159,7 +159,8 @@ def explain_differences(
             "--earlier gives other pictures or other sides" if now.get("earlier") else "--earlier was given there"
         )
     named = ("source", "models", "earlier")
-    return lines + differences(*({k: v for k, v in run.items() if k not in named} for run in (earlier, now)))
+    theirs, ours = ({k: v for k, v in run.items() if k not in named} for run in (earlier, now))
+    return lines + differences(theirs, ours)
 
 
 def _source_difference(store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None) -> str:
@@ -203,7 +204,7 @@ def earlier_splits(url: str) -> dict[str, str]:
         keys = [key for key in json.loads(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there") from error
-    sides = {}
+    sides: dict[str, str] = {}
     for key in keys:
         with store.open(key) as source:
             table = pq.read_table(source, columns=["image_id", "split"])

@@ -89,6 +89,7 @@ class Stage(ABC):
     @property
     def model_name(self) -> str:
         """The name of the stage's model: a folder, an s3:// URL, a hub id, or none."""
+        assert self.option is not None  # asked of stages with a model alone
         return getattr(self.job.settings, self.option)
 
     def key(self, records: Sequence[Record]) -> str:
@@ -193,9 +194,11 @@ class Segments(Stage):
             item.ids, item.segments = ids, segments
 
     def pack(self, item: Item) -> tuple[Any, bytes | None]:
+        assert item.ids is not None  # `run` noted it
         return [vars(segment) for segment in item.segments], encode_map(item.ids)
 
     def unpack(self, item: Item, found: Any, map: bytes | None) -> None:
+        assert map is not None  # `pack` gave one
         item.ids = decode_map(map)
         item.segments = [Segment(part["id"], part["label"], tuple(part["box"])) for part in found]
 
@@ -216,6 +219,7 @@ class Subjects(Stage):
 
     def inputs(self, item: Item) -> str:
         digest = hashlib.sha256(repr((item.picture.sha256, item.caption, item.segments)).encode())
+        assert item.ids is not None  # there are no segments without a map
         digest.update(item.ids.tobytes())
         return digest.hexdigest()
 

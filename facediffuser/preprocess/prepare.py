@@ -130,11 +130,11 @@ class PartPreparer:
             def read(chunk: Sequence[Record]) -> list[Files]:
                 return list(pool.map(self._read_files, chunk))
 
-            following = ahead.submit(read, chunks[0]) if chunks else None
+            following = [ahead.submit(read, chunk) for chunk in chunks[:1]]
             for index, chunk in enumerate(chunks):
                 with self._timed("read"):
-                    content = following.result()
-                following = ahead.submit(read, chunks[index + 1]) if index + 1 < len(chunks) else None
+                    content = following.pop().result()
+                following = [ahead.submit(read, after) for after in chunks[index + 1 : index + 2]]
                 yield chunk, content
 
     def _read_files(self, record: Record) -> Files:
@@ -231,18 +231,19 @@ class PartPreparer:
             raise
         except Exception as error:
             # Nothing here but this picture's own files: whatever they make a library raise is their fault alone.
-            rejection = Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
-            logger.warning("%s: %s", self.source.url_of(record.image), rejection.reason)
-            return rejection
+            unknown = Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
+            logger.warning("%s: %s", self.source.url_of(record.image), unknown.reason)
+            return unknown
 
     def _read_fastcomposer(self, item: Item, files: Files) -> None:
         image, record = item.picture.image, item.record
-        item.annotation = read_annotation(files[record.annotation])
-        item.caption = item.annotation.caption
+        assert record.annotation is not None and record.segmentation is not None  # a record of this source has both
+        item.annotation = annotation = read_annotation(files[record.annotation])
+        item.caption = annotation.caption
         item.ids = read_map(files[record.segmentation], image.height, image.width)
-        item.segments = annotated_segments(item.annotation, item.ids)
-        item.subjects = annotated_subjects(item.annotation, item.segments)
-        item.identity = identity_of(item.annotation, item.segments)
+        item.segments = annotated_segments(annotation, item.ids)
+        item.subjects = annotated_subjects(annotation, item.segments)
+        item.identity = identity_of(annotation, item.segments)
 
     def _reduce(self, item: Item, data: bytes) -> None:
         settings = self.settings
@@ -251,6 +252,7 @@ class PartPreparer:
         )
         # What the source says was checked at its own size; the boxes are now taken at the new one, and segments of a
         # few pixels may be gone.
+        assert item.ids is not None and item.annotation is not None  # `_read_fastcomposer` noted both
         item.ids = resize_map(item.ids, *item.picture.image.size)
         kept = {int(value) for value in np.unique(item.ids)}
         segments = tuple(part for part in item.annotation.segments if part["id"] in kept)

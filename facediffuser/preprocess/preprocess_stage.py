@@ -1,7 +1,7 @@
 """Preprocessing as two stages: pictures are checked (sources without splits), then prepared; the units are parts."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
@@ -35,7 +35,7 @@ class CheckWorker(PartWorker):
 
 
 def check_stage(
-    job: Job, identity: dict[str, Any], listing: Listing, parts: Parts, gpu: bool, finish: Callable[[Results], Any]
+    job: Job, identity: Mapping[str, Any], listing: Listing, parts: Parts, gpu: bool, finish: Callable[[Results], Any]
 ) -> Stage:
     """Return the stage that checks the pictures of parts."""
     return _stage("Check", CheckWorker, "checks", job, identity, listing, parts, gpu, finish)
@@ -43,7 +43,7 @@ def check_stage(
 
 def prepare_stage(
     job: Job,
-    identity: dict[str, Any],
+    identity: Mapping[str, Any],
     listing: Listing,
     parts: Parts,
     gpu: bool,
@@ -59,7 +59,7 @@ def _stage(
     worker: type[PartWorker],
     folder: str,
     job: Job,
-    identity: dict[str, Any],
+    identity: Mapping[str, Any],
     listing: Listing,
     parts: Parts,
     gpu: bool,
