@@ -1,31 +1,33 @@
-"""The tasks of the flows `score` and `copies`: what is added to a finished dataset, in one process."""
+"""The tasks of the flows `score` and `copies`: what is added to a finished dataset."""
 
 from prefect import task
 
+from facediffuser.batch_stage import WorkerPool
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added
 from facediffuser.dataset.reading import count_rows
 from facediffuser.devices import pick_device
-from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.add_columns import column_stage
 from facediffuser.evaluation.copies import find_copies, scorers_of
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
-from facediffuser.scoring.columns import load_columns
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
+from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.progress import Progress
+from facediffuser.tasks.ray_driver import RayDriver
 
 
 @task(name="add-columns", cache_policy=None)
-def add_scores(settings: ScoreSettings) -> list[str]:
+def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[str]:
     """Write the columns of other scorers beside the shards; return the keys of the files."""
     check_score(settings)
-    store = open_store(settings.url)
-    total = count_rows(store)
-    scorers = load_columns(settings.add, pick_device(settings.device))
-    with Progress(total, "images", "score") as progress:
-        return add_columns(store, scorers, settings.batch_size, progress.advance)
+    driver = driver or RayDriver()
+    gpu = driver.gpus > 0 and settings.device != "cpu"
+    # Without GPUs the workers share the cores.
+    cpus = 1 if gpu else max(1, driver.cpus // (settings.workers or 1))
+    return driver.run(column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))
 
 
 @task(name="find-copies", cache_policy=None)

@@ -1,56 +1,119 @@
-"""Other scorers on a finished dataset: their columns go beside the shards, which stay as they are."""
+"""Columns of other scorers as a stage: the units are a dataset's shards; the columns go beside them in `scores/`.
 
-from collections.abc import Callable, Mapping
+A worker keeps what it found in a shard as an object below `stats/`, so that an interrupted run is resumed. The last step
+puts them together as `scores/<scorer>.parquet` and removes them.
+"""
+
+import functools
+import io
+from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
+from pyarrow import feather
 
-from facediffuser.dataset.added_columns import write_added
-from facediffuser.dataset.reading import list_shards, row_groups
+from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
+from facediffuser.dataset.added_columns import KEY, write_added
+from facediffuser.dataset.reading import list_shards, read_footer, row_groups
+from facediffuser.devices import pick_device
 from facediffuser.evaluation.image_sources import dataset_pictures
+from facediffuser.evaluation.score_settings import ScoreSettings
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
-from facediffuser.scoring.columns import ColumnScorer, column_scores, short_name
-from facediffuser.storage import Store
+from facediffuser.runs import fingerprint_of
+from facediffuser.scoring.columns import ColumnScorer, column_scores, load_columns, short_name
+from facediffuser.storage import Store, open_store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")
+UNFINISHED_PREFIX = "stats/scores-"
 
 
-def add_columns(
-    store: Store,
-    scorers: Mapping[str, ColumnScorer],
-    batch_size: int = 16,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[str]:
-    """Write `scores/<scorer>.parquet` for each scorer and return the keys; the same dataset gives the same bytes.
+def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Stage:
+    """Return the stage that adds the columns of other scorers; its result are the keys of the files written.
 
-    A row per row of the dataset, null for one without an image. InputError when there is no dataset.
+    The same dataset gives the same bytes: a row per row of the dataset, null for one without an image.
+
+    Args:
+        settings: the dataset, the scorers and the device.
+        pool: the workers.
+
+    Raises:
+        InputError: there is no dataset, or a scorer cannot be used.
     """
-    keys = [info.key for info in list_shards(store)]
-    references = dataset_pictures(store) if store.exists("subjects.parquet") else {}
-    schema = pa.schema([field.with_nullable(True) for scorer in scorers.values() for field in scorer.columns])
-    ids: list[str] = []
-    parts: list[pa.Table] = []
-    for _, _, table in row_groups(store, keys, COLUMNS):
-        for start in range(0, table.num_rows, batch_size):
-            rows = table.slice(start, batch_size).to_pylist()
-            made = [row for row in rows if row["image"] and row["image"]["bytes"]]
-            found = column_scores(
-                dict(scorers),
-                [stored_picture(row["image"]["bytes"], row["sample_id"]) for row in made],
-                [[references.get(name, []) for name in row["subject_ids"]] for row in made],
-                [without_markers(row["prompt"]) for row in made],
-            ).to_pylist()
-            values = {row["sample_id"]: value for row, value in zip(made, found, strict=True)}
-            parts.append(pa.Table.from_pylist([values.get(row["sample_id"], {}) for row in rows], schema=schema))
-            ids += [row["sample_id"] for row in rows]
-            advance(len(rows))
-    everything = pa.concat_tables(parts)
-    return [
+    store = open_store(settings.url)
+    shards = list_shards(store)
+    # Loaded here, too: a scorer says its columns and its digest once its weights are read.
+    scorers = load_columns(settings.add)
+    identity = {
+        "scorers": {name: scorer.digest for name, scorer in scorers.items()},
+        "batch_size": settings.batch_size,
+        "shards": [[info.key, info.size, str(info.version)] for info in shards],
+    }
+    folder = f"{UNFINISHED_PREFIX}{fingerprint_of(identity)[:16]}"
+    units, finished = [], 0
+    for info in shards:
+        unit = Unit(f"{folder}/{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
+        if store.exists(unit.key):
+            finished += unit.rows
+        else:
+            units.append(unit)
+    keys = [f"{folder}/{info.key.rsplit('/', 1)[-1]}.arrow" for info in shards]
+    return Stage(
+        "Score", "images", identity, units, functools.partial(ColumnWorker, settings),
+        functools.partial(_finish, store, scorers, keys), finished, pool or WorkerPool(),
+    )  # fmt: skip
+
+
+class ColumnWorker:
+    """Scores the images of one shard after another; `unit.data` is the shard's key."""
+
+    def __init__(self, settings: ScoreSettings):
+        self.store, self.batch_size = open_store(settings.url), settings.batch_size
+        self.scorers = load_columns(settings.add, pick_device(settings.device))
+        self.references = dataset_pictures(self.store) if self.store.exists("subjects.parquet") else {}
+        fields = [field.with_nullable(True) for scorer in self.scorers.values() for field in scorer.columns]
+        self.schema = pa.schema(fields)
+
+    def __call__(self, unit: Unit) -> Counts:
+        sink = io.BytesIO()
+        feather.write_feather(self.score(unit.data), sink, compression="zstd")
+        self.store.put(unit.key, sink.getvalue())
+        return {"rows": unit.rows}
+
+    def score(self, key: str) -> pa.Table:
+        """Return the sample ids of a shard with the columns of all scorers."""
+        parts, ids = [], []
+        for _, _, table in row_groups(self.store, [key], COLUMNS):
+            for start in range(0, table.num_rows, self.batch_size):
+                rows = table.slice(start, self.batch_size).to_pylist()
+                parts.append(self._score_batch(rows))
+                ids += [row["sample_id"] for row in rows]
+        found = pa.concat_tables(parts) if parts else self.schema.empty_table()
+        return found.add_column(0, KEY, pa.array(ids, pa.string()))
+
+    def _score_batch(self, rows: list[dict[str, Any]]) -> pa.Table:
+        with_image = [row for row in rows if row["image"] and row["image"]["bytes"]]
+        found = column_scores(
+            dict(self.scorers),
+            [stored_picture(row["image"]["bytes"], row["sample_id"]) for row in with_image],
+            [[self.references.get(name, []) for name in row["subject_ids"]] for row in with_image],
+            [without_markers(row["prompt"]) for row in with_image],
+        ).to_pylist()
+        values = {row["sample_id"]: value for row, value in zip(with_image, found, strict=True)}
+        return pa.Table.from_pylist([values.get(row["sample_id"], {}) for row in rows], schema=self.schema)
+
+
+def _finish(store: Store, scorers: Mapping[str, ColumnScorer], keys: list[str], results: Results) -> list[str]:
+    every = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in keys).combine_chunks()
+    written = [
         write_added(
             store,
             short_name(name),
-            pa.table({"sample_id": ids} | {column: everything[column] for column in scorer.columns.names}),
+            every.select([KEY, *scorer.columns.names]),
             {short_name(name): scorer.digest},
         )
         for name, scorer in scorers.items()
     ]
+    for info in store.list(UNFINISHED_PREFIX):
+        store.delete(info.key)
+    return written

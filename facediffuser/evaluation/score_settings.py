@@ -2,10 +2,10 @@
 
 from pydantic import Field
 
-from facediffuser.settings import Dataset, Device, Names, Scoring
+from facediffuser.settings import Dataset, Device, Names, Scoring, Workers
 
 
-class ScoreSettings(Scoring, Dataset):
+class ScoreSettings(Workers, Scoring, Dataset):
     """Adds the columns of other scorers to a finished dataset."""
 
     add: Names = Field(

@@ -27,7 +27,7 @@ def rate_of_dataset(url: str) -> Rate:
     """Return the rate of a dataset that `generate` made, from the stats of its shards; InputError when it has none."""
     store = open_store(url)
     store.require_readable()
-    keys = [info.key for info in store.list("stats/")]
+    keys = [info.key for info in store.list("stats/shard-")]
     if not keys:
         raise InputError(f"{url}: no stats/ there; give a dataset that `generate` made")
     # Evenly over the run: its first shards are made while caches are cold.

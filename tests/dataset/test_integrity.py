@@ -48,6 +48,8 @@ def as_earlier_version(store) -> dict:
     """Take from the manifest what earlier versions did not write; return its document."""
     document = json.loads(store.get(MANIFEST))
     document = {name: value for name, value in document.items() if name in EARLIER_FIELDS}
+    for shard in document["shards"]:
+        del shard["computed_with"]
     document["objects"] = [
         entry for entry in document["objects"] if entry["key"].startswith(("plan/", "subjects.parquet"))
     ]

@@ -10,11 +10,13 @@ from scoring.made import row, write_dataset
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import read_added
 from facediffuser.errors import InputError
-from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.add_columns import ColumnWorker, column_stage
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.evaluation.score_settings import ScoreSettings
 from facediffuser.scoring.columns import Sharpness, column_scores, load_columns
-from facediffuser.storage import open_store
+from facediffuser.storage import StorageError, open_store
+from facediffuser.tasks.local_driver import LocalDriver
 
 BRIGHTNESS = "scoring.plugins:Brightness"
 GREY, DARK = Image.new("RGB", (16, 16), (100, 100, 100)), Image.new("RGB", (16, 16), (40, 40, 40))
@@ -27,6 +29,10 @@ def dataset(tmp_path):
     return open_store(write_dataset(tmp_path / "d", rows, {"ada": DARK}))
 
 
+def add_columns(dataset, names, **others) -> list[str]:
+    return LocalDriver().run(column_stage(ScoreSettings(url=dataset.url, add=names, device="cpu", **others)))
+
+
 def test_sharpness_falls_with_blur_and_is_zero_for_an_even_picture(photograph):
     pictures = [photograph, *(photograph.filter(ImageFilter.GaussianBlur(width)) for width in (1, 3)), GREY]
     sharp, soft, softer, even = Sharpness("cpu").score(pictures, [], [])["sharpness"].to_pylist()
@@ -35,8 +41,8 @@ def test_sharpness_falls_with_blur_and_is_zero_for_an_even_picture(photograph):
 
 def test_columns_go_beside_the_shards_with_their_digests_and_twice_the_same(dataset):
     before = {info.key: dataset.get(info.key) for info in dataset.list("data/")}
-    scorers = load_columns([BRIGHTNESS, "sharpness"])
-    keys = add_columns(dataset, scorers, batch_size=2)
+    names = [BRIGHTNESS, "sharpness"]
+    keys = add_columns(dataset, names, batch_size=2)
     first = [dataset.get(key) for key in keys]
     assert keys == ["scores/Brightness.parquet", "scores/sharpness.parquet"]
     assert {info.key: dataset.get(info.key) for info in dataset.list("data/")} == before
@@ -47,12 +53,41 @@ def test_columns_go_beside_the_shards_with_their_digests_and_twice_the_same(data
         "reference_brightness": [40, 40, None],
         "words": [5, 5, None],
     }
-    assert read_added(dataset).digests() == {"Brightness": "b" * 64, "sharpness": scorers["sharpness"].digest}
-    assert [dataset.get(key) for key in add_columns(dataset, scorers, batch_size=16)] == first
+    assert read_added(dataset).digests() == {
+        "Brightness": "b" * 64,
+        "sharpness": load_columns(["sharpness"])["sharpness"].digest,
+    }
+    assert [dataset.get(key) for key in add_columns(dataset, names, batch_size=16)] == first
+    assert not dataset.list("stats/")
+
+
+def test_an_interrupted_run_is_resumed_by_shard(tmp_path, monkeypatch):
+    shards = [[row(0, GREY)], [row(1, DARK)], [row(2, GREY)]]
+    dataset = open_store(tmp_path / "d")
+    for number, rows in enumerate(shards):
+        one = open_store(write_dataset(tmp_path / f"one-{number}", rows, {"ada": DARK}))
+        dataset.put(f"data/shard-{number}.parquet", one.get(one.list("data/")[0].key))
+    dataset.put("subjects.parquet", one.get("subjects.parquet"))
+    scored, score = [], ColumnWorker.score
+
+    def fails_once(self, key):
+        scored.append(key)
+        if len(scored) == 2:
+            raise StorageError("the disk is full")
+        return score(self, key)
+
+    monkeypatch.setattr(ColumnWorker, "score", fails_once)
+    with pytest.raises(StorageError):
+        add_columns(dataset, [BRIGHTNESS])
+    assert len(dataset.list("stats/")) == 1 and not dataset.list("scores/")
+    [key] = add_columns(dataset, [BRIGHTNESS])
+    assert [name[-9] for name in scored] == ["0", "1", "1", "2"]
+    assert pq.read_table(f"{dataset.url}/{key}")["brightness"].to_pylist() == [100, 40, 100]
+    assert not dataset.list("stats/")
 
 
 def test_added_columns_are_in_the_table_and_on_the_card(dataset, tmp_path):
-    add_columns(dataset, load_columns([BRIGHTNESS]))
+    add_columns(dataset, [BRIGHTNESS])
     found = Evaluator(EvaluateSettings(dataset=dataset.url, output=str(tmp_path / "out"))).run()
     means = {(line.method, line.metric): line.mean for line in found.table if line.category == "all"}
     assert means["face-diffuser", "brightness"] == 100 and means["sdm", "brightness"] == 40
@@ -70,7 +105,7 @@ def test_a_folder_or_dataset_can_be_scored_with_others_for_one_table_only(datase
 
 
 def test_two_files_with_one_column_are_refused(dataset):
-    add_columns(dataset, load_columns([BRIGHTNESS]))
+    add_columns(dataset, [BRIGHTNESS])
     dataset.put("scores/copy.parquet", dataset.get("scores/Brightness.parquet"))
     with pytest.raises(InputError, match=r"copy\.parquet: column 'brightness' is there already"):
         read_added(dataset)

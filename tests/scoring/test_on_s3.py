@@ -4,15 +4,15 @@ import pytest
 from scoring.made import beside, row, write_dataset
 
 from facediffuser.dataset.added_columns import read_added, write_added
-from facediffuser.evaluation.add_columns import add_columns
+from facediffuser.evaluation.add_columns import column_stage
 from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
-from facediffuser.evaluation.score_settings import CopySettings
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
-from facediffuser.scoring.columns import load_columns
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
+from facediffuser.tasks.local_driver import LocalDriver
 
 
 def upload(folder, url: str) -> None:
@@ -37,7 +37,7 @@ def bucket(s3_bucket, scorers_folder, people, tmp_path, monkeypatch):
 
 def test_scorers_dataset_and_tables_may_all_lie_in_a_bucket(bucket):
     store = open_store(f"{bucket}/dataset")
-    assert add_columns(store, load_columns(["sharpness"])) == ["scores/sharpness.parquet"]
+    assert LocalDriver().run(column_stage(ScoreSettings(url=store.url))) == ["scores/sharpness.parquet"]
     identity = load_scorers(f"{bucket}/scorers").identity
     assert count_training(f"{bucket}/photos") == 1
     found = find_copies(store, identity, CopySettings(url=store.url), training_faces(f"{bucket}/photos", identity))
