@@ -5,6 +5,7 @@ from typing import Any
 from prefect import flow
 
 from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.tasks.latents import fill_latents_cache
 from facediffuser.tasks.ray_train import train_on_ray
 from facediffuser.training.train_settings import TrainSettings
 
@@ -16,5 +17,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Both models train side by side when `both` are asked for, each on half of the GPUs, or of the cores where there are none; on a
     cluster without room for two the second waits.
     """
+    fill_latents_cache(settings)
     running = {role: train_on_ray.submit(settings.of(role), len(settings.roles)) for role in settings.roles}
     return {role: future.result() for role, future in running.items()}

@@ -14,6 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from facediffuser.errors import InputError
+from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
@@ -60,6 +61,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     """
     check_train(settings)
     store = open_store(settings.output)
+    check_provenance(settings.output, runs.recorded_provenances(store), software(), settings.exact)
     done = runs.finished_step(store)
     if done is not None and done >= settings.recipe().steps:
         logger.info("%s: %s is trained already (%d steps)", settings.output, settings.role, done)

@@ -59,7 +59,12 @@ def open_cache(settings) -> Store:
 
 def moments_name(records: Records, vae_digest: str, resolution: int) -> str:
     """Return the cache key of the latents: it covers the pictures, the VAE's sha256 and the side in px."""
-    return f"moments-{records.digest()[:16]}-{vae_digest[:16]}-{resolution}"
+    return array_of_pictures(records.digest(), vae_digest, resolution)
+
+
+def array_of_pictures(digest: str, vae_digest: str, resolution: int) -> str:
+    """Return the cache key of the latents of pictures with this digest (see `Records.digest`)."""
+    return f"moments-{digest[:16]}-{vae_digest[:16]}-{resolution}"
 
 
 def embeddings_name(captions: Sequence[str], text_encoder_digest: str, tokenizer_digest: str) -> str:
@@ -80,24 +85,27 @@ def write_missing_parts(
         compute: returns the rows of a range, stacked along the first axis, float16.
         share: (rank, workers): this worker computes every `workers`-th part, from part `rank` on.
     """
-    parts = math.ceil(rows / PART_ROWS)
-    for part in range(share[0], parts, share[1]):
-        if store.exists(_key(name, part)):
-            continue
-        arrays = compute(range(part * PART_ROWS, min((part + 1) * PART_ROWS, rows)))
-        shape = ",".join(str(side) for side in arrays.shape[1:])
-        schema = pa.schema([("array", pa.binary())], metadata={b"shape": shape.encode()})
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table([[row.tobytes() for row in arrays]], schema=schema), sink, compression="none")
-        store.put(_key(name, part), sink.getvalue().to_pybytes())
-        logger.info("%s: part %d of %d written", store.url_of(name), part + 1, parts)
+    for part in range(share[0], math.ceil(rows / PART_ROWS), share[1]):
+        if not store.exists(part_key(name, part)):
+            write_part(store, name, rows, part, compute)
+
+
+def write_part(store: Store, name: str, rows: int, part: int, compute: Callable[[range], np.ndarray]) -> None:
+    """Compute and write one part of an array; the arguments as for `write_missing_parts`."""
+    arrays = compute(part_rows(part, rows))
+    shape = ",".join(str(side) for side in arrays.shape[1:])
+    schema = pa.schema([("array", pa.binary())], metadata={b"shape": shape.encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table([[row.tobytes() for row in arrays]], schema=schema), sink, compression="none")
+    store.put(part_key(name, part), sink.getvalue().to_pybytes())
+    logger.info("%s: part %d of %d written", store.url_of(name), part + 1, math.ceil(rows / PART_ROWS))
 
 
 def read_array(store: Store, name: str, rows: int) -> np.ndarray:
     """Return an array that `write_missing_parts` completed, (rows, ...) float16."""
     whole, start = np.empty((0,), np.float16), 0
     for part in range(math.ceil(rows / PART_ROWS)):
-        table = pq.read_table(pa.BufferReader(store.get(_key(name, part))))
+        table = pq.read_table(pa.BufferReader(store.get(part_key(name, part))))
         if part == 0:
             shape = tuple(int(side) for side in table.schema.metadata[b"shape"].split(b","))
             whole = np.empty((rows, *shape), np.float16)
@@ -107,7 +115,13 @@ def read_array(store: Store, name: str, rows: int) -> np.ndarray:
     return whole
 
 
-def _key(name: str, part: int) -> str:
+def part_rows(part: int, rows: int) -> range:
+    """Return which of an array's rows are in a part."""
+    return range(part * PART_ROWS, min((part + 1) * PART_ROWS, rows))
+
+
+def part_key(name: str, part: int) -> str:
+    """Return the key of a part of an array."""
     return f"{name}/part-{part:05d}.parquet"
 
 

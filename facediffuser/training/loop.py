@@ -12,6 +12,7 @@ import torch.distributed
 from torch import nn
 
 from facediffuser.errors import RunError
+from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.storage import open_store
 from facediffuser.training import training_run as runs
 from facediffuser.training.batches import Batch, image_seed
@@ -23,6 +24,7 @@ from facediffuser.training.parameters import select_trained
 from facediffuser.training.prefetch import prefetch_batches
 from facediffuser.training.recipe import Recipe
 from facediffuser.training.throughput import Throughput
+from facediffuser.training.train_check import data_fingerprint
 from facediffuser.training.train_settings import TrainSettings
 from facediffuser.training.worker_context import Worker
 
@@ -73,6 +75,8 @@ class TrainingRun:
     def __init__(self, settings: TrainSettings, worker: Worker, report: Report):
         self.settings, self.recipe, self.worker, self.report = settings, settings.recipe(), worker, report
         self.device = torch.device(worker.device)
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        self.provenance = provenance_here(torch.get_num_threads(), gpu)
         self.store = open_store(settings.output)
         self.parts = load_parts(settings, worker.device)
         named = select_trained(settings.role, self.parts.trained, self.recipe.train_image_encoder_layers)
@@ -98,7 +102,8 @@ class TrainingRun:
         """Train from the last checkpoint to the last step and write the result; return what `train_model` does."""
         settings, steps = self.settings, self.recipe.steps
         if self.worker.rank == 0:
-            runs.start(self.store, settings)
+            inputs = {"data": data_fingerprint(settings.data), "base": self.parts.digests}
+            runs.begin_or_resume_training(self.store, settings, inputs)
         self._load_last_checkpoint()
         if self.worker.rank == 0:
             self.monitor = TrainingMonitor(settings, self.store, self.report, self.step)
@@ -134,6 +139,7 @@ class TrainingRun:
         settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
         used = {"device": self.device.type, "compute_type": str(self.parts.compute_type).removeprefix("torch.")}
         record = {**result, **used, "settings": settings, "content": self.settings.content()}
+        record["computed_with"] = self.provenance
         with self._ema_weights():
             runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})
         if self.monitor:
@@ -253,7 +259,8 @@ class TrainingRun:
                 "average": [p.cpu() for p in self.average],
                 "optimiser": self.optimiser.state_dict(),
             }
-            runs.save_checkpoint(self.store, self.step, state, self.settings.keep_last, self.settings.keep_every)
+            keep = self.settings.keep_last, self.settings.keep_every
+            runs.save_checkpoint(self.store, self.step, state, *keep, computed_with=self.provenance)
             if self.monitor:
                 self.monitor.upload()
 
@@ -261,6 +268,9 @@ class TrainingRun:
         steps = runs.checkpoint_steps(self.store)
         if not steps:
             return
+        if self.settings.exact:
+            recorded = runs.recorded_provenances(self.store)
+            check_provenance(self.settings.output, recorded, self.provenance, exact=True)
         state = runs.load_checkpoint(self.store, steps[-1])
         with torch.no_grad():
             for current, saved in ((self.trained, state["trained"]), (self.average, state["average"])):

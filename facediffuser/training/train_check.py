@@ -38,11 +38,11 @@ def check_train(settings: TrainSettings) -> None:
         store.require_writable()
         runs.require_startable(store, of_role)
     require_prepared(settings.data, open_store(settings.data), "train")
-    if _is_here(settings.base):
+    if is_here(settings.base):
         base = resolve_base(settings.base)
         require_stable_diffusion(settings.base, base)
         check_model_files(base, ("unet",))
-    if settings.start_from and _is_here(settings.start_from):
+    if settings.start_from and is_here(settings.start_from):
         start = resolve_model(settings.start_from)
         for role in settings.roles:
             require_start(settings.of(role), start)
@@ -75,6 +75,12 @@ def _require_files(url: str, store: Store) -> None:
         if key.startswith(("train/", "test/")) and found.get(key) != size:
             what = "missing" if key not in found else f"{found[key]} bytes, the manifest says {size}"
             raise InputError(f"{url}/{key}: {what}; copy it again or run `facediffuser preprocess` again")
+
+
+def data_fingerprint(url: str) -> str | None:
+    """Return the fingerprint of the run that prepared the data, None when its manifest does not say."""
+    store = open_store(url)
+    return json.loads(store.get(MANIFEST)).get("fingerprint") if store.exists(MANIFEST) else None
 
 
 def require_schema(url: str, schema: pa.Schema) -> None:
@@ -132,7 +138,7 @@ def require_start(settings: TrainSettings, folder: Path) -> None:
             raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
 
 
-def _is_here(model: str) -> bool:
+def is_here(model: str) -> bool:
     """Whether a model lies on this machine, or should: its name is a path, and neither a URL nor a hub's."""
     path = Path(model).expanduser()
     return model == "miniature" or path.exists() or (path.is_absolute() and "://" not in model)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from facediffuser.settings import Seeded, Settings, Workers
+from facediffuser.settings import Exact, Seeded, Settings, Workers
 from facediffuser.training.recipe import PRESETS, Augmentation, Preset, Recipe, Role
 
 
@@ -41,7 +41,7 @@ class RunSettings(Settings):
 
 
 # A base class made at run time is beyond mypy: it does not know the recipe's fields in these settings.
-class TrainSettings(_overrides(Recipe), Workers, Seeded, RunSettings):  # type: ignore[misc]
+class TrainSettings(_overrides(Recipe), Exact, Workers, Seeded, RunSettings):  # type: ignore[misc]
     """Train the TDM or the SDM from prepared Parquet. A preset fills in what is not given."""
 
     preset: Preset | None = Field(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from facediffuser.errors import InputError
 from facediffuser.modelfolder import save_component
+from facediffuser.runs import check_provenance, differences, other_run_error, software
 from facediffuser.storage import Store
 from facediffuser.storage.reading import read_json_object
 from facediffuser.training.train_settings import TrainSettings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FIX = "repeat that run's options or give another output"
 RUN, DONE = "run.json", "final/training.json"
 PART_BYTES = 512 * 2**20
 """Bytes of a checkpoint's part: what is held in memory beside the model, and well below the 5 GB that S3 takes at once."""
@@ -35,28 +37,52 @@ PART_BYTES = 512 * 2**20
 
 
 def require_startable(store: Store, settings: TrainSettings) -> None:
-    """Raise InputError when the output holds a run that these settings may not go on with."""
+    """Raise InputError when the output holds a run that these settings may not resume."""
     if not store.exists(RUN):
         if store.list(""):
             raise InputError(f"{settings.output}: holds something else than a training run; give another output")
         return
     if not settings.resume:
         raise InputError(
-            f"{settings.output}: holds a training run; add --resume to go on with it, or give another output"
+            f"{settings.output}: holds a training run; add --resume to continue it, or give another output"
         )
     fix = "put it back, or give another output"
     earlier, ours = read_json_object(store, RUN, fix, {"content": dict})["content"], settings.content()
-    differing = sorted(key for key in ours.keys() | earlier.keys() if ours.get(key) != earlier.get(key))
-    if differing:
-        told = ", ".join(f"{key} was {earlier.get(key)!r}, now {ours.get(key)!r}" for key in differing)
-        raise InputError(f"{settings.output}: holds a run with other settings ({told}); give those or another output")
+    if earlier != ours:
+        # Another role differs in most of the recipe: it is named before what follows from it.
+        found = sorted(differences(earlier, ours), key=lambda line: not line.startswith("role "))
+        raise other_run_error(settings.output, found, FIX)
+    if settings.exact:
+        check_provenance(settings.output, recorded_provenances(store), software(), exact=True)
 
 
-def start(store: Store, settings: TrainSettings) -> None:
-    """Write what run this is, unless it is there already."""
+def begin_or_resume_training(store: Store, settings: TrainSettings, inputs: dict[str, Any] | None = None) -> None:
+    """Write what run this is, or compare it with the run that is there.
+
+    Args:
+        store: the output.
+        settings: settings of a single role.
+        inputs: what identifies the inputs: the fingerprint of the prepared data, the digests of the base's parts. Runs
+            of earlier versions do not say theirs; they are resumed with any.
+
+    Raises:
+        InputError: the run there was trained from other inputs.
+    """
+    inputs = inputs or {}
     if not store.exists(RUN):
-        record = {"content": settings.content(), "settings": settings.model_dump(mode="json")}
+        record = {"content": settings.content(), "inputs": inputs, "settings": settings.model_dump(mode="json")}
         store.put(RUN, json.dumps(record, indent=1).encode())
+        return
+    earlier = json.loads(store.get(RUN)).get("inputs") or {}
+    if found := differences(earlier, {name: inputs.get(name) for name in earlier}):
+        raise other_run_error(settings.output, found, FIX)
+
+
+def recorded_provenances(store: Store) -> list[dict[str, Any]]:
+    """Return what the last checkpoint was computed with; none without a checkpoint, or with one of earlier versions."""
+    steps = checkpoint_steps(store)
+    found = json.loads(store.get(f"{_name(steps[-1])}.json")).get("computed_with") if steps else None
+    return [found] if found else []
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -68,14 +94,26 @@ def checkpoint_steps(store: Store) -> list[int]:
     return sorted(int(key.removesuffix(".json")[-8:]) for key in keys if key.endswith(".json"))
 
 
-def save_checkpoint(store: Store, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> None:
-    """Write a checkpoint whole or not at all, then remove all but the last few and those of every `keep_every` steps."""
+def save_checkpoint(
+    store: Store,
+    step: int,
+    state: dict[str, Any],
+    keep_last: int,
+    keep_every: int = 0,
+    computed_with: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint whole or not at all, then remove all but the last few and those of every `keep_every` steps.
+
+    `computed_with`: the provenance, for the checkpoint's mark.
+    """
     import torch
 
     parts = _Parts(store, _name(step))
     torch.save(state, parts)
     parts.close()
-    store.put(f"{_name(step)}.json", json.dumps({"step": step, "parts": parts.count}).encode())
+    store.put(
+        f"{_name(step)}.json", json.dumps({"step": step, "parts": parts.count, "computed_with": computed_with}).encode()
+    )
     logger.info("%s: kept", store.url_of(_name(step)))
     for old in checkpoint_steps(store)[:-keep_last]:
         if not keep_every or old % keep_every:

@@ -42,7 +42,7 @@ def cases(root: Path) -> dict[str, tuple[list[str], str]]:
         (root / place).mkdir()
     from facediffuser.storage import open_store
 
-    runs.start(open_store(demo.output), demo)
+    runs.begin_or_resume_training(open_store(demo.output), demo)
     (root / "photos").mkdir()
     shutil.copy(root / "people" / "ada" / "1.png", root / "photos" / "1.png")
     out, people = ["--output", str(root / "out")], ["--subjects", str(root / "people")]
@@ -70,7 +70,7 @@ def cases(root: Path) -> dict[str, tuple[list[str], str]]:
         "train data": (["train", "tdm", "--data", nowhere, "--base", "miniature", *out], "no train/*.parquet there"),
         "train output": (["train", "tdm", "--data", nowhere, "--base", "miniature", "--output", str(root / "full")],
                          "holds something else"),
-        "demo": (["demo", "--output", str(root / "demo")], "holds a run with other settings (encoder_learning_rate was None, now 5e-05"),
+        "demo": (["demo", "--output", str(root / "demo")], "holds another run (encoder_learning_rate None there, 5e-05 here"),
         "score": (["score", str(root / "people")], "no data/*.parquet there"),
         "copies": (["copies", str(root / "people")], "no data/*.parquet there"),
         "repair": (["repair", nowhere], "no such folder"),

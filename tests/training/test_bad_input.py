@@ -135,19 +135,43 @@ def test_an_output_that_holds_another_run_is_refused_with_the_difference(setting
     store = open_store(settings("tdm").output)
     with pytest.raises(InputError, match="--resume"):
         runs.require_startable(store, settings("tdm"))
-    for other, told in (({"seed": 3}, "seed was 0, now 3"), ({"batch_size": 1}, "batch_size was 2, now 1")):
+    for other, told in (({"seed": 3}, "seed 0 there, 3 here"), ({"batch_size": 1}, "batch_size 2 there, 1 here")):
         with pytest.raises(InputError, match=told):
             runs.require_startable(store, settings("tdm", resume=True, **other))
-    with pytest.raises(InputError, match="role was 'tdm', now 'sdm'"):
+    with pytest.raises(InputError, match="role tdm there, sdm here"):
         runs.require_startable(store, settings("sdm", resume=True))
 
 
 def test_a_run_without_a_checkpoint_yet_may_be_gone_on_with_and_only_as_it_was(settings):
     chosen = settings("tdm", resume=True)
-    runs.start(open_store(chosen.output), chosen)
+    runs.begin_or_resume_training(open_store(chosen.output), chosen)
     runs.require_startable(open_store(chosen.output), chosen)
     with pytest.raises(InputError, match="seed"):
         runs.require_startable(open_store(chosen.output), settings("tdm", resume=True, seed=1))
+
+
+def test_other_inputs_are_another_run_and_a_run_of_an_earlier_version_does_not_say_its_inputs(settings):
+    chosen = settings("tdm", resume=True)
+    store = open_store(chosen.output)
+    runs.begin_or_resume_training(store, chosen, {"data": "a", "base": {"vae": "1"}})
+    runs.begin_or_resume_training(store, chosen, {"data": "a", "base": {"vae": "1"}})
+    with pytest.raises(InputError, match="base.vae 1 there, 2 here; data a there, b here"):
+        runs.begin_or_resume_training(store, chosen, {"data": "b", "base": {"vae": "2"}})
+    record = json.loads(store.get(runs.RUN))
+    del record["inputs"]
+    store.put(runs.RUN, json.dumps(record).encode())
+    runs.begin_or_resume_training(store, chosen, {"data": "b"})
+
+
+def test_another_provenance_is_resumed_and_refused_where_the_exact_is_asked_for(settings, monkeypatch):
+    train_model(settings("tdm", steps=1), lambda numbers: None)
+    store = open_store(settings("tdm").output)
+    [recorded] = runs.recorded_provenances(store)
+    assert recorded["libraries"]["torch"] and recorded["hardware"] and recorded["threads"] == 1
+    monkeypatch.setattr("facediffuser.runs.__version__", "99.0")
+    runs.require_startable(store, settings("tdm", steps=1, resume=True))
+    with pytest.raises(InputError, match="code .* there, 99.0 here.*leave --exact out"):
+        runs.require_startable(store, settings("tdm", steps=1, resume=True, exact=True))
 
 
 def test_an_output_that_holds_something_else(settings, tmp_path):
