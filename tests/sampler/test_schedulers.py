@@ -1,6 +1,7 @@
 """Which scheduler samples where none is named, what is said of it, and how a pipeline gets it."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from diffusers import PNDMScheduler
@@ -64,7 +65,7 @@ def test_the_picture_of_the_method_is_sampled_as_generate_would(pipeline, pictur
     given = {"models": str(tmp_path / "model"), "prompt": "a man <|image|> reading", "reference": [tmp_path / "face.png"],
              "steps": 4, "columns": 2, "device": "cpu"}  # fmt: skip
     pictures = {
-        name: explain(ExplainSettings(**given, scheduler=name, output=tmp_path / f"{name}.png")).read_bytes()
+        name: Path(explain(ExplainSettings(**given, scheduler=name, output=tmp_path / f"{name}.png"))).read_bytes()
         for name in (None, "dpm", "pndm")
     }
     assert pictures[None] == pictures["dpm"] != pictures["pndm"]
