@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
-WAIT_TIMEOUT_S = 120.0
+WAIT_TIMEOUT_S = 240.0
 LOG_ENTRY = re.compile(r"^(?=\d\d:\d\d:\d\d\.\d+ \|)", re.MULTILINE)
 SERVICE_ERROR = re.compile(r"\S+ \| (ERROR|CRITICAL) +\| (docket|prefect\.server\.(services|events))\b")
 
@@ -86,7 +86,7 @@ class PrefectHouse:
         own clients do.
         """
         end = time.monotonic() + WAIT_TIMEOUT_S
-        while (answer := httpx.request(method, f"{self.api_url}/{path}", json=body, timeout=20)).status_code == 503:
+        while (answer := httpx.request(method, f"{self.api_url}/{path}", json=body, timeout=60)).status_code == 503:
             if time.monotonic() > end:
                 break
             time.sleep(0.2)
