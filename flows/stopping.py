@@ -9,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import Flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
@@ -23,6 +25,7 @@ from facediffuser.errors import Stopped
 
 STOPPED = "Stopped"
 KILLED = "the run's process was killed, or its worker stopped; the next run with the same settings resumes it"
+REPORT_TRIES, LONGEST_WAIT_S = 12, 30.0
 
 _watcher: subprocess.Popen[bytes] | None = None
 
@@ -69,12 +72,21 @@ def watch() -> None:
     with get_client(sync_client=True) as client:
         for line in sys.stdin.readlines():
             run_id, state_id = map(UUID, line.split())
-            try:
-                run = client.read_flow_run(run_id)
-            except ObjectNotFound:
-                continue
-            if run.state is not None and run.state.id == state_id:
-                client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=KILLED))
+            for attempt in range(REPORT_TRIES):
+                try:
+                    _report_killed(client, run_id, state_id)
+                    break
+                except httpx.HTTPError:
+                    time.sleep(min(2.0**attempt, LONGEST_WAIT_S))  # a server that is busy or away for a moment
+
+
+def _report_killed(client: SyncPrefectClient, run_id: UUID, state_id: UUID) -> None:
+    try:
+        run = client.read_flow_run(run_id)
+    except ObjectNotFound:
+        return
+    if run.state is not None and run.state.id == state_id:
+        client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=KILLED))
 
 
 if __name__ == "__main__":
