@@ -9,6 +9,7 @@ from facediffuser.errors import InputError
 EXTRAS = {
     "pipeline": (
         "accelerate",
+        "cachetools",
         "diffusers",
         "facenet_pytorch",
         "huggingface_hub",

@@ -27,7 +27,7 @@ from facediffuser.errors import InputError
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
-from facediffuser.prompts import count_markers
+from facediffuser.prompts import count_markers, require_marked_words
 from facediffuser.schedulers import warn_of_few_steps
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
 from facediffuser.subject import SubjectFuser
@@ -370,6 +370,8 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         """
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("prompt and prompt_embeds: give one of the two")
+        for text in () if prompt is None else _prompt_list(prompt):
+            require_marked_words(text)
         if not math.isfinite(guidance_scale):
             raise InputError(f"guidance_scale {guidance_scale}: give a finite number")
         counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}

@@ -17,6 +17,7 @@ from facediffuser.flows.flow_settings import ClaimSettings
 from facediffuser.miniature.render import write_subjects
 from facediffuser.settings import Sampling, Seeded
 from facediffuser.storage import open_store
+from facediffuser.storage.output import put_folder
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000
@@ -30,8 +31,7 @@ def render_people(count: int, url: str) -> str:
         with tempfile.TemporaryDirectory(prefix="facediffuser-people-") as name:
             folder = Path(name) / "subjects"
             write_subjects(folder, FIRST_PERSON, count=count)
-            for path in [*sorted(folder.rglob("*.png")), folder / "subjects.csv"]:
-                store.put(path.relative_to(folder).as_posix(), path.read_bytes())
+            put_folder(store, folder, "subjects.csv")
     return url
 
 

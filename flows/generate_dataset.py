@@ -45,7 +45,7 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
-    """Return what a run would make: counts and a few example rows; also told in the log."""
+    """Return what a run would make: counts and a few example rows; also logged."""
     job, plan = prepared.job, prepared.plan
     examples = next(plan.tables(EXAMPLES)).select(["sample_id", "prompt", "subject_ids", "seed"]).to_pylist()
     for row in examples:

@@ -1,4 +1,4 @@
-"""Progress of long work, told three ways at once: a bar in a terminal, log lines, a Prefect progress artifact."""
+"""Progress of long work, shown in three ways at once: a bar in a terminal, log lines, a Prefect progress artifact."""
 
 import logging
 import re

@@ -55,7 +55,7 @@ class _Board:
 def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, Any]:
     """Train one model on Ray and return role, step, loss, seconds and output.
 
-    `side_by_side`: how many trainings share the cluster; each takes its share of GPUs or cores unless told otherwise. A
+    `side_by_side`: how many trainings share the cluster; each takes its share of GPUs or cores unless the settings say otherwise. A
     finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
     `max_failures` times. Raises InputError before anything is written when the output holds another run, and DivergedError.
     """
@@ -123,11 +123,11 @@ def _show(progress: Progress, numbers: dict[str, float], log_every: int) -> None
         # A run that goes on from a checkpoint.
         progress.skip(steps)
         return
-    told = {
+    formats = {
         "loss": "loss {:.4f}", "localization": "localization {:.3f}", "validation_loss": "validation {:.4f}",
         "learning_rate": "learning rate {:.1e}", "images_per_second": "{:.1f} images/s",
     }  # fmt: skip
-    progress.advance(steps, ", ".join(text.format(numbers[name]) for name, text in told.items() if name in numbers))
+    progress.advance(steps, ", ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers))
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -1,8 +1,5 @@
 """What a user brings to `generate`: subjects with reference pictures, prompts with places for subjects."""
 
-import csv
-import io
-import json
 import logging
 import posixpath
 import re
@@ -11,9 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from facediffuser.dataset.input_tables import (
+    csv_rows,
+    json_rows,
+    normalised,
+    parquet_rows,
+    read_table_file,
+    require_columns,
+    require_text,
+    shown_value,
+)
 from facediffuser.errors import InputError
 from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, ends_in_word, require_marked_words
@@ -23,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CLASS_WORD = "person"
 SUBJECTS_TABLE = "subjects.csv"
-# Tables are read whole: one of more bytes is none that a person or a program wrote on purpose.
-MOST_TABLE_BYTES = 1 << 28
-PARQUET_BATCH_ROWS = 1 << 10
-MOST_SHOWN_CHARACTERS = 200
 # These separate the parts of a sample_id, so that it is unique and can be a file name everywhere.
 RESERVED = "+~/\\"
 PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
@@ -133,8 +133,8 @@ def _class_words(store: Store) -> dict[str, str]:
         return {}
     name = store.url_of(SUBJECTS_TABLE)
     words: dict[str, str] = {}
-    for number, row in _csv_rows(read_table_file(store, SUBJECTS_TABLE), name, SUBJECT_COLUMNS):
-        _require_columns(row, SUBJECT_COLUMNS, ("subject_id",), name)
+    for number, row in csv_rows(read_table_file(store, SUBJECTS_TABLE), name, SUBJECT_COLUMNS):
+        require_columns(row, SUBJECT_COLUMNS, ("subject_id",), name)
         identifier, word = normalised((row["subject_id"] or "").strip()), (row.get("class_word") or "").strip()
         if identifier in words:
             raise InputError(f"{name} row {number}: subject {identifier!r} is there twice; keep one")
@@ -182,15 +182,15 @@ def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt
         raise InputError(f"{name}: unknown kind of file {suffix!r}; give .jsonl, .csv or .parquet")
     data = read_table_file(open_store(path.parent), path.name)
     if suffix == ".csv":
-        rows = _csv_rows(data, name, PROMPT_COLUMNS)
+        rows = csv_rows(data, name, PROMPT_COLUMNS)
     elif suffix == ".parquet":
-        rows = _parquet_rows(data, name)
+        rows = parquet_rows(data, name, PROMPT_COLUMNS)
     else:
-        rows = _json_rows(data, name)
+        rows = json_rows(data, name)
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for number, row in rows:
-        _require_columns(row, PROMPT_COLUMNS, ("prompt",), name)
+        require_columns(row, PROMPT_COLUMNS, ("prompt",), name)
         prompt = _prompt(row, number, len(prompts), name, subjects_per_image)
         if prompt.prompt_id in seen:
             raise InputError(
@@ -212,11 +212,11 @@ def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: i
     require_text(text, where, "prompt")
     category = row.get("category")
     if category is not None and not isinstance(category, str):
-        raise InputError(f"{where}: category {_shown(category)} is no text; put it in quotes")
+        raise InputError(f"{where}: category {shown_value(category)} is no text; put it in quotes")
     require_text(category or "", where, "category")
     given = row.get("prompt_id")
     if given is not None and not isinstance(given, str | int | float):
-        raise InputError(f"{where}: prompt_id {_shown(given)} is no text; put it in quotes")
+        raise InputError(f"{where}: prompt_id {shown_value(given)} is no text; put it in quotes")
     identifier = normalised(str(given).strip()) if given not in (None, "") else f"p{index:05d}"
     _require_id(identifier, where, "prompt_id")
     pieces, order = parse_template(text.strip(), subjects, where)
@@ -229,7 +229,7 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
     A place is `{subject}` (of one), `{subject_1}`, `{subject_2}` ..., or the marker `<|image|>` after a word. Raises
     InputError unless every subject is named exactly once, and, with `subjects`, unless there are so many.
     """
-    shown = _shown(text)
+    shown = shown_value(text)
     if IMAGE_MARKER in text:
         pieces = text.split(IMAGE_MARKER)
         if _PLACEHOLDER.search(text):
@@ -244,7 +244,7 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
     for name in names:
         if not _SUBJECT_NAME.fullmatch(name):
             raise InputError(
-                f"{where}: {_shown('{' + name + '}', quoted=False)} in {shown} is no subject; write {wanted}"
+                f"{where}: {shown_value('{' + name + '}', quoted=False)} in {shown} is no subject; write {wanted}"
             )
     if not names:
         raise InputError(f"{where}: {shown} names no subject; write {wanted} where the subject belongs")
@@ -253,7 +253,7 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
     order = [int(name.partition("_")[2] or 1) - 1 for name in names]
     if subjects is not None and max(order) >= subjects:
         raise InputError(f"{where}: {shown} names {{subject_{max(order) + 1}}} but an image has {subjects} "
-                         f"subject{'s' * (subjects > 1)}; leave --subjects-per-image out or mend the prompt")  # fmt: skip
+                         f"subject{'s' * (subjects > 1)}; leave --subjects-per-image out or correct the prompt")  # fmt: skip
     if sorted(order) != list(range(subjects or len(order))):
         needed = wanted if subjects else _wanted(max(*order, len(order) - 1) + 1)
         raise InputError(f"{where}: {shown} does not name each subject once; write {needed}, each once")
@@ -267,138 +267,9 @@ def _wanted(subjects: int) -> str:
     return "{subject}" if subjects < 2 else ", ".join(f"{{subject_{n + 1}}}" for n in range(subjects))
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def read_table_file(store: Store, key: str) -> bytes:
-    """Return the file of a table; InputError when it may not be read or is larger than MOST_TABLE_BYTES."""
-    name = store.url_of(key)
-    try:
-        with store.open(key) as file:
-            data = file.read(MOST_TABLE_BYTES + 1)
-    except (PermissionError, FileNotFoundError) as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    if len(data) > MOST_TABLE_BYTES:
-        raise InputError(f"{name}: file too large, at most {MOST_TABLE_BYTES:,} bytes are read; split it")
-    return data
-
-
-def _json_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    # Lines end at line feeds alone: JSON may hold U+2028 and other ends of lines inside of its strings.
-    for number, line in enumerate(_text(data, name).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{name} row {number}: not JSON; write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{name} row {number}: not an object; write {{"prompt": "..."}}')
-        rows.append((number, row))
-    return rows
-
-
-def _csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), strict=True)
-    rows = []
-    try:
-        columns = reader.fieldnames or []
-        require_column_names(columns, name)
-        for row in reader:
-            if None in row:
-                raise InputError(f"{name} row {reader.line_num}: more cells than the header; quote cells with commas")
-            rows.append((reader.line_num, row))
-    except csv.Error as error:
-        raise InputError(f"{name} row {reader.line_num}: not CSV ({error})") from None
-    if not rows and columns:
-        _require_columns(dict.fromkeys(columns), known, (), name)
-    return rows
-
-
-def require_column_names(columns: Sequence[str], name: str) -> None:
-    """Raise InputError for columns of a table without a name, as pandas writes its index, or with the same one."""
-    for number, column in enumerate(columns, 1):
-        if not column.strip():
-            raise InputError(
-                f"{name}: column {number} has no name; name or remove it (pandas: to_csv(..., index=False))"
-            )
-        if column in columns[: number - 1]:
-            raise InputError(f"{name}: two columns are called {_shown(column)}; keep one")
-
-
-def _parquet_rows(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
-    rows: list[tuple[int, dict[str, Any]]] = []
-    size = 0
-    try:
-        with pq.ParquetFile(io.BytesIO(data)) as file:
-            _require_columns(dict.fromkeys(file.schema_arrow.names), PROMPT_COLUMNS, (), name)
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                size += batch.nbytes
-                if size > MOST_TABLE_BYTES:
-                    raise InputError(f"{name}: holds more than {MOST_TABLE_BYTES:,} bytes of text; split it")
-                rows += _batch_rows(batch, len(rows) + 1, name)
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: not a Parquet file, or a damaged one ({type(error).__name__}); give another"
-        ) from None
-    return rows
-
-
-def _batch_rows(batch: pa.RecordBatch, first: int, name: str) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    for place in range(batch.num_rows):
-        row = {}
-        for column, values in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                row[column] = values[place].as_py()
-            except UnicodeDecodeError:
-                raise InputError(f"{name} row {first + place}: {column} is not UTF-8 text; write it again") from None
-        rows.append((first + place, row))
-    return rows
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{name} row {row}: not UTF-8 text; save it as UTF-8") from None
-
-
-def normalised(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC), in which names are compared."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _shown(value: object, quoted: bool = True) -> str:
-    """Return a value for a message: escaped as in Python, and cut where it is long."""
-    text = repr(value)
-    text = text if quoted else text[1:-1]
-    return text if len(text) <= MOST_SHOWN_CHARACTERS else text[:MOST_SHOWN_CHARACTERS] + "..."
-
-
-def require_text(text: str, where: str, kind: str) -> None:
-    """Raise InputError for text that a dataset cannot hold: halves of characters, and control characters but space."""
-    for place, char in enumerate(text, 1):
-        if "\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") or char == "\x7f":
-            raise InputError(f"{where}: character {place} of the {kind} is {char!r}, no text; remove it")
-
-
-def _require_columns(row: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], name: str) -> None:
-    unknown = [column for column in row if column not in known]
-    if unknown:
-        raise InputError(f"{name}: unknown column {_shown(unknown[0])}; known are {', '.join(known)}")
-    for column in needed:
-        if column not in row:
-            raise InputError(f"{name}: no column {column!r}; known are {', '.join(known)}")
-
-
 def _require_id(identifier: str, where: str, kind: str) -> None:
     bad = [char for char in identifier if char in RESERVED or unicodedata.category(char).startswith("C")]
     if bad or identifier in ("", ".", "..") or identifier != identifier.strip() or len(identifier) > 120:
         raise InputError(
-            f"{where}: {kind} {_shown(identifier)} cannot be a name; use letters, digits, '-', '_' and '.'"
+            f"{where}: {kind} {shown_value(identifier)} cannot be a name; use letters, digits, '-', '_' and '.'"
         )

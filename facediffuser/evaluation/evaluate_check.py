@@ -14,7 +14,7 @@ from facediffuser.evaluation.training_faces import training_keys
 from facediffuser.generation.generate_check import check_generate
 from facediffuser.scoring.columns import find_column
 from facediffuser.scoring.folder import require_scorers
-from facediffuser.storage import open_store
+from facediffuser.storage import Store, open_store
 
 
 def check_evaluate(settings: EvaluateSettings) -> None:
@@ -35,20 +35,23 @@ def check_evaluate(settings: EvaluateSettings) -> None:
 
 def check_score(settings: ScoreSettings) -> None:
     """Raise InputError when there is no dataset, when it cannot be written to, or when a scorer is not to be found."""
-    store = open_store(settings.url)
-    list_shards(store)
-    store.require_writable()
-    require_sealable(store)
+    _require_extendable(settings.url)
     for name in settings.add:
         find_column(name)
 
 
 def check_copies(settings: CopySettings) -> None:
     """Raise InputError when there is no dataset, no training set where one is named, or no scorers."""
-    store = open_store(settings.url)
-    list_shards(store)
-    store.require_writable()
-    require_sealable(store)
+    store = _require_extendable(settings.url)
     if settings.training:
         training_keys(settings.training)
     require_scorers(settings.scorers or scorers_of(store))
+
+
+def _require_extendable(url: str) -> Store:
+    """Return the store of a dataset to which columns can be added; InputError when there is none or it is damaged."""
+    store = open_store(url)
+    list_shards(store)
+    store.require_writable()
+    require_sealable(store)
+    return store

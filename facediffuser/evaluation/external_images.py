@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from facediffuser.dataset.inputs import Prompt, Subject, normalised, parse_template, require_column_names, require_text
+from facediffuser.dataset.input_tables import normalised, require_column_names, require_text
+from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.errors import InputError
 from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
@@ -134,7 +135,7 @@ def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], su
     known = by_id[prompt_id]
     if known.subjects != subjects:
         raise InputError(
-            f"{place}: prompt {prompt_id!r} names {known.subjects} subjects, the line {subjects}; mend one of the two"
+            f"{place}: prompt {prompt_id!r} names {known.subjects} subjects, the line {subjects}; correct one of the two"
         )
     return replace(known, category=category or known.category)
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.dataset.added_columns import Added, read_added
-from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects, read_table_file
+from facediffuser.dataset.input_tables import read_table_file
+from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
 from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file

@@ -34,7 +34,7 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """Return what two pictures are told alike by: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
+    """Return by what two pictures are compared: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
 
     Another size, another encoding, another brightness or contrast change it hardly.
     """

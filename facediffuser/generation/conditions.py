@@ -1,12 +1,12 @@
 """What the models are conditioned on: each prompt encoded once, each subject's references encoded once per worker."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from cachetools import LRUCache
 
 from facediffuser.dataset.references import References, load_references, references_of
 from facediffuser.dataset.schema import SUBJECTS_KEY
@@ -37,11 +37,11 @@ class ConditionCache:
         self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
         self.given = references
         self.null = pipeline.encode_prompt(negative_prompt)
-        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._fused: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._texts: LRUCache[str, torch.Tensor] = LRUCache(KEPT)
+        self._fused: LRUCache[tuple, torch.Tensor] = LRUCache(KEPT)
         self._references: dict[str, References] = {}
         self._checked = False
-        self._subjects: OrderedDict[str, tuple[torch.Tensor | None, np.ndarray]] = OrderedDict()
+        self._subjects: LRUCache[str, tuple[torch.Tensor | None, np.ndarray]] = LRUCache(KEPT)
 
     def open(self, rows: list[dict[str, Any]]) -> None:
         """Fetch the references that the rows of a shard need; a store that fails fails here, not in a row."""
@@ -73,7 +73,7 @@ class ConditionCache:
         return [self._subject(name)[1] for name in subject_ids]
 
     def _text(self, prompt: str) -> torch.Tensor:
-        return _kept(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))
+        return _get_or_make(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))
 
     def _augmented(self, row: dict[str, Any]) -> torch.Tensor:
         names, prompt = tuple(row["subject_ids"]), row["prompt"]
@@ -82,7 +82,7 @@ class ConditionCache:
             embeds = torch.stack([self._subject(name)[0] for name in names])
             return self.pipeline.fuse([prompt], [embeds], self._text(prompt))
 
-        return _kept(self._fused, (names, prompt), fuse)
+        return _get_or_make(self._fused, (names, prompt), fuse)
 
     def _subject(self, name: str) -> tuple[torch.Tensor | None, np.ndarray]:
         def load() -> tuple[torch.Tensor | None, np.ndarray]:
@@ -91,14 +91,11 @@ class ConditionCache:
             shown = self.pipeline.encode_references(found.images).mean(dim=0) if self.with_subjects else None
             return shown, subject_embedding(found.identities)
 
-        return _kept(self._subjects, name, load)
+        return _get_or_make(self._subjects, name, load)
 
 
-def _kept(cache: OrderedDict, key: Any, make: Callable[[], Any]) -> Any:
+def _get_or_make(cache: LRUCache, key: Any, make: Callable[[], Any]) -> Any:
     if key in cache:
-        cache.move_to_end(key)
         return cache[key]
     cache[key] = value = make()
-    while len(cache) > KEPT:
-        cache.popitem(last=False)
     return value

@@ -171,11 +171,11 @@ class ShardGenerator:
         return finished, counts
 
     def _denoise_or_split(
-        self, rows: list[Row], clock: "Clock", counts: Counter, again: bool = False
+        self, rows: list[Row], clock: "Clock", counts: Counter, retry: bool = False
     ) -> list[tuple[Row, Any]]:
         """Return each row with (image, subject fraction), or with the error that a single row kept making.
 
-        A batch that fails is made once more whole (a passing fault then leaves no trace in the bytes), then row by row;
+        A batch that fails is retried whole once (a passing fault then leaves no trace in the bytes), then row by row;
         one that does not fit the memory is halved.
         """
         try:
@@ -183,19 +183,19 @@ class ShardGenerator:
                 return list(zip(rows, self._denoise(rows), strict=True))
         except Exception as error:
             _require_row_error(error)
-            if len(rows) == 1 and again:
-                logger.warning("%s: failed: %s", rows[0]["sample_id"], told(error))
+            if len(rows) == 1 and retry:
+                logger.warning("%s: failed: %s", rows[0]["sample_id"], error_line(error))
                 return [(rows[0], error)]
             if isinstance(error, torch.OutOfMemoryError):
                 counts["out_of_memory"] += 1
                 parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows]
             else:
                 counts["denoise"] += 1
-                parts = [[row] for row in rows] if again else [rows]
-            logger.warning("a batch of %d failed (%s); made again in %d parts", len(rows), told(error), len(parts))
+                parts = [[row] for row in rows] if retry else [rows]
+            logger.warning("a batch of %d failed (%s); retried in %d parts", len(rows), error_line(error), len(parts))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, again=True)]
+        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, retry=True)]
 
     def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None] | NotFiniteError]:
         first = rows[0]
@@ -214,7 +214,7 @@ class ShardGenerator:
             # Noise of a row's own generator on the CPU: the same wherever and beside whatever the row is made.
             generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
         )
-        # Rows whose numbers are not finite fail by themselves: made again they would end the same way.
+        # Rows whose numbers are not finite fail by themselves: a retry would end the same way.
         return [
             NotFiniteError(error) if error else (image, None if fraction != fraction else float(fraction))
             for image, fraction, error in zip(out.images, out.subject_fraction, out.errors, strict=True)
@@ -226,7 +226,7 @@ class ShardGenerator:
         return [failed_row(row, result) if isinstance(result, Exception) else next(finished) for row, result in made]
 
     def _finish_parts(
-        self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter, again: bool = False
+        self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter, retry: bool = False
     ) -> list[Row]:
         if not made:
             return []
@@ -234,12 +234,14 @@ class ShardGenerator:
             return self._finish(made, clock)
         except Exception as error:
             _require_row_error(error)
-            if len(made) == 1 and again:
+            if len(made) == 1 and retry:
                 return [failed_row(made[0][0], error)]
             counts["finish"] += 1
-            parts = [[one] for one in made] if again else [made]
-            logger.warning("scoring %d images failed (%s); again in %d parts", len(made), told(error), len(parts))
-        return [row for part in parts for row in self._finish_parts(part, clock, counts, again=True)]
+            parts = [[one] for one in made] if retry else [made]
+            logger.warning(
+                "scoring %d images failed (%s); retried in %d parts", len(made), error_line(error), len(parts)
+            )
+        return [row for part in parts for row in self._finish_parts(part, clock, counts, retry=True)]
 
     def _finish(self, made: list[tuple[Row, tuple[Image.Image, float | None]]], clock: "Clock") -> list[Row]:
         images = [image for _, (image, _) in made]
@@ -274,10 +276,10 @@ class ShardGenerator:
 
 def failed_row(row: Row, error: Exception) -> Row:
     """Return a planned row as it ends when it cannot be made."""
-    return row | {field.name: None for field in RESULT_FIELDS} | {"status": "failed", "error": told(error)}
+    return row | {field.name: None for field in RESULT_FIELDS} | {"status": "failed", "error": error_line(error)}
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return an error in one line, without the credentials of this process."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")

@@ -104,11 +104,11 @@ def scan_store(url: str) -> FileTable:
 def _scan_folder(root: Path) -> tuple[dict[str, int], frozenset[str]]:
     """The sizes of a folder's files, and the names that are no files; linked folders are gone into, each once."""
 
-    def told(error: OSError) -> None:
+    def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
     sizes, others, seen = {}, set(), set()
-    for folder, below, names in os.walk(root, followlinks=True, onerror=told):
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         place = os.path.realpath(folder)
         if place in seen:
             below.clear()

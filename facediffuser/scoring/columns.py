@@ -129,4 +129,4 @@ def _made(name: str, device: str) -> ColumnScorer:
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"scorer {name!r}: does not load ({error}); mend it or leave it out") from error
+        raise InputError(f"scorer {name!r}: does not load ({error}); fix it or leave it out") from error

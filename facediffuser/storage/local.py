@@ -90,7 +90,7 @@ class LocalStore(Store):
                     state = path.stat()
                 except FileNotFoundError:
                     if entry.is_symlink():
-                        raise InputError(f"{path}: a link that leads nowhere; mend or remove it") from None
+                        raise InputError(f"{path}: a link that leads nowhere; correct or remove it") from None
                     continue  # removed between the listing and the look
                 if not stat.S_ISREG(state.st_mode):
                     raise InputError(f"{path}: not a regular file (a pipe, socket or device); remove it")

@@ -291,7 +291,7 @@ def test_parquet_of_no_text_is_refused_with_its_row(tmp_path):
 def test_a_parquet_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     pq.write_table(pa.table({"prompt": ["{subject} " + "x" * 10_000] * 5000}), tmp_path / "p.parquet")
     assert (tmp_path / "p.parquet").stat().st_size < 100_000
-    monkeypatch.setattr("facediffuser.dataset.inputs.MOST_TABLE_BYTES", 20_000_000)
+    monkeypatch.setattr("facediffuser.dataset.input_tables.MOST_TABLE_BYTES", 20_000_000)
     with pytest.raises(InputError, match="p.parquet: holds more than 20,000,000 bytes"):
         read_prompts(str(tmp_path / "p.parquet"))
 
@@ -312,7 +312,7 @@ def test_files_that_cannot_be_read_whole_are_refused(people, tmp_path, monkeypat
             read_prompts(path)
         with pytest.raises(InputError, match=r"subjects.csv: cannot be read"):
             read_subjects(str(people))
-    monkeypatch.setattr("facediffuser.dataset.inputs.MOST_TABLE_BYTES", 20)
+    monkeypatch.setattr("facediffuser.dataset.input_tables.MOST_TABLE_BYTES", 20)
     with pytest.raises(InputError, match="prompts.jsonl: file too large"):
         read_prompts(path)
 

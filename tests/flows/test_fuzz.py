@@ -75,6 +75,7 @@ def test_hostile_input_is_one_line_and_nothing_is_written(command, templates):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_much_hostile_input_is_one_line_and_nothing_is_written(command, templates, capsys):
     tried = try_inputs(command, templates, 300)
+    assert tried["options"].refused
     with capsys.disabled():
         print(
             f"\n{command}: "

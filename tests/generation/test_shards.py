@@ -24,7 +24,7 @@ from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.generation.job import prepare
-from facediffuser.generation.shard_generator import ShardGenerator, told
+from facediffuser.generation.shard_generator import ShardGenerator, error_line
 
 
 class Stumbling:
@@ -179,7 +179,7 @@ def test_an_error_that_is_not_the_rows_ends_the_worker_and_writes_nothing(made, 
 
 def test_errors_of_rows_do_not_tell_credentials(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
-    assert "marked-secret" not in told(RuntimeError("sent marked-secret to the server"))
+    assert "marked-secret" not in error_line(RuntimeError("sent marked-secret to the server"))
 
 
 def test_datasets_decodes_the_images_by_itself(made, tmp_path):

@@ -398,6 +398,8 @@ def test_half_precision_folders_are_loaded_as_float32_unless_told(pipeline, tmp_
         ({"prompt": "a man", "reference_images": 1}, "1 reference images for 0"),
         ({"prompt": [ONE, ONE], "reference_images": 1}, "1 lists of references for 2 prompts"),
         ({"prompt": "a man <|image|>" * 5, "reference_images": 5}, "takes up to 4"),
+        ({"prompt": "a man, <|image|>", "reference_images": 1}, "number 1 stands after 'a man,'"),
+        ({"prompt": "<|image|> a man", "reference_images": 1}, "at the start"),
         ({"prompt": None}, "give one of the two"),
         ({"prompt": []}, "no prompts"),
         ({"prompt": [3]}, "not a string"),

@@ -1,0 +1,152 @@
+"""Tables that a user brings, JSONL, CSV or Parquet, as rows with their numbers; errors name file and row."""
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facediffuser.errors import InputError
+from facediffuser.storage import Store
+
+# Tables are read whole: one of more bytes is none that a person or a program wrote on purpose.
+MOST_TABLE_BYTES = 1 << 28
+PARQUET_BATCH_ROWS = 1 << 10
+MOST_SHOWN_CHARACTERS = 200
+
+Row = tuple[int, dict[str, Any]]
+"""The number of a row, for messages, and its values by column."""
+
+
+def read_table_file(store: Store, key: str) -> bytes:
+    """Return the file of a table; InputError when it may not be read or is larger than MOST_TABLE_BYTES."""
+    name = store.url_of(key)
+    try:
+        with store.open(key) as file:
+            data = file.read(MOST_TABLE_BYTES + 1)
+    except (PermissionError, FileNotFoundError) as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if len(data) > MOST_TABLE_BYTES:
+        raise InputError(f"{name}: file too large, at most {MOST_TABLE_BYTES:,} bytes are read; split it")
+    return data
+
+
+def json_rows(data: bytes, name: str) -> list[Row]:
+    """Return the objects of a JSONL file with their line numbers; InputError naming the line that is none."""
+    rows = []
+    # Lines end at line feeds alone: JSON may hold U+2028 and other ends of lines inside of its strings.
+    for number, line in enumerate(_text(data, name).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{name} row {number}: not JSON; write one object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{name} row {number}: not an object; write {{"prompt": "..."}}')
+        rows.append((number, row))
+    return rows
+
+
+def csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
+    """Return the rows of a CSV file with the lines they end at; `known`: columns that a file without rows may have."""
+    reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), strict=True)
+    rows = []
+    try:
+        columns = reader.fieldnames or []
+        require_column_names(columns, name)
+        for row in reader:
+            if None in row:
+                raise InputError(f"{name} row {reader.line_num}: more cells than the header; quote cells with commas")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{name} row {reader.line_num}: not CSV ({error})") from None
+    if not rows and columns:
+        require_columns(dict.fromkeys(columns), known, (), name)
+    return rows
+
+
+def require_column_names(columns: Sequence[str], name: str) -> None:
+    """Raise InputError for columns of a table without a name, as pandas writes its index, or with the same one."""
+    for number, column in enumerate(columns, 1):
+        if not column.strip():
+            raise InputError(
+                f"{name}: column {number} has no name; name or remove it (pandas: to_csv(..., index=False))"
+            )
+        if column in columns[: number - 1]:
+            raise InputError(f"{name}: two columns are called {shown_value(column)}; keep one")
+
+
+def parquet_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
+    """Return the rows of a Parquet file, counted from 1; `known`: the columns it may have."""
+    rows: list[Row] = []
+    size = 0
+    try:
+        with pq.ParquetFile(io.BytesIO(data)) as file:
+            require_columns(dict.fromkeys(file.schema_arrow.names), known, (), name)
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                size += batch.nbytes
+                if size > MOST_TABLE_BYTES:
+                    raise InputError(f"{name}: holds more than {MOST_TABLE_BYTES:,} bytes of text; split it")
+                rows += _batch_rows(batch, len(rows) + 1, name)
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: not a Parquet file, or a damaged one ({type(error).__name__}); give another"
+        ) from None
+    return rows
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int, name: str) -> list[Row]:
+    rows = []
+    for place in range(batch.num_rows):
+        row = {}
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[column] = values[place].as_py()
+            except UnicodeDecodeError:
+                raise InputError(f"{name} row {first + place}: {column} is not UTF-8 text; write it again") from None
+        rows.append((first + place, row))
+    return rows
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{name} row {row}: not UTF-8 text; save it as UTF-8") from None
+
+
+def normalised(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), in which names are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def shown_value(value: object, quoted: bool = True) -> str:
+    """Return a value for a message: escaped as in Python, and cut where it is long."""
+    text = repr(value)
+    text = text if quoted else text[1:-1]
+    return text if len(text) <= MOST_SHOWN_CHARACTERS else text[:MOST_SHOWN_CHARACTERS] + "..."
+
+
+def require_text(text: str, where: str, kind: str) -> None:
+    """Raise InputError for text that a dataset cannot hold: halves of characters, and control characters but space."""
+    for place, char in enumerate(text, 1):
+        if "\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") or char == "\x7f":
+            raise InputError(f"{where}: character {place} of the {kind} is {char!r}, no text; remove it")
+
+
+def require_columns(row: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], name: str) -> None:
+    """Raise InputError for a row with a column that is not known, or without one that is needed."""
+    unknown = [column for column in row if column not in known]
+    if unknown:
+        raise InputError(f"{name}: unknown column {shown_value(unknown[0])}; known are {', '.join(known)}")
+    for column in needed:
+        if column not in row:
+            raise InputError(f"{name}: no column {column!r}; known are {', '.join(known)}")
