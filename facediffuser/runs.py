@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "facenet-pytorch", "pillow", "numpy", "pyarrow")
 SOFTWARE = ("libraries", "code")
+HARDWARE = ("hardware", "driver")
 # Settings that are provenance: the last digits of a model's output on a CPU depend on them, and nothing else.
 THREAD_SETTINGS = ("threads", "cpus_per_worker")
 SHOWN_DIFFERENCES = 4

@@ -31,7 +31,7 @@ from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, ra
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
-from facediffuser.runs import Run, provenance_differences, shown
+from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
@@ -170,12 +170,12 @@ def finish_dataset(job: GenerationJob) -> Finished:
     objects = [*object_entries(store, layout), *_added_before(store)]
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
     built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with)
-    known = built.recorded_provenances()
+    # Other software was warned of when the run was resumed; which hardware the workers had is known only now.
+    known = [{name: one.get(name) for name in HARDWARE} for one in built.provenances]
     found = next((found for one in known[1:] if (found := provenance_differences(known[0], one))), [])
     if found:
-        logger.warning(
-            "%s: its shards were computed in different ways (%s); the manifest lists them", store.url, shown(found)
-        )
+        logger.warning("%s: its shards were computed on different hardware (%s); the manifest lists them", store.url,
+                       shown(found))  # fmt: skip
     manifest = seal(store, built)
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,

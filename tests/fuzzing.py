@@ -77,7 +77,7 @@ def make_templates(root: Path) -> None:
     shutil.copytree(root / "people" / "ada", root / "photos")
     _make_prepared(root / "prepared")
     settings = train_settings(root)
-    training_run.start(LocalStore(root / "run"), settings)
+    training_run.begin_or_resume_training(LocalStore(root / "run"), settings)
     torch.save({"unet.weight": torch.zeros(2)}, root / "checkpoint.bin")
     (root / "options.yaml").write_text("seed: 1\n")
     (root / "options.toml").write_text("seed = 1\n")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,9 @@ class PrefectHouse:
                 process.wait()
 
     def _launch(self, log: IO[bytes], arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        # What a script runs in the background ignores SIGINT, and hands that down; Prefect's worker ends by it.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             [PREFECT, *arguments],
             cwd=ROOT,
