@@ -10,7 +10,7 @@ from typing import Any
 
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
 from facediffuser.dataset.manifest import planned_keys, read_sound_manifest
-from facediffuser.dataset.other_run import require_like_run
+from facediffuser.dataset.other_run import require_like_run, run_there
 from facediffuser.dataset.plan import Plan, RowSettings, find_sample
 from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
@@ -63,7 +63,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     store = open_store(settings.output)
     store.require_writable()
     require_ours(store)
-    model = model_facts(settings)
+    model = model_facts(settings, _scheduler_begun_with(store))
     subjects = read_subjects(settings.subjects)
     if settings.subjects_per_image and len(subjects) < settings.subjects_per_image:
         raise InputError(
@@ -162,8 +162,14 @@ def require_ours(store: Store) -> None:
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
-def model_facts(settings: GenerateSettings) -> ModelFacts:
-    """Return what the model folder's configuration says; InputError when it cannot make what is asked for."""
+def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> ModelFacts:
+    """Return what the model folder's configuration says; InputError when it cannot make what is asked for.
+
+    Args:
+        settings: of the run.
+        begun_with: the scheduler of the run that the output holds. Where none is named and that is the model's own, it
+            is kept, however few the steps: the same command resumes a run that an earlier version began.
+    """
     folder = resolve_model(settings.models)
     needs_subject = settings.method != "tdm"
     if needs_subject and not (folder / "subject_fuser").is_dir():
@@ -182,8 +188,14 @@ def model_facts(settings: GenerateSettings) -> ModelFacts:
     limit = read_json(fuser).get("max_subjects", 4) if needs_subject else None
     if limit is not None and (settings.subjects_per_image or 0) > limit:
         raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
-    scheduler = choose_scheduler(settings.scheduler, own, settings.steps)
+    keeps_own = settings.scheduler is None and begun_with == own
+    scheduler = own if keeps_own else choose_scheduler(settings.scheduler, own, settings.steps)
     return ModelFacts(folder, rows * cell, columns * cell, scheduler, limit)
+
+
+def _scheduler_begun_with(store: Store) -> str | None:
+    run = run_there(store)
+    return run.document["settings"].get("scheduler") if run else None
 
 
 def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:

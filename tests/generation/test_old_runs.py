@@ -60,7 +60,7 @@ def begun(old, world) -> Path:
 def settings(world, output: Path, **others):
     inputs = {"subjects": str(HERE / "old_inputs/subjects"), "prompts": str(HERE / "old_inputs/prompts.jsonl")}
     sizes = {"shard_size": 1, "height": 64, "width": 64, "scheduler": "pndm"}
-    return world.settings(output, **inputs, **sizes, **others)
+    return world.settings(output, **inputs, **sizes | others)
 
 
 def generate(given) -> dict:
@@ -91,6 +91,11 @@ def test_a_half_finished_one_is_resumed_under_its_own_fingerprint_with_one_warni
     assert verify(str(begun)) == []
     assert [one["shards"] for one in manifest.provenances] == [1, 1]
     assert (manifest.computed_with(0), manifest.computed_with(1)["threads"]) == (None, 1)
+
+
+def test_one_without_a_named_scheduler_keeps_the_models_own_however_few_the_steps(begun, world):
+    result = generate(settings(world, begun, scheduler=None))
+    assert (result["kept"], result["made"]) == (1, 1) and verify(str(begun)) == []
 
 
 def test_other_software_is_one_warning_or_refused_where_the_exact_is_asked_for(begun, world, monkeypatch, caplog):
