@@ -20,8 +20,8 @@ from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.copies import find_copies
-from facediffuser.evaluation.likeness import nearest
 from facediffuser.evaluation.score_settings import CopySettings
+from facediffuser.evaluation.similarity import nearest
 from facediffuser.evaluation.training_faces import TrainingFaces
 from facediffuser.miniature.render import person, render
 from facediffuser.scoring.columns import Sharpness

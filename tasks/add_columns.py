@@ -4,11 +4,11 @@ from prefect import task
 
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.cards.dataset_card import rewrite_card
-from facediffuser.dataset.added_columns import write_added
+from facediffuser.dataset.added_columns import write_added_columns
 from facediffuser.dataset.reading import count_rows
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.add_columns import column_stage
-from facediffuser.evaluation.copies import find_copies, scorers_of
+from facediffuser.evaluation.copies import find_copies, recorded_scorers
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
@@ -37,14 +37,14 @@ def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
     store = open_store(settings.url)
     total = count_rows(store)
     known = count_training(settings.training) if settings.training else 0
-    scorers = load_scorers(settings.scorers or scorers_of(store), pick_device(settings.device))
+    scorers = load_scorers(settings.scorers or recorded_scorers(store), pick_device(settings.device))
     training = None
     if settings.training:
         with Progress(known, "pictures", "training faces") as progress:
             training = training_faces(settings.training, scorers.identity, progress.advance)
     with Progress(total, "images", "copies") as progress:
         table = find_copies(store, scorers.identity, settings, training, progress.advance)
-    key = write_added(store, "copies", table, {"copies_identity": scorers.digests["identity"]})
+    key = write_added_columns(store, "copies", table, {"copies_identity": scorers.digests["identity"]})
     flags = ("training_copy", "pasted_reference", "duplicate")
     return key, {name: table[name].to_pylist().count(True) for name in flags if name in table.column_names}
 

@@ -90,7 +90,7 @@ def added_lines(card: Card) -> list[tuple[str, str]]:
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:
     """Return what was found of copies as (check, result) lines."""
     return [
-        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.looked_at:,} images flagged")
+        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.checked:,} images flagged")
         for name, flagged in survey.flags.items()
     ]
 

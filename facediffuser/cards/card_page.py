@@ -9,7 +9,7 @@ from PIL import Image
 
 from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines, flag_lines
 from facediffuser.cards.rendering import render
-from facediffuser.cards.survey import FLAGS, Located
+from facediffuser.cards.survey import FLAGS, LocatedRow
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
@@ -88,9 +88,13 @@ def _score(row: ScoreRow | None) -> dict[str, Any] | None:
 
 
 def _tiles(
-    rows: Sequence[Located], card: Card, styles: Mapping[str, str], likeness: str | None = None, like: str | None = None
+    rows: Sequence[LocatedRow],
+    card: Card,
+    styles: Mapping[str, str],
+    similarity: str | None = None,
+    similar_to: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Images with what stands below them; `likeness` and `like` name the columns of a check for copies."""
+    """Images with what stands below them; `similarity` and `similar_to` name the columns of a check for copies."""
     return [
         {
             "prompt": without_markers(located.values["prompt"]),
@@ -99,8 +103,8 @@ def _tiles(
             "subjects": ", ".join(located.subject_ids),
             "ip": located.values["ip"],
             "pc": located.values["pc"],
-            "likeness": located.values[likeness] if likeness else None,
-            "like": located.values[like] if like else None,
+            "similarity": located.values[similarity] if similarity else None,
+            "similar_to": located.values[similar_to] if similar_to else None,
         }
         for located in rows
     ]

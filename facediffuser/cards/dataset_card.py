@@ -13,7 +13,7 @@ from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, flag_lines,
 from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.rendering import render
-from facediffuser.cards.survey import Located, fetch_images, survey_dataset
+from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.evaluation.plots import image_plane, score_histograms
@@ -120,7 +120,7 @@ def _sheet(card: Card) -> bytes:
     return buffer.getvalue()
 
 
-def tile(located: Located, images: dict[str, bytes]) -> Tile:
+def tile(located: LocatedRow, images: dict[str, bytes]) -> Tile:
     """Return one image of the sheet with its prompt and scores."""
     values = located.values
     data = images.get(values["sample_id"])

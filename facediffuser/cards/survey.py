@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facediffuser.dataset.added_columns import read_added
+from facediffuser.dataset.added_columns import read_added_columns
 from facediffuser.dataset.reading import list_shards, open_parquet, row_groups
 from facediffuser.evaluation.score_sample import ScoreSample, rank
 from facediffuser.evaluation.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
@@ -31,7 +31,7 @@ SETTING_COLUMNS = (
     "width",
 )
 SURVEY_COLUMNS = (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS)
-MAX_VALUES = 8
+MAX_SETTING_VALUES = 8
 # Columns that `copies` adds: the flag, how alike, and to what (None: the row's own references).
 FLAGS = {
     "training_copy": ("training_similarity", "training_nearest"),
@@ -41,7 +41,7 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedRow:
     """A row of interest and where its image lies: file, row group, row within the group."""
 
     file: str
@@ -63,8 +63,8 @@ class Flagged:
     """Images on which a flag is raised: of how many that were looked at, and those most alike to something."""
 
     count: int
-    looked_at: int
-    shown: list[Located]
+    checked: int
+    shown: list[LocatedRow]
 
 
 @dataclass
@@ -84,9 +84,9 @@ class Survey:
     failures: Counter[str] = field(default_factory=Counter)
     settings: dict[str, list] = field(default_factory=dict)
     prompts: int = 0
-    sheet: list[list[Located]] = field(default_factory=list)
-    best: list[Located] = field(default_factory=list)
-    worst: list[Located] = field(default_factory=list)
+    sheet: list[list[LocatedRow]] = field(default_factory=list)
+    best: list[LocatedRow] = field(default_factory=list)
+    worst: list[LocatedRow] = field(default_factory=list)
     flags: dict[str, Flagged] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     bytes: int = 0
@@ -102,15 +102,15 @@ def survey_dataset(store: Store) -> Survey:
     rows, prompts, subjects = 0, set(), set()
     failures: Counter[str] = Counter()
     settings: dict[str, set] = {}
-    added = read_added(store)
-    flags = {name: _Flag(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
+    added = read_added_columns(store)
+    flags = {name: _FlagCounter(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
     numbers = [name for name in added.schema.names if is_score(added.schema.field(name))]
-    sums, sample, choice, extremes = ScoreSums(numbers), ScoreSample(), _SheetChoice(), _Extremes()
+    sums, sample, selection, extremes = ScoreSums(numbers), ScoreSample(), _SheetSelection(), _Extremes()
     for file, group, table in row_groups(store, [info.key for info in infos], SURVEY_COLUMNS, SCORE_COLUMNS):
-        beside = added.of(table["sample_id"])
+        added_rows = added.rows(table["sample_id"])
         narrow = table.select([name for name in (*SCORE_COLUMNS, "face_count") if name in table.column_names])
-        for name in beside.column_names:
-            narrow = narrow.append_column(name, beside[name])
+        for name in added_rows.column_names:
+            narrow = narrow.append_column(name, added_rows[name])
         rows += narrow.num_rows
         sums.add(narrow)
         _sample(sample, table)
@@ -118,39 +118,39 @@ def survey_dataset(store: Store) -> Survey:
         for name in set(SETTING_COLUMNS) & set(table.column_names):
             settings.setdefault(name, set()).update(table[name].unique().to_pylist())
         table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
-        more = beside.to_pylist() if flags else [{}] * table.num_rows
-        for row, (values, others) in enumerate(zip(table.to_pylist(), more, strict=True)):
+        added_values = added_rows.to_pylist() if flags else [{}] * table.num_rows
+        for row, (values, extra) in enumerate(zip(table.to_pylist(), added_values, strict=True)):
             prompts.add(values["prompt_id"])
             if values["status"] != "ok":
                 failures[(values["error"] or "unknown error").strip().splitlines()[0][:200]] += 1
                 continue
-            located = Located(file, group, row, values | others)
-            choice.offer(located)
-            extremes.offer(located)
+            located = LocatedRow(file, group, row, values | extra)
+            selection.add(located)
+            extremes.add(located)
             for name, flag in flags.items():
-                flag.offer(located, others[name])
-    best, worst = extremes.taken()
+                flag.add(located, extra[name])
+    best, worst = extremes.result()
     return Survey(
         rows=rows,
         table=sums.table(),
         sample=sample,
         subjects=len(subjects),
         failures=failures,
-        settings={name: _few(values) for name, values in sorted(settings.items())},
+        settings={name: _first_values(values) for name, values in sorted(settings.items())},
         prompts=len(prompts),
-        sheet=choice.taken(),
+        sheet=selection.result(),
         best=best,
         worst=worst,
-        flags={name: flag.taken() for name, flag in flags.items()},
+        flags={name: flag.result() for name, flag in flags.items()},
         added=numbers,
         bytes=sum(info.size for info in infos),
         files=len(infos),
     )
 
 
-def fetch_images(store: Store, wanted: list[Located]) -> dict[str, bytes]:
+def fetch_images(store: Store, wanted: list[LocatedRow]) -> dict[str, bytes]:
     """Return sample_id -> encoded image of rows found by the survey, reading only the row groups they lie in."""
-    places: dict[str, dict[int, list[Located]]] = {}
+    places: dict[str, dict[int, list[LocatedRow]]] = {}
     for located in wanted:
         places.setdefault(located.file, {}).setdefault(located.group, []).append(located)
     images = {}
@@ -170,9 +170,9 @@ def is_score(column: pa.Field) -> bool:
     return (pa.types.is_floating(kind) or pa.types.is_integer(kind)) and column.name not in checked
 
 
-def _few(values: set) -> list:
+def _first_values(values: set) -> list:
     ordered = sorted((value for value in values if value is not None), key=repr)
-    return ordered[:MAX_VALUES]
+    return ordered[:MAX_SETTING_VALUES]
 
 
 def _sample(sample: ScoreSample, table: pa.Table) -> None:
@@ -182,7 +182,7 @@ def _sample(sample: ScoreSample, table: pa.Table) -> None:
     sample.add(scored["sample_id"].to_pylist(), categories, ip, consistency)
 
 
-class _SheetChoice:
+class _SheetSelection:
     """Keeps the subject sets whose ids hash lowest, and of each the prompts that hash lowest in every category.
 
     Prompts rank alike in every subject set, so that the sheet's columns can be compared.
@@ -192,9 +192,9 @@ class _SheetChoice:
         self.sets: dict[tuple[str, ...], dict[str, dict[str, tuple]]] = {}
         self.ranks: dict[tuple[str, ...], bytes] = {}
 
-    def offer(self, located: Located) -> None:
+    def add(self, located: LocatedRow) -> None:
         subjects = located.subject_ids
-        if subjects not in self.sets and not self._admit(subjects):
+        if subjects not in self.sets and not self._keep_set(subjects):
             return
         prompts = self.sets[subjects].setdefault(located.category, {})
         prompt = str(located.values["prompt_id"])
@@ -204,7 +204,7 @@ class _SheetChoice:
         if len(prompts) > SHEET_COLUMNS:
             del prompts[max(prompts, key=lambda name: prompts[name][:2])]
 
-    def _admit(self, subjects: tuple[str, ...]) -> bool:
+    def _keep_set(self, subjects: tuple[str, ...]) -> bool:
         own = rank("\x1f".join(subjects))
         if len(self.sets) >= SHEET_ROWS:
             last = max(self.ranks, key=self.ranks.__getitem__)
@@ -214,14 +214,14 @@ class _SheetChoice:
         self.sets[subjects], self.ranks[subjects] = {}, own
         return True
 
-    def taken(self) -> list[list[Located]]:
+    def result(self) -> list[list[LocatedRow]]:
         rows = []
         for subjects in sorted(self.sets):
             queues = [
                 [item[2] for item in sorted(prompts.values(), key=lambda item: item[:2])]
                 for _, prompts in sorted(self.sets[subjects].items())
             ]
-            mixed = [queue[turn] for turn in range(SHEET_COLUMNS) for queue in queues if turn < len(queue)]
+            mixed = [queue[index] for index in range(SHEET_COLUMNS) for queue in queues if index < len(queue)]
             rows.append(mixed[:SHEET_COLUMNS])
         return rows
 
@@ -233,7 +233,7 @@ class _Extremes:
         self.high: list[tuple] = []
         self.low: list[tuple] = []
 
-    def offer(self, located: Located) -> None:
+    def add(self, located: LocatedRow) -> None:
         ip, pc = located.values["ip"], located.values["pc"]
         if ip is None or pc is None:
             return
@@ -244,32 +244,32 @@ class _Extremes:
             elif key > heap[0][0]:
                 heapq.heapreplace(heap, (key, located))
 
-    def taken(self) -> tuple[list[Located], list[Located]]:
+    def result(self) -> tuple[list[LocatedRow], list[LocatedRow]]:
         high, low = (
             [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
         )
         return high, low
 
 
-class _Flag:
+class _FlagCounter:
     """Counts the rows on which a flag is raised and keeps those most alike; the id decides between equals."""
 
-    def __init__(self, likeness: str, like: str | None):
-        self.likeness = likeness
-        self.count = self.looked_at = 0
+    def __init__(self, similarity: str, similar_to: str | None):
+        self.similarity = similarity
+        self.count = self.checked = 0
         self.highest: list[tuple] = []
 
-    def offer(self, located: Located, raised: bool | None) -> None:
-        self.looked_at += raised is not None
+    def add(self, located: LocatedRow, raised: bool | None) -> None:
+        self.checked += raised is not None
         if not raised:
             return
         self.count += 1
-        item = ((located.values[self.likeness], located.values["sample_id"]), located)
+        item = ((located.values[self.similarity], located.values["sample_id"]), located)
         if len(self.highest) < EXTREMES:
             heapq.heappush(self.highest, item)
         elif item[0] > self.highest[0][0]:
             heapq.heapreplace(self.highest, item)
 
-    def taken(self) -> Flagged:
+    def result(self) -> Flagged:
         shown = [item[1] for item in sorted(self.highest, key=lambda item: item[0], reverse=True)]
-        return Flagged(self.count, self.looked_at, shown)
+        return Flagged(self.count, self.checked, shown)

@@ -16,12 +16,12 @@ ADDED_PREFIX = "scores/"
 KEY = "sample_id"
 
 
-class Added:
+class AddedColumns:
     """The added columns of a dataset; `schema` without the key, in the order of the files' names."""
 
     def __init__(self, tables: Mapping[str, pa.Table]):
         self.tables = dict(tables)
-        self._next: dict[str, int] = {}
+        self._next_row: dict[str, int] = {}
         self._sorted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         fields: dict[str, pa.Field] = {}
         for key, table in self.tables.items():
@@ -32,7 +32,7 @@ class Added:
         fields.pop(KEY, None)
         self.schema = pa.schema(list(fields.values()))
 
-    def of(self, sample_ids: pa.Array | pa.ChunkedArray) -> pa.Table:
+    def rows(self, sample_ids: pa.Array | pa.ChunkedArray) -> pa.Table:
         """Return the added columns of rows by their ids, in that order; null for a row that has none.
 
         Quick for rows asked for in the order they were added in, piece by piece, as one reads a dataset.
@@ -40,15 +40,15 @@ class Added:
         columns: dict[str, pa.ChunkedArray] = {}
         wanted = pa.chunked_array(sample_ids if isinstance(sample_ids, pa.ChunkedArray) else [sample_ids])
         for key, table in self.tables.items():
-            found = table.slice(self._next.get(key, 0), len(wanted))
-            if found[KEY] == wanted:
-                self._next[key] = self._next.get(key, 0) + len(wanted)
+            rows = table.slice(self._next_row.get(key, 0), len(wanted))
+            if rows[KEY] == wanted:
+                self._next_row[key] = self._next_row.get(key, 0) + len(wanted)
             else:
-                found = table.take(self._places(key, wanted))
-            columns |= {name: found[name] for name in table.column_names if name != KEY}
+                rows = table.take(self._positions(key, wanted))
+            columns |= {name: rows[name] for name in table.column_names if name != KEY}
         return pa.table(columns)
 
-    def _places(self, key: str, wanted: pa.ChunkedArray) -> pa.Array:
+    def _positions(self, key: str, wanted: pa.ChunkedArray) -> pa.Array:
         """Where in a table the ids are, null for one that is not there; sorted once, so that each look is short."""
         if key not in self._sorted:
             ids = self.tables[key][KEY].to_numpy(zero_copy_only=False)
@@ -62,26 +62,26 @@ class Added:
 
     def digests(self) -> dict[str, str]:
         """Return what the files say of the scorers that made them."""
-        found = {}
+        digests = {}
         for table in self.tables.values():
             for name, value in (table.schema.metadata or {}).items():
                 if name.startswith(b"facediffuser_scorer_"):
-                    found[name.decode().removeprefix("facediffuser_scorer_")] = value.decode()
-        return found
+                    digests[name.decode().removeprefix("facediffuser_scorer_")] = value.decode()
+        return digests
 
 
-def read_added(store: Store) -> Added:
+def read_added_columns(store: Store) -> AddedColumns:
     """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
     tables = {}
     for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
         with readable_parquet(store, key), store.open(key) as source:
             tables[store.url_of(key)] = pq.read_table(source)
-    return Added(tables)
+    return AddedColumns(tables)
 
 
-def write_added(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:
+def write_added_columns(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:
     """Put a table with a sample_id column as `scores/<name>.parquet`, with its scorers' digests; return the key."""
-    marks = {f"facediffuser_scorer_{part}": digest for part, digest in digests.items()}
+    metadata = {f"facediffuser_scorer_{part}": digest for part, digest in digests.items()}
     key = f"{ADDED_PREFIX}{name}.parquet"
-    store.put(key, parquet_bytes(table.replace_schema_metadata(marks)))
+    store.put(key, parquet_bytes(table.replace_schema_metadata(metadata)))
     return key

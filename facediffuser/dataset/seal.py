@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Sequence
 
-from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added
+from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added_columns
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     UNLISTED,
@@ -35,7 +35,7 @@ def require_sealable(store: Store) -> Manifest | None:
         read_footer(store, key)
     if store.exists(SUBJECTS_KEY):
         read_columns(store, SUBJECTS_KEY, ["subject_id"])
-    read_added(store)
+    read_added_columns(store)
     return manifest
 
 

@@ -13,15 +13,14 @@ import pyarrow as pa
 from pyarrow import feather
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
-from facediffuser.dataset.added_columns import KEY, write_added
+from facediffuser.dataset.added_columns import KEY, write_added_columns
 from facediffuser.dataset.reading import list_shards, read_footer, row_groups
 from facediffuser.devices import pick_device
-from facediffuser.evaluation.image_sources import dataset_pictures
+from facediffuser.evaluation.image_sources import dataset_reference_pictures
 from facediffuser.evaluation.score_settings import ScoreSettings
 from facediffuser.pictures import stored_picture
-from facediffuser.prompts import without_markers
 from facediffuser.runs import fingerprint_of
-from facediffuser.scoring.columns import ColumnScorer, column_scores, load_columns, short_name
+from facediffuser.scoring.columns import ColumnScorer, load_columns, score_rows, short_name
 from facediffuser.storage import Store, open_store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")
@@ -70,7 +69,7 @@ class ColumnWorker:
     def __init__(self, settings: ScoreSettings):
         self.store, self.batch_size = open_store(settings.url), settings.batch_size
         self.scorers = load_columns(settings.add, pick_device(settings.device))
-        self.references = dataset_pictures(self.store) if self.store.exists("subjects.parquet") else {}
+        self.references = dataset_reference_pictures(self.store) if self.store.exists("subjects.parquet") else {}
         fields = [field.with_nullable(True) for scorer in self.scorers.values() for field in scorer.columns]
         self.schema = pa.schema(fields)
 
@@ -92,24 +91,19 @@ class ColumnWorker:
         return found.add_column(0, KEY, pa.array(ids, pa.string()))
 
     def _score_batch(self, rows: list[dict[str, Any]]) -> pa.Table:
-        with_image = [row for row in rows if row["image"] and row["image"]["bytes"]]
-        found = column_scores(
-            dict(self.scorers),
-            [stored_picture(row["image"]["bytes"], row["sample_id"]) for row in with_image],
-            [[self.references.get(name, []) for name in row["subject_ids"]] for row in with_image],
-            [without_markers(row["prompt"]) for row in with_image],
-        ).to_pylist()
-        values = {row["sample_id"]: value for row, value in zip(with_image, found, strict=True)}
-        return pa.Table.from_pylist([values.get(row["sample_id"], {}) for row in rows], schema=self.schema)
+        values = score_rows(
+            self.scorers, rows, lambda row: stored_picture(row["image"]["bytes"], row["sample_id"]), self.references
+        )
+        return pa.Table.from_pylist(values, schema=self.schema)
 
 
 def _finish(store: Store, scorers: Mapping[str, ColumnScorer], keys: list[str], results: Results) -> list[str]:
-    every = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in keys).combine_chunks()
+    table = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in keys).combine_chunks()
     written = [
-        write_added(
+        write_added_columns(
             store,
             short_name(name),
-            every.select([KEY, *scorer.columns.names]),
+            table.select([KEY, *scorer.columns.names]),
             {short_name(name): scorer.digest},
         )
         for name, scorer in scorers.items()

@@ -9,8 +9,8 @@ from PIL import Image
 
 from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.reading import list_shards, read_columns, row_groups
-from facediffuser.evaluation.likeness import THUMBNAIL, face_pixels, nearest, pixel_likeness, thumbnail
 from facediffuser.evaluation.score_settings import CopySettings
+from facediffuser.evaluation.similarity import THUMBNAIL, face_pixels, nearest_neighbours, pixel_similarity, thumbnail
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from facediffuser.scoring.identity import IdentityScorer
 
 BATCH = 64
-SEEN_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
+READ_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
 
 
-def scorers_of(store: Store) -> str:
+def recorded_scorers(store: Store) -> str:
     """Return the scorers a finished dataset was made with, as its manifest remembers them; `paper` without a manifest."""
     made_from = read_manifest(store).made_from if store.exists(MANIFEST_KEY) else {}
     return made_from.get("scorers", "paper")
@@ -50,20 +50,20 @@ def find_copies(
     vectors: list[np.ndarray] = []
     owners: list[int] = []
     pasted: list[float | None] = []
-    seen: list[bool] = []
+    has_picture: list[bool] = []
     for rows in _batches(store):
         pictures = [_picture(row) for row in rows]
         crops: list[np.ndarray] = []
         for row, picture in zip(rows, pictures, strict=True):
             place = len(ids)
             ids.append(row["sample_id"])
-            seen.append(picture is not None)
+            has_picture.append(picture is not None)
             boxes = (row["face_boxes"] or []) if picture else []
             if picture:
                 crops += [identity.crop(picture, box, identity.crop_size) for box in boxes]
             owners += [place] * len(boxes)
-            theirs = [face for name in row["subject_ids"] for face in references.get(name, [])]
-            values = [pixel_likeness(picture, box, theirs) for box in boxes] if picture and theirs else []
+            faces_of_row = [face for name in row["subject_ids"] for face in references.get(name, [])]
+            values = [pixel_similarity(picture, box, faces_of_row) for box in boxes] if picture and faces_of_row else []
             pasted.append(max(values, default=None))
             thumbnails.append(thumbnail(picture) if picture else np.zeros(3 * THUMBNAIL**2, np.float32))
         if crops and training is not None:
@@ -71,20 +71,20 @@ def find_copies(
         advance(len(rows))
     columns: dict[str, Sequence] = {"sample_id": ids}
     if training is not None:
-        columns |= _nearest_training(vectors, owners, len(ids), training, settings.face_threshold)
+        columns |= _training_columns(vectors, owners, len(ids), training, settings.face_threshold)
     columns |= {
         "paste_similarity": pa.array(pasted, pa.float32()),
         "pasted_reference": [None if value is None else value >= settings.paste_threshold for value in pasted],
     }
-    return pa.table(columns | _duplicates(ids, np.stack(thumbnails), seen, settings.duplicate_threshold))
+    return pa.table(columns | _duplicate_columns(ids, np.stack(thumbnails), has_picture, settings.duplicate_threshold))
 
 
-def _nearest_training(vectors, owners, count: int, training: "TrainingFaces", threshold: float) -> dict[str, Sequence]:
+def _training_columns(vectors, owners, count: int, training: "TrainingFaces", threshold: float) -> dict[str, Sequence]:
     best = np.full(count, np.nan, np.float32)
     names: list[str | None] = [None] * count
     if vectors:
-        likeness, places = nearest(training.vectors, np.concatenate(vectors), 1)
-        for owner, value, place in zip(owners, likeness[:, 0], places[:, 0], strict=True):
+        similarity, places = nearest_neighbours(training.vectors, np.concatenate(vectors), 1)
+        for owner, value, place in zip(owners, similarity[:, 0], places[:, 0], strict=True):
             value = min(max(float(value), 0.0), 1.0)
             if np.isnan(best[owner]) or value > best[owner]:
                 best[owner], names[owner] = value, training.names[place]
@@ -95,18 +95,20 @@ def _nearest_training(vectors, owners, count: int, training: "TrainingFaces", th
     }
 
 
-def _duplicates(ids: list[str], thumbnails: np.ndarray, seen: list[bool], threshold: float) -> dict[str, Sequence]:
-    there = np.flatnonzero(seen)
+def _duplicate_columns(
+    ids: list[str], thumbnails: np.ndarray, has_picture: list[bool], threshold: float
+) -> dict[str, Sequence]:
+    present = np.flatnonzero(has_picture)
     best = np.full(len(ids), np.nan, np.float32)
     others: list[str | None] = [None] * len(ids)
-    if len(there) > 1:
-        likeness, places = nearest(thumbnails[there], thumbnails[there], 2)
-        for row, own in enumerate(there):
+    if len(present) > 1:
+        similarity, places = nearest_neighbours(thumbnails[present], thumbnails[present], 2)
+        for row, own in enumerate(present):
             # Of equal pictures the row itself need not be the first one found.
             other = 1 if places[row, 0] == row else 0
             if places[row, other] >= 0:
-                best[own] = min(max(float(likeness[row, other]), 0.0), 1.0)
-                others[own] = ids[there[places[row, other]]]
+                best[own] = min(max(float(similarity[row, other]), 0.0), 1.0)
+                others[own] = ids[present[places[row, other]]]
     return {
         "duplicate_similarity": pa.array(best, from_pandas=True),
         "duplicate_of": pa.array(others, pa.string()),
@@ -129,7 +131,7 @@ def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[
 
 def _batches(store: Store) -> Iterator[list[dict]]:
     keys = [info.key for info in list_shards(store)]
-    for _, _, table in row_groups(store, keys, SEEN_COLUMNS):
+    for _, _, table in row_groups(store, keys, READ_COLUMNS):
         for start in range(0, table.num_rows, BATCH):
             yield table.slice(start, BATCH).to_pylist()
 

@@ -6,13 +6,13 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 from facediffuser.dataset.reading import list_shards
 from facediffuser.dataset.seal import require_sealable
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
-from facediffuser.evaluation.copies import scorers_of
+from facediffuser.evaluation.copies import recorded_scorers
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import dataset_keys, folder_source, name_and_url
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import training_keys
 from facediffuser.generation.generate_check import check_generate
-from facediffuser.scoring.columns import find_column
+from facediffuser.scoring.columns import find_scorer
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
@@ -26,7 +26,7 @@ def check_evaluate(settings: EvaluateSettings) -> None:
     for name, url in map(name_and_url, settings.images):
         folder_source(name or url, url, settings, settings.batch_size)
     for name in settings.add:
-        find_column(name)
+        find_scorer(name)
     if settings.images or settings.rescore:
         require_scorers(settings.scorers)
     for run in benchmark_runs(settings):
@@ -37,7 +37,7 @@ def check_score(settings: ScoreSettings) -> None:
     """Raise InputError when there is no dataset, when it cannot be written to, or when a scorer is not to be found."""
     _require_extendable(settings.url)
     for name in settings.add:
-        find_column(name)
+        find_scorer(name)
 
 
 def check_copies(settings: CopySettings) -> None:
@@ -45,7 +45,7 @@ def check_copies(settings: CopySettings) -> None:
     store = _require_extendable(settings.url)
     if settings.training:
         training_keys(settings.training)
-    require_scorers(settings.scorers or scorers_of(store))
+    require_scorers(settings.scorers or recorded_scorers(store))
 
 
 def _require_extendable(url: str) -> Store:

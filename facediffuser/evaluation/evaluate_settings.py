@@ -47,7 +47,7 @@ class WithSubjects(Settings):
     )
 
 
-class ForeignSettings(WithSubjects):
+class ExternalImageSettings(WithSubjects):
     """Folders of images that another system made, and what they show."""
 
     images: Names = Field(
@@ -70,7 +70,7 @@ class ForeignSettings(WithSubjects):
     )
 
     @model_validator(mode="after")
-    def _check_images(self) -> "ForeignSettings":
+    def _check_images(self) -> "ExternalImageSettings":
         if self.images and not self.subjects:
             raise ValueError("--images needs --subjects, the folder of reference pictures")
         if self.images and not (self.prompts or self.index):
@@ -96,7 +96,7 @@ class BenchmarkSettings(GenerateWorkers, Sampling, Repeats, WithSubjects):
     )
 
 
-class EvaluateSettings(BenchmarkSettings, ForeignSettings, TableSettings):
+class EvaluateSettings(BenchmarkSettings, ExternalImageSettings, TableSettings):
     """Which images to put in the table, what to score them with, where the table goes."""
 
     @model_validator(mode="after")

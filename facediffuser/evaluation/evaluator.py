@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from facediffuser.evaluation.plots import method_plane
 from facediffuser.markup import code_span
 from facediffuser.pictures import rgb_picture
 from facediffuser.prompts import without_markers
-from facediffuser.scoring.columns import ColumnScorer, column_scores, load_columns, short_name
+from facediffuser.scoring.columns import load_columns, score_rows, short_name
 from facediffuser.scoring.scorers import ImageScore, Scorers, load_scorers
 from facediffuser.storage import Store, open_store
 
@@ -39,30 +40,39 @@ class Evaluation:
 
 
 class Evaluator:
-    """Checks everything at once when made (InputError), then scores and makes the table with `run`.
+    """An evaluation: the constructor checks all inputs, `run` scores the images and computes the tables.
 
-    `made`: URLs of datasets to take beside those of the settings.
+    Args:
+        settings: what is evaluated and how.
+        generated: URLs of datasets to evaluate besides those of the settings.
+
+    Raises:
+        InputError: an input cannot be used.
     """
 
-    def __init__(self, settings: EvaluateSettings, made: Sequence[str] = ()):
+    def __init__(self, settings: EvaluateSettings, generated: Sequence[str] = ()):
         self.settings = settings
         if settings.output:
             open_store(settings.output).require_writable()
-        datasets = [*map(name_and_url, settings.dataset), *((None, url) for url in made)]
+        datasets = [*map(name_and_url, settings.dataset), *((None, url) for url in generated)]
         self.sources = [dataset_source(name, open_store(url), settings) for name, url in datasets]
         self.sources += [
             folder_source(name or url.rstrip("/").rsplit("/", 1)[-1], url, settings, settings.batch_size)
             for name, url in map(name_and_url, settings.images)
         ]
         self.total = sum(source.count for source in self.sources)
-        # Last, as it takes longest; before any image, so that a missing weight is told at the start.
+        # Last, as it takes longest; before any image, so that a missing file of weights is reported at the start.
         needed, device = any(source.references for source in self.sources), pick_device(settings.device)
         self.others = load_columns(settings.add, device)
         self.scorers = load_scorers(settings.scorers, device) if needed else None
-        self.recorded = self._recorded()
+        self.recorded = self._recorded_digests()
 
     def run(self, advance: Advance = lambda count: None) -> Evaluation:
-        """Score what is to be scored and return the evaluation; `advance` hears of images done. Writes the output."""
+        """Score the images, write the output and return the evaluation.
+
+        Args:
+            advance: called with the number of images after each batch.
+        """
         rows: list[pa.Table] = []
         schema, others = self._schema()
         for source in self.sources:
@@ -72,7 +82,8 @@ class Evaluator:
                 if references is not None and self.scorers is not None:
                     batch = _scored(batch, self.scorers, references)
                 if self.others:
-                    batch = _with_others(batch, self.others, pictures)
+                    values = score_rows(self.others, batch, _row_picture, pictures)
+                    batch = [row | extra for row, extra in zip(batch, values, strict=True)]
                 rows.append(pa.Table.from_pylist(batch, schema=schema))
                 advance(len(batch))
         images = pa.concat_tables(rows)
@@ -98,7 +109,7 @@ class Evaluator:
         numbers = [name for name, column in fields.items() if _is_number(column.type)]
         return pa.schema([*SCORED_SCHEMA, *fields.values()]), numbers
 
-    def _recorded(self) -> dict[str, str]:
+    def _recorded_digests(self) -> dict[str, str]:
         """The digests of all scores in the table; InputError when they are not those of the same scorers."""
         known = [(source.url, source.recorded) for source in self.sources if source.recorded]
         if self.scorers:
@@ -135,24 +146,16 @@ def write_evaluation(store: Store, evaluation: Evaluation) -> None:
 
 def _scored(batch: list[dict], scorers: Scorers, references: Mapping[str, np.ndarray]) -> list[dict]:
     """The batch's rows with new scores; rows without an image stay as they are."""
-    made = [row for row in batch if row["image"] and row["image"]["bytes"]]
-    pictures = [rgb_picture(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
-    wanted = [[_reference(references, name, row) for name in row["subject_ids"]] for row in made]
-    scores = scorers.score(pictures, wanted, [without_markers(row["prompt"]) for row in made]) if made else []
-    changed = {id(row): _columns(score) for row, score in zip(made, scores, strict=True)}
+    rows = [row for row in batch if row["image"] and row["image"]["bytes"]]
+    vectors = [[_reference(references, name, row) for name in row["subject_ids"]] for row in rows]
+    prompts = [without_markers(row["prompt"]) for row in rows]
+    scores = scorers.score(list(map(_row_picture, rows)), vectors, prompts)
+    changed = {id(row): _columns(score) for row, score in zip(rows, scores, strict=True)}
     return [row | changed.get(id(row), {}) for row in batch]
 
 
-def _with_others(
-    batch: list[dict], others: Mapping[str, ColumnScorer], references: Mapping[str, list[Image.Image]]
-) -> list[dict]:
-    """The batch's rows with the columns of other scorers, null where there is no image."""
-    made = [row for row in batch if row["image"] and row["image"]["bytes"]]
-    pictures = [rgb_picture(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}") for row in made]
-    shown = [[references.get(name, []) for name in row["subject_ids"]] for row in made]
-    found = column_scores(others, pictures, shown, [without_markers(row["prompt"]) for row in made]).to_pylist()
-    more = {id(row): values for row, values in zip(made, found, strict=True)}
-    return [row | more.get(id(row), {}) for row in batch]
+def _row_picture(row: Mapping[str, Any]) -> Image.Image:
+    return rgb_picture(row["image"]["bytes"], f"{row['source']}: {row['sample_id']}")
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from facediffuser.dataset.added_columns import Added, read_added
+from facediffuser.dataset.added_columns import AddedColumns, read_added_columns
 from facediffuser.dataset.input_tables import read_table_file
 from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
 from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
-from facediffuser.evaluation.evaluate_settings import ForeignSettings, TableSettings
+from facediffuser.evaluation.evaluate_settings import ExternalImageSettings, TableSettings
 from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
 from facediffuser.pictures import open_picture, read_picture_file, stored_picture
 from facediffuser.storage import Store, local_copy, open_store
@@ -51,7 +51,7 @@ class Source:
     references: "Callable[[Scorers], Mapping[str, np.ndarray]] | None"
     pictures: Callable[[], Mapping[str, list[Image.Image]]]
     url: str
-    added: Added = field(default_factory=lambda: Added({}))
+    added: AddedColumns = field(default_factory=lambda: AddedColumns({}))
     recorded: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,15 +69,15 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
     footers = [read_footer(store, key) for key in keys]
     recorded = recorded_digests(footers[0].schema.to_arrow_schema())
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
-    added = read_added(store)
-    always = {"source": store.url} | ({"method": name} if name else {})
+    added = read_added_columns(store)
+    constants = {"source": store.url} | ({"method": name} if name else {})
 
     def batches() -> Iterator[list[dict]]:
         for _, _, table in row_groups(store, keys, columns):
             for start in range(0, table.num_rows, settings.batch_size):
                 part = table.slice(start, settings.batch_size)
-                beside = added.of(part["sample_id"]).to_pylist() if added.tables else [{}] * part.num_rows
-                yield [row | more | always for row, more in zip(part.to_pylist(), beside, strict=True)]
+                added_rows = added.rows(part["sample_id"]).to_pylist() if added.tables else [{}] * part.num_rows
+                yield [row | extra | constants for row, extra in zip(part.to_pylist(), added_rows, strict=True)]
 
     references = None
     if settings.rescore:
@@ -89,14 +89,14 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
         sum(footer.num_rows for footer in footers),
         batches,
         references,
-        lambda: dataset_pictures(store),
+        lambda: dataset_reference_pictures(store),
         store.url,
         added,
         {} if settings.rescore else recorded,
     )
 
 
-def folder_source(method: str, url: str, settings: ForeignSettings, batch_size: int) -> Source:
+def folder_source(method: str, url: str, settings: ExternalImageSettings, batch_size: int) -> Source:
     """The images of a folder that another system made; `method` names it in the table."""
     store = open_store(url)
     assert settings.subjects is not None  # the settings ask for them with folders of images
@@ -175,7 +175,7 @@ def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray
     return {name: subject_embedding(np.stack(found)) for name, found in vectors.items()}
 
 
-def dataset_pictures(store: Store) -> dict[str, list[Image.Image]]:
+def dataset_reference_pictures(store: Store) -> dict[str, list[Image.Image]]:
     """Return subject id -> the reference pictures that a dataset keeps, as the model was shown them."""
     table = read_columns(store, "subjects.parquet", ["subject_id", "image"])
     found: dict[str, list[Image.Image]] = {}

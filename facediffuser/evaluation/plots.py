@@ -1,6 +1,7 @@
 """Plots of scores, as PNG bytes: histograms, the IP-PC plane of images, the IP-PC plane of methods."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,11 +27,11 @@ def score_histograms(groups: Mapping[str, Scores]) -> bytes:
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
     count = sum(scores.count for scores in groups.values())
     for metric, axis, name in zip(METRICS, figure.subplots(1, 2), AXES, strict=True):
-        everything = _all(groups, metric)
-        edges = _edges(everything, from_zero=metric == "ip")
+        everything = _pooled(groups, metric)
+        edges = _bin_edges(everything, from_zero=metric == "ip")
         weights = np.full(len(everything), 100.0 / max(len(everything), 1))
         axis.hist(everything, edges, weights=weights, color="#d8dde3", label=f"{OVERALL} ({count})")
-        for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
+        for colour, (category, scores) in zip(itertools.cycle(COLOURS), groups.items(), strict=False):
             values = getattr(scores, metric)
             shares = np.histogram(values, edges)[0] * 100.0 / max(len(values), 1)
             axis.stairs(shares, edges, color=colour, linewidth=1.8, label=_label(f"{category} ({scores.count})"))
@@ -46,7 +47,7 @@ def score_histograms(groups: Mapping[str, Scores]) -> bytes:
                 color="#333333",
             )
         drawn = "" if len(everything) == count else f" (shapes: {len(everything):,} of them)"
-        _plain(axis, name, f"images, %{drawn}")
+        _style_axes(axis, name, f"images, %{drawn}")
         if metric == "pc" and groups:
             axis.legend(frameon=False, fontsize=9, title="category (images)", title_fontsize=9)
     return _png(figure)
@@ -56,7 +57,7 @@ def image_plane(groups: Mapping[str, Scores]) -> bytes:
     """Return a PNG with a point per image: IP across, PC up, coloured by category; a density from 4,000 points on."""
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")
     axis = figure.subplots()
-    ip, pc = (_all(groups, metric) for metric in METRICS)
+    ip, pc = (_pooled(groups, metric) for metric in METRICS)
     if len(ip) >= MANY_POINTS:
         cells = axis.hexbin(ip, pc, gridsize=45, mincnt=1, bins="log", cmap="viridis", linewidths=0)
         figure.colorbar(
@@ -64,11 +65,11 @@ def image_plane(groups: Mapping[str, Scores]) -> bytes:
             label="images" if len(ip) == sum(scores.count for scores in groups.values()) else f"of {len(ip):,} images",
         )
     else:
-        for colour, (category, scores) in zip(_cycle(COLOURS), groups.items(), strict=False):
+        for colour, (category, scores) in zip(itertools.cycle(COLOURS), groups.items(), strict=False):
             axis.scatter(scores.ip, scores.pc, s=16, alpha=0.7, color=colour, linewidths=0, label=_label(category))
         if groups:
             axis.legend(frameon=False, fontsize=9)
-    _plain(axis, *AXES)
+    _style_axes(axis, *AXES)
     return _png(figure)
 
 
@@ -79,8 +80,8 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
     axis = figure.subplots()
     counts = sorted({subjects for _, subjects, _ in overall})
     methods = sorted({method for method, _, _ in overall})
-    for colour, method in zip(_cycle(COLOURS), methods, strict=False):
-        for marker, subjects in zip(_cycle(MARKERS), counts, strict=False):
+    for colour, method in zip(itertools.cycle(COLOURS), methods, strict=False):
+        for marker, subjects in zip(itertools.cycle(MARKERS), counts, strict=False):
             ip, pc = (overall.get((method, subjects, metric)) for metric in ("ip", "pc"))
             if ip is None or pc is None:
                 continue
@@ -88,8 +89,8 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
             axis.errorbar(
                 ip.mean,
                 pc.mean,
-                xerr=_spread(ip),
-                yerr=_spread(pc),
+                xerr=_error_bars(ip),
+                yerr=_error_bars(pc),
                 fmt=marker,
                 color=colour,
                 capsize=3,
@@ -100,11 +101,11 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
     if overall:
         axis.legend(frameon=False, fontsize=9, title="method (images)", title_fontsize=9)
     axis.margins(0.15)
-    _plain(axis, *AXES)
+    _style_axes(axis, *AXES)
     return _png(figure)
 
 
-def _all(groups: Mapping[str, Scores], metric: str) -> np.ndarray:
+def _pooled(groups: Mapping[str, Scores], metric: str) -> np.ndarray:
     return np.concatenate([getattr(scores, metric) for scores in groups.values()]) if groups else np.zeros(0)
 
 
@@ -114,15 +115,11 @@ def _label(text: str) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-def _spread(row: ScoreRow) -> np.ndarray:
+def _error_bars(row: ScoreRow) -> np.ndarray:
     return np.array([[max(0.0, row.mean - row.low)], [max(0.0, row.high - row.mean)]])
 
 
-def _cycle(values: Sequence) -> list:
-    return list(values) * 64
-
-
-def _edges(values: np.ndarray, from_zero: bool) -> np.ndarray:
+def _bin_edges(values: np.ndarray, from_zero: bool) -> np.ndarray:
     if not len(values):
         return np.linspace(0, 1, 11)
     low, high = float(min(values.min(), 0.0) if from_zero else values.min()), float(values.max())
@@ -130,7 +127,7 @@ def _edges(values: np.ndarray, from_zero: bool) -> np.ndarray:
     return np.linspace(low, high, int(np.clip(np.sqrt(len(values)), 8, 40)) + 1)
 
 
-def _plain(axis, across: str, up: str) -> None:
+def _style_axes(axis, across: str, up: str) -> None:
     axis.set_xlabel(across)
     axis.set_ylabel(up)
     axis.spines[["top", "right"]].set_visible(False)

@@ -8,8 +8,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,18 +17,19 @@ from PIL import Image
 from scipy import ndimage
 
 from facediffuser.errors import InputError
+from facediffuser.prompts import without_markers
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "facediffuser.scorers"
-OURS = {"sharpness": "facediffuser.scoring.columns:Sharpness"}
+BUILT_IN = {"sharpness": "facediffuser.scoring.columns:Sharpness"}
 
 
 class ColumnScorer(Protocol):
-    """What a scorer has to be. It is made with one argument, the device (`cpu`, `cuda`), and loads its weights then.
+    """The interface of a scorer. Its constructor takes the device (`cpu`, `cuda`) and loads the weights.
 
-    Whatever is missing is to be raised there, as an InputError that names the file: a run checks its scorers before
-    its first image. `digest` says which weights and which method it is (a sha256); it is recorded with the scores.
+    The constructor raises InputError, naming the file, for whatever is missing: a run checks its scorers before its
+    first image. `digest` says which weights and which method it is (a sha256); it is recorded with the scores.
     """
 
     columns: pa.Schema
@@ -61,11 +62,22 @@ class Sharpness:
 
 
 def load_columns(names: Sequence[str], device: str = "cpu") -> dict[str, ColumnScorer]:
-    """Return the scorers by name, loaded; InputError for one that is not there, cannot load, or repeats a column."""
+    """Return scorers of further columns, loaded.
+
+    Args:
+        names: `sharpness`, entry points of the group `facediffuser.scorers`, or `module:Class`; repeats count once.
+        device: where they run, `cpu` or `cuda`.
+
+    Returns:
+        The scorers by name, in the order of `names`.
+
+    Raises:
+        InputError: a scorer does not exist, cannot be loaded, or adds a column that another one adds.
+    """
     found: dict[str, ColumnScorer] = {}
     owners: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        found[name] = _made(name, device)
+        found[name] = _load_scorer(name, device)
         for column in found[name].columns.names:
             if column in owners:
                 raise InputError(f"scorers {owners[column]} and {name} both add {column!r}; use one of them")
@@ -81,7 +93,20 @@ def column_scores(
     references: Sequence[Sequence[Sequence[Image.Image]]],
     prompts: Sequence[str],
 ) -> pa.Table:
-    """Return the columns of all scorers, a row per image; ValueError for a scorer that does not keep its promise."""
+    """Return the columns of all scorers.
+
+    Args:
+        scorers: the scorers by name.
+        images: RGB pictures.
+        references: for each image, for each of its subjects, the reference pictures.
+        prompts: each image's prompt, without markers.
+
+    Returns:
+        A table with a row per image and the columns of every scorer.
+
+    Raises:
+        ValueError: a scorer returned other rows or columns than it declares.
+    """
     columns: dict[str, pa.ChunkedArray] = {}
     for name, scorer in scorers.items():
         table = scorer.score(images, references, prompts)
@@ -94,18 +119,53 @@ def column_scores(
     return pa.table(columns)
 
 
+def score_rows(
+    scorers: Mapping[str, ColumnScorer],
+    rows: Sequence[Mapping[str, Any]],
+    open_image: Callable[[Mapping[str, Any]], Image.Image],
+    references: Mapping[str, Sequence[Image.Image]],
+) -> list[dict[str, Any]]:
+    """Return the values of all scorers' columns for each row, an empty dict for a row without an image.
+
+    Args:
+        scorers: the scorers by name.
+        rows: dataset rows with subject_ids, prompt and image.
+        open_image: decodes a row's image.
+        references: the reference pictures by subject id.
+
+    Raises:
+        ValueError: a scorer returned other rows or columns than it declares.
+    """
+    indices = [index for index, row in enumerate(rows) if row["image"] and row["image"]["bytes"]]
+    table = column_scores(
+        scorers,
+        [open_image(rows[index]) for index in indices],
+        [[references.get(name, []) for name in rows[index]["subject_ids"]] for index in indices],
+        [without_markers(rows[index]["prompt"]) for index in indices],
+    )
+    values = dict(zip(indices, table.to_pylist(), strict=True))
+    return [values.get(index, {}) for index in range(len(rows))]
+
+
 def short_name(name: str) -> str:
     """Return a scorer's name as a file may be called: `package.module:Class` becomes `Class`."""
     return name.rpartition(":")[2]
 
 
-def find_column(name: str) -> str:
-    """Return the `module:Class` of a scorer; InputError when there is none of that name, or no such module."""
-    reference = OURS.get(name, name)
+def find_scorer(name: str) -> str:
+    """Return the `module:Class` of a scorer without importing it.
+
+    Args:
+        name: `sharpness`, an entry point of the group `facediffuser.scorers`, or `module:Class`.
+
+    Raises:
+        InputError: there is no scorer of that name, or no such module.
+    """
+    reference = BUILT_IN.get(name, name)
     if ":" not in reference:
         points = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
         if not points:
-            named = sorted({*OURS, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+            named = sorted({*BUILT_IN, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
             raise InputError(f"scorer {name!r}: no such scorer; give one of {', '.join(named)}, or module:Class")
         reference = next(iter(points)).value
     module = reference.partition(":")[0]
@@ -118,14 +178,14 @@ def find_column(name: str) -> str:
     return reference
 
 
-def _made(name: str, device: str) -> ColumnScorer:
-    module, _, attribute = find_column(name).partition(":")
+def _load_scorer(name: str, device: str) -> ColumnScorer:
+    module, _, attribute = find_scorer(name).partition(":")
     try:
-        kind = getattr(importlib.import_module(module), attribute)
+        scorer_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"scorer {name!r}: cannot be imported ({error}); check module:Class") from error
     try:
-        return kind(device)
+        return scorer_class(device)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

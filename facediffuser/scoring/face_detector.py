@@ -16,12 +16,12 @@ from facediffuser.faces import Face, box_area
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_SIDE = 20
+MIN_SEARCH_SIDE = 20
 BATCH_PIXELS = 8_000_000
 BATCH_IMAGES = 32
 # Larger pictures are searched reduced to this: the search takes some 100 bytes a pixel, and a face that is lost by it has
 # fewer than 20 px of thousands.
-MOST_SEARCH_PIXELS = 4_000_000
+MAX_SEARCH_PIXELS = 4_000_000
 
 
 class FaceDetector:
@@ -57,12 +57,17 @@ class FaceDetector:
         ).eval()
         if self.device.type == "cpu":
             for part in (self.network.pnet, self.network.rnet, self.network.onet):
-                _quicken(part)
+                _replace_max_pooling(part)
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Face]]:
-        """Return each picture's faces, the largest first (equal ones from left to right); an empty list for none.
+        """Return the faces of each picture.
 
-        Boxes and landmarks are in pixels of the pictures as given. On a GPU pictures of one size are searched together.
+        Args:
+            images: pictures of any sizes; on a GPU those of one size are searched together.
+
+        Returns:
+            For each picture its faces, the largest first, equal ones from left to right; an empty list where there is
+            none. Boxes (x1, y1, x2, y2) and landmarks are in pixels of the pictures as given; `prob` is in 0..1.
         """
         found: list[list[Face]] = [[] for _ in images]
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -71,7 +76,7 @@ class FaceDetector:
         batches = []
         for (width, height), members in groups.items():
             size = self._search_size(width, height)
-            if min(size) < SMALLEST_SIDE:
+            if min(size) < MIN_SEARCH_SIDE:
                 continue  # MTCNN's scale pyramid is empty below its 20 px
             count = self._batch_size(size)
             batches += [(members[start : start + count], size) for start in range(0, len(members), count)]
@@ -99,9 +104,9 @@ class FaceDetector:
                     pass
 
     def _search_size(self, width: int, height: int) -> tuple[int, int]:
-        scale = min(1.0, (MOST_SEARCH_PIXELS / (width * height)) ** 0.5)
+        scale = min(1.0, (MAX_SEARCH_PIXELS / (width * height)) ** 0.5)
         if self.min_side:
-            scale = max(scale, min(self.min_side / min(width, height), (MOST_SEARCH_PIXELS / (width * height)) ** 0.5))
+            scale = max(scale, min(self.min_side / min(width, height), (MAX_SEARCH_PIXELS / (width * height)) ** 0.5))
         return round(width * scale), round(height * scale)
 
     def _batch_size(self, size: tuple[int, int]) -> int:
@@ -115,15 +120,15 @@ class FaceDetector:
         except (IndexError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            # MTCNN's later stages fail when a candidate lies wholly outside the picture. With a black rim none does.
-            logger.debug("face search failed (%s); searching %d pictures again with a rim", error, len(pictures))
-        return [self._run_with_rim(picture) for picture in pictures]
+            # MTCNN's later stages fail when a candidate lies wholly outside the picture. With a black padding none does.
+            logger.debug("face search failed (%s); searching %d pictures again with a padding", error, len(pictures))
+        return [self._run_padded(picture) for picture in pictures]
 
-    def _run_with_rim(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rim = max(picture.shape[:2]) // 2
-        boxes, points = self._run([np.pad(picture, ((rim, rim), (rim, rim), (0, 0)))])[0]
-        boxes[:, :4] -= rim
-        return boxes, points - rim
+    def _run_padded(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        padding = max(picture.shape[:2]) // 2
+        boxes, points = self._run([np.pad(picture, ((padding, padding), (padding, padding), (0, 0)))])[0]
+        boxes[:, :4] -= padding
+        return boxes, points - padding
 
     @torch.no_grad()
     def _run(self, pictures: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -170,9 +175,9 @@ class _MaxPool(nn.Module):
             reach = (count - 1) * self.stride
             if reach + self.size > x.shape[dim]:
                 # The last window reaches over the edge: what is outside of it never is the largest.
-                rim = [0, 0, 0, 0]
-                rim[1 if dim == -1 else 3] = reach + self.size - x.shape[dim]
-                x = nn.functional.pad(x, rim, value=float("-inf"))
+                padding = [0, 0, 0, 0]
+                padding[1 if dim == -1 else 3] = reach + self.size - x.shape[dim]
+                x = nn.functional.pad(x, padding, value=float("-inf"))
             shifted = [
                 x.narrow(dim, offset, reach + 1)[(..., slice(None, None, self.stride), *[slice(None)] * (-1 - dim))]
                 for offset in range(self.size)
@@ -183,7 +188,7 @@ class _MaxPool(nn.Module):
         return x
 
 
-def _quicken(network: nn.Module) -> None:
+def _replace_max_pooling(network: nn.Module) -> None:
     for name, layer in list(network.named_children()):
         if isinstance(layer, nn.MaxPool2d) and layer.ceil_mode and not layer.padding:
             setattr(network, name, _MaxPool(layer.kernel_size, layer.stride))

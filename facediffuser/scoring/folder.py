@@ -9,9 +9,13 @@ PAPER = "paper"
 
 
 def scorers_folder(name: str) -> Path:
-    """Return the local folder of the scorers called `miniature`, or of those in a folder or s3:// prefix.
+    """Return the local folder of scorers.
 
-    Raises InputError unless it holds identity/ and prompt/.
+    Args:
+        name: `miniature`, a folder, or an s3:// prefix, which is downloaded.
+
+    Raises:
+        InputError: the folder does not hold identity/ and prompt/.
     """
     if name == "miniature":
         from facediffuser.shipped import scorers_folder as shipped
@@ -28,6 +32,13 @@ def scorers_folder(name: str) -> Path:
 
 
 def require_scorers(name: str) -> None:
-    """Raise InputError unless scorers of this name are there; those called `paper` are looked for when they load."""
+    """Check that scorers exist; those called `paper` are looked for when they are loaded.
+
+    Args:
+        name: `paper`, `miniature`, a folder or an s3:// prefix.
+
+    Raises:
+        InputError: there are no scorers of this name.
+    """
     if name != PAPER:
         scorers_folder(name)

@@ -56,7 +56,14 @@ class IdentityScorer:
 
     @torch.no_grad()
     def embed_faces(self, images: Sequence[Image.Image]) -> list[FaceEmbeddings]:
-        """Return the faces of each picture with their embeddings; crops of all pictures go through in batches."""
+        """Return the faces of each picture with their embeddings.
+
+        Args:
+            images: pictures of any sizes; the crops of all of them are embedded in batches of 64.
+
+        Returns:
+            For each picture its faces, the largest first, and their unit vectors (faces, d), float32.
+        """
         pictures = [image.convert("RGB") for image in images]
         found = self.detector.detect(pictures)
         crops = [
@@ -71,7 +78,14 @@ class IdentityScorer:
 
     @torch.no_grad()
     def embed_crops(self, crops: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the unit vectors (n, d), float32, of face crops (crop_size, crop_size, 3) uint8."""
+        """Return the embeddings of face crops.
+
+        Args:
+            crops: n arrays (crop_size, crop_size, 3), uint8 RGB.
+
+        Returns:
+            The unit vectors (n, d), float32; (0, 0) without crops.
+        """
         batches = []
         for start in range(0, len(crops), BATCH_FACES):
             pixels = torch.from_numpy(np.stack(crops[start : start + BATCH_FACES])).to(self.device)
@@ -80,9 +94,17 @@ class IdentityScorer:
         return np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
 
     def embed_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
-        """Return the unit vector of each reference picture's first (largest) face, (k, d) float32.
+        """Return the embedding of each reference picture's largest face.
 
-        Raises InputError, one line naming the picture, when a picture shows no face.
+        Args:
+            images: k pictures.
+            names: their names, for messages.
+
+        Returns:
+            The unit vectors (k, d), float32.
+
+        Raises:
+            InputError: no face is found in a picture, which is named.
         """
         found = self.embed_faces(images)
         for name, embedded in zip(names, found, strict=True):
@@ -92,10 +114,15 @@ class IdentityScorer:
 
 
 def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """Return the picture inside a face box, (size, size, 3) uint8: MTCNN's own extraction with margin 0.
+    """Return the picture inside a face box: MTCNN's own extraction with margin 0.
 
-    The box (x1, y1, x2, y2; px) is cut at the picture's edge and truncated to whole pixels, the crop resized bilinearly
-    without keeping its aspect. A box that holds no whole pixel gives its nearest one.
+    Args:
+        image: an RGB picture.
+        box: (x1, y1, x2, y2), px; cut at the picture's edge and truncated to whole pixels, at least one.
+        size: side of the result, px; the crop is resized bilinearly without keeping its aspect.
+
+    Returns:
+        An array (size, size, 3), uint8.
     """
     left, top = (int(min(max(box[axis], 0), image.size[axis] - 1)) for axis in (0, 1))
     right, bottom = (int(min(box[axis + 2], image.size[axis])) for axis in (0, 1))
@@ -104,35 +131,72 @@ def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray
 
 
 def square_face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """Return the square around a face box, (size, size, 3) uint8, its aspect kept: what the miniature learnt from."""
+    """Return the square around a face box, its aspect kept: what the miniature's embedder was trained on.
+
+    Args:
+        image: an RGB picture.
+        box: (x1, y1, x2, y2), px.
+        size: side of the result, px.
+
+    Returns:
+        An array (size, size, 3), uint8.
+    """
     return np.asarray(crop_square(image, face_crop_box(box, margin=0.0), size))
 
 
 def facenet_normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Return pixels of 0..255 in FaceNet's fixed standardisation, about -1..1."""
+    """Return FaceNet's fixed standardisation of pixels.
+
+    Args:
+        pixels: any shape, 0..255.
+
+    Returns:
+        The same shape, about -1..1.
+    """
     return (pixels - 127.5) / 128.0
 
 
 def miniature_normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Return pixels of 0..255 as -1..1."""
+    """Return what the miniature's embedder takes.
+
+    Args:
+        pixels: any shape, 0..255.
+
+    Returns:
+        The same shape, -1..1.
+    """
     return pixels / 127.5 - 1.0
 
 
 def subject_embedding(vectors: np.ndarray) -> np.ndarray:
-    """Return one unit vector (d,) for a subject from those of its reference pictures (k, d): their mean, renormalised.
+    """Return one embedding for a subject: the mean of those of its reference pictures, normalised.
 
-    With one reference, as in the paper, that is the reference's own vector. With several, none of them decides alone.
+    With one reference, as in the paper, it is the reference's own vector.
+
+    Args:
+        vectors: the references' unit vectors (k, d).
+
+    Returns:
+        A unit vector (d,), float32.
     """
     mean = np.asarray(vectors, np.float64).mean(axis=0)
     return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
 
 
 def load_identity(folder: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
-    """Return the identity scorer of a scorers folder's `identity/` and the sha256 of its weights.
+    """Return the identity scorer of a scorers folder.
 
-    The folder holds either FaceNet's weights (one `.pt` or `.safetensors` state dict of InceptionResnetV1), which are
-    run as the paper does, or the miniature's embedder (`config.json` and `model.safetensors`), which is run on faces of
-    pictures enlarged to 160 px. Raises InputError when it holds neither.
+    Args:
+        folder: its `identity/`, which holds FaceNet's weights (one `.pt` or `.safetensors` state dict of
+            InceptionResnetV1), run as in the paper, or the miniature's embedder (`config.json`, `model.safetensors`),
+            run on pictures enlarged to 160 px.
+        device: where it runs, such as `cpu` or `cuda`.
+
+    Returns:
+        The scorer and the sha256 of its weights.
+
+    Raises:
+        InputError: the folder holds neither.
     """
     if (folder / "config.json").is_file():
         return _load_miniature(folder, device)
@@ -144,7 +208,18 @@ def load_identity(folder: Path, device: str | torch.device) -> tuple[IdentitySco
 
 
 def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentityScorer, str]:
-    """Return the paper's identity scorer (MTCNN + InceptionResnetV1) with weights from a file, and their sha256."""
+    """Return the paper's identity scorer, MTCNN and InceptionResnetV1.
+
+    Args:
+        weights: a state dict of InceptionResnetV1, `.safetensors` or `.pt`, which is read with weights_only.
+        device: where it runs, such as `cpu` or `cuda`.
+
+    Returns:
+        The scorer and the sha256 of its weights.
+
+    Raises:
+        InputError: the file does not hold these weights.
+    """
     from facenet_pytorch import InceptionResnetV1
 
     network = InceptionResnetV1(pretrained=None)
@@ -167,7 +242,8 @@ def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentitySco
 def published_facenet() -> Path:
     """Return the file of FaceNet's published vggface2 weights in facenet-pytorch's cache, downloading it if missing.
 
-    Raises InputError naming the file when it is neither there nor to be had.
+    Raises:
+        InputError: the file, which is named, is missing and cannot be downloaded.
     """
     from facenet_pytorch import InceptionResnetV1
     from facenet_pytorch.models.inception_resnet_v1 import get_torch_home

@@ -1,21 +1,30 @@
-"""Which face is whose: greedy best-first matching of the faces of a picture to the subjects it should show."""
+"""Greedy best-first matching of the faces of a picture to the subjects it should show, and the IP that follows."""
 
 import numpy as np
 
 
 def cosine_scores(faces: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return the identity score of every face with every reference, 0..1: cosine with negatives set to 0.
+    """Return the identity score of every face with every reference: the cosine, negatives set to 0.
 
-    `faces` (f, d) and `references` (s, d) are unit vectors; the result is (f, s), float64.
+    Args:
+        faces: unit vectors (f, d).
+        references: unit vectors (s, d).
+
+    Returns:
+        An array (f, s), float64, in 0..1.
     """
     products = np.asarray(faces, np.float64) @ np.asarray(references, np.float64).T
     return np.clip(products, 0.0, 1.0)
 
 
 def greedy_pairs(scores: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (row, column) of a matrix, each row and column at most once, the highest score first.
+    """Return pairs of a score matrix, each row and column at most once, the highest score first.
 
-    Of equal scores that of the first row is taken, then that of the first column.
+    Args:
+        scores: a matrix; of equal scores that of the first row is taken, then that of the first column.
+
+    Returns:
+        min(rows, columns) pairs (row, column).
     """
     left, pairs = scores.astype(np.float64), []
     for _ in range(min(scores.shape)):
@@ -26,10 +35,16 @@ def greedy_pairs(scores: np.ndarray) -> list[tuple[int, int]]:
 
 
 def match_greedily(scores: np.ndarray) -> list[int]:
-    """Return for every subject the index of its face, -1 for none; no face serves two subjects.
+    """Return the face of every subject; no face is matched to two subjects.
 
-    `scores` (faces, subjects). The best pair of all is taken first, then the best among what is left (METHOD:
-    Evaluation). Of equal pairs the earlier face, then the earlier subject, is taken, so the result is one.
+    The best pair is taken first, then the best of those that remain. Of equal pairs the earlier face, then the earlier
+    subject, is taken.
+
+    Args:
+        scores: (faces, subjects).
+
+    Returns:
+        For every subject the index of its face, -1 for none.
     """
     chosen = [-1] * scores.shape[1]
     for face, subject in greedy_pairs(scores):
@@ -38,10 +53,19 @@ def match_greedily(scores: np.ndarray) -> list[int]:
 
 
 def identity_preservation(faces: np.ndarray, references: np.ndarray) -> tuple[float, list[float], list[int]]:
-    """Return a picture's IP (the minimum over its subjects), the value of each subject, and each subject's face.
+    """Return the identity preservation (IP) of a picture.
 
-    `faces` (f, d), `references` (s, d): unit vectors, s >= 1. A subject without a face scores 0 (face -1), so a picture
-    with fewer faces than subjects has IP 0.
+    A subject without a face scores 0, so a picture with fewer faces than subjects has IP 0.
+
+    Args:
+        faces: unit vectors (f, d) of the faces found in the picture.
+        references: unit vectors (s, d) of the subjects, s >= 1.
+
+    Returns:
+        IP, the minimum over the subjects, 0..1; the value of each subject; the index of each subject's face, -1 for none.
+
+    Raises:
+        ValueError: there are no references.
     """
     if len(references) == 0:
         raise ValueError("no references to score against")

@@ -12,7 +12,7 @@ SIDE = 64
 
 
 class IdentityEmbedder(nn.Module):
-    """Face crops (n, 3, 64, 64) in [-1, 1] to unit vectors (n, dim)."""
+    """A small network from face crops (n, 3, 64, 64) in -1..1 to unit vectors (n, dim)."""
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128), dim: int = 96):
         super().__init__()
@@ -31,7 +31,12 @@ class IdentityEmbedder(nn.Module):
 
 
 def save_identity_embedder(model: IdentityEmbedder, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` (fp16)."""
+    """Write an embedder.
+
+    Args:
+        model: the embedder.
+        folder: where `config.json` and `model.safetensors` (fp16) are written; created when it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config, indent=1) + "\n")
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
@@ -39,7 +44,11 @@ def save_identity_embedder(model: IdentityEmbedder, folder: Path) -> None:
 
 
 def load_identity_embedder(folder: Path) -> IdentityEmbedder:
-    """Read what `save_identity_embedder` wrote, as fp32, ready for use."""
+    """Return the embedder that `save_identity_embedder` wrote, fp32, in evaluation mode, without gradients.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`.
+    """
     config = json.loads((Path(folder) / "config.json").read_text())
     model = IdentityEmbedder(tuple(config["widths"]), config["dim"])
     model.load_state_dict(

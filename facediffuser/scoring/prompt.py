@@ -32,7 +32,14 @@ class PromptScorer:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Return the unit vectors (n, d), float32, of pictures."""
+        """Return the embeddings of pictures.
+
+        Args:
+            images: n pictures of any sizes.
+
+        Returns:
+            The unit vectors (n, d), float32; (0, 0) without pictures.
+        """
         batches = []
         for start in range(0, len(images), BATCH):
             crops = [clip_crop(image, self.image_size) for image in images[start : start + BATCH]]
@@ -42,7 +49,14 @@ class PromptScorer:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the unit vectors (n, d), float32, of texts, cut at the model's length (77 tokens for CLIP)."""
+        """Return the embeddings of texts.
+
+        Args:
+            texts: n texts, cut at the model's length (77 tokens for CLIP).
+
+        Returns:
+            The unit vectors (n, d), float32; (0, 0) without texts.
+        """
         batches = []
         for start in range(0, len(texts), BATCH):
             tokens = self.tokenizer(
@@ -59,7 +73,15 @@ class PromptScorer:
         return np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Return the PC of each picture with its prompt (without markers), -1..1."""
+        """Return the PC of each picture with its prompt.
+
+        Args:
+            images: n pictures.
+            prompts: n prompts, without markers.
+
+        Returns:
+            n cosines, -1..1.
+        """
         if not images:
             return []
         distinct = list(dict.fromkeys(prompts))
@@ -70,9 +92,14 @@ class PromptScorer:
 
 
 def clip_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return a picture as CLIP takes it, (3, size, size) float32: shorter side to `size` (bicubic), centre, normalised.
+    """Return a picture preprocessed as CLIP's own code does, with Pillow: resized, cropped to the centre, normalised.
 
-    As in CLIP's own preprocessing, with Pillow.
+    Args:
+        image: a picture of any size.
+        size: px; the shorter side becomes this long (bicubic), and the centre square of this side is kept.
+
+    Returns:
+        An array (3, size, size), float32, with CLIP's mean and standard deviation.
     """
     image = image.convert("RGB")
     width, height = image.size
@@ -86,9 +113,17 @@ def clip_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer, str]:
-    """Return the prompt scorer of a transformers CLIPModel folder with tokenizer, and the sha256 of its files.
+    """Return the prompt scorer of a CLIP model.
 
-    Raises InputError when a file is missing.
+    Args:
+        folder: a transformers CLIPModel folder with tokenizer.
+        device: where it runs, such as `cpu` or `cuda`.
+
+    Returns:
+        The scorer and the sha256 of its files.
+
+    Raises:
+        InputError: a file is missing, or the folder holds another model.
     """
     weights = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not (folder / "config.json").is_file() or not weights:
@@ -107,7 +142,14 @@ def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer,
 
 
 def published_clip(model: str = PAPER_CLIP) -> Path:
-    """Return the local folder of a CLIP model of the hub, downloaded if missing; InputError when it cannot be had."""
+    """Return the local folder of a CLIP model of the Hugging Face Hub, downloaded when it is missing.
+
+    Args:
+        model: its id on the hub.
+
+    Raises:
+        InputError: it is not in the cache and cannot be downloaded.
+    """
     import httpx
     from huggingface_hub import snapshot_download
 

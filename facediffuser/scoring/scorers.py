@@ -1,4 +1,4 @@
-"""The scorers of a run: loaded once, checked at the start, with the digests of what they are."""
+"""The IP and PC scorers of a run, loaded once, with the digests of their weights."""
 
 import logging
 import math
@@ -26,10 +26,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageScore:
-    """What the scorers say of one picture.
+    """The scores of one picture.
 
-    `ip` 0..1, the minimum of `ip_per_subject`; `pc` -1..1; `face_boxes` (x1, y1, x2, y2) in px, the largest face first;
-    `face_probs` 0..1; `subject_faces`: the index of each subject's face, -1 for none.
+    Attributes:
+        ip: identity preservation, 0..1, the minimum of `ip_per_subject`.
+        ip_per_subject: the identity score of each subject, 0..1.
+        face_count: faces found.
+        face_boxes: (x1, y1, x2, y2) of each face, px, the largest face first.
+        face_probs: the detector's probability of each face, 0..1.
+        pc: prompt consistency, -1..1.
+        subject_faces: the index of each subject's face, -1 for none.
     """
 
     ip: float
@@ -49,7 +55,14 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Scorers:
-    """IP and PC of pictures. `digests`: the sha256 of each part's weights (face_detector, identity, prompt)."""
+    """The scorers of IP and PC.
+
+    Attributes:
+        name: `paper`, `miniature`, or where they were read.
+        identity: finds and embeds faces.
+        prompt: embeds pictures and texts.
+        digests: the sha256 of each part's weights (face_detector, identity, prompt).
+    """
 
     name: str
     identity: IdentityScorer
@@ -57,9 +70,17 @@ class Scorers:
     digests: dict[str, str]
 
     def embed_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
-        """Return the unit vector of each reference picture's first (largest) face, (k, d) float32.
+        """Return the embedding of each reference picture's largest face.
 
-        `names` are for messages: InputError names the first picture without a face.
+        Args:
+            images: k pictures.
+            names: their names, for messages.
+
+        Returns:
+            The unit vectors (k, d), float32.
+
+        Raises:
+            InputError: no face is found in a picture, which is named.
         """
         return self.identity.embed_references(images, names)
 
@@ -69,17 +90,25 @@ class Scorers:
         references: Sequence[Sequence[np.ndarray]],
         prompts: Sequence[str],
     ) -> list[ImageScore]:
-        """Return the scores of a batch of pictures (METHOD: Evaluation).
+        """Return the scores of a batch of pictures; the same batch gives the same numbers on the same hardware.
 
-        `references`: for each picture the embedding (d,) of each of its subjects; `prompts`: without markers.
-        The same batch gives the same numbers on the same hardware.
+        Args:
+            images: n pictures.
+            references: for each picture the embedding (d,) of each of its subjects.
+            prompts: n prompts, without markers.
+
+        Returns:
+            The scores of each picture.
+
+        Raises:
+            ValueError: the three differ in length.
         """
         if not len(images) == len(references) == len(prompts):
             raise ValueError(f"{len(images)} images, {len(references)} references, {len(prompts)} prompts")
         faces = self.identity.embed_faces(images)
         scores = []
-        for found, wanted, pc in zip(faces, references, self.prompt.score(images, prompts), strict=True):
-            ip, per_subject, chosen = identity_preservation(found.vectors, np.stack(wanted))
+        for found, subjects, pc in zip(faces, references, self.prompt.score(images, prompts), strict=True):
+            ip, per_subject, chosen = identity_preservation(found.vectors, np.stack(subjects))
             scores.append(
                 ImageScore(
                     ip=ip,
@@ -95,11 +124,15 @@ class Scorers:
 
 
 def load_scorers(name: str, device: str | torch.device = "cpu") -> Scorers:
-    """Return the scorers called `paper` or `miniature`, or those of a folder or s3:// prefix.
+    """Return the scorers of IP and PC.
 
-    A folder holds identity/ and prompt/. `paper`: MTCNN, FaceNet (vggface2) and CLIP ViT-L/14 from the libraries'
-    caches, downloaded when missing.
-    Raises InputError at once, naming the file, when a weight is missing.
+    Args:
+        name: `paper` (MTCNN, FaceNet trained on vggface2 and CLIP ViT-L/14 from the libraries' caches, downloaded when
+            they are missing), `miniature`, or a folder or s3:// prefix with identity/ and prompt/.
+        device: where they run, such as `cpu` or `cuda`.
+
+    Raises:
+        InputError: a file of weights, which is named, is missing.
     """
     if name == PAPER:
         # Both are looked for before either is loaded: the answer to a missing one comes within seconds.

@@ -11,7 +11,7 @@ import pytest
 from dataset.finished import finish_dataset
 
 from facediffuser.cards.dataset_card import rewrite_card
-from facediffuser.dataset.added_columns import write_added
+from facediffuser.dataset.added_columns import write_added_columns
 from facediffuser.dataset.manifest import EARLIER_FIELDS, read_manifest, read_sound_manifest
 from facediffuser.dataset.verify import inspect, verify
 from facediffuser.errors import InputError
@@ -41,7 +41,7 @@ def contents(store) -> dict[str, bytes]:
 
 def add_scores(store, value: float = 1.0) -> str:
     ids = [name for info in store.list("plan/") for name in ("ada~p0~0", "ada~p1~0", "bob~p0~0", "bob~p1~0")]
-    return write_added(store, "sharpness", pa.table({"sample_id": ids, "sharpness": [value] * len(ids)}), {})
+    return write_added_columns(store, "sharpness", pa.table({"sample_id": ids, "sharpness": [value] * len(ids)}), {})
 
 
 def as_earlier_version(store) -> dict:

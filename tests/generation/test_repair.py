@@ -13,7 +13,7 @@ from facediffuser.dataset.seal import seal
 from facediffuser.dataset.shards import encode_shard, finished_shards
 from facediffuser.dataset.verify import find_problems, verify
 from facediffuser.errors import InputError
-from facediffuser.evaluation.copies import scorers_of
+from facediffuser.evaluation.copies import recorded_scorers
 from facediffuser.flows.cli import main
 from facediffuser.flows.repair_dataset import repair_dataset, retry_failed
 from facediffuser.generation.generate_settings import RemakeSettings, RepairSettings, RetrySettings
@@ -57,12 +57,12 @@ def damage(store, key) -> None:
 
 def test_copies_are_looked_for_with_the_scorers_the_dataset_was_made_with(finished):
     job, store = finished
-    assert scorers_of(store) == job.scorers
+    assert recorded_scorers(store) == job.scorers
     store.delete("manifest.json")
-    assert scorers_of(store) == "paper"
+    assert recorded_scorers(store) == "paper"
     store.put("manifest.json", b"{")
     with pytest.raises(InputError, match="not a manifest"):
-        scorers_of(store)
+        recorded_scorers(store)
 
 
 def test_verify_finds_a_changed_plan_lost_references_and_a_run_that_is_not_the_fingerprints(finished):

@@ -57,7 +57,7 @@ def test_a_face_has_the_same_box_whatever_the_number_of_threads(detector, astron
         assert torch.get_num_threads() == count
     torch.set_num_threads(threads)
     assert found[0] == found[1] and found[0][0]
-    monkeypatch.setattr(module, "_quicken", lambda network: None)
+    monkeypatch.setattr(module, "_replace_max_pooling", lambda network: None)
     assert FaceDetector().detect(pictures) == found[0]
 
 
@@ -71,7 +71,7 @@ def test_the_quick_maximum_is_pytorchs(size, stride):
 
 def test_a_huge_picture_is_searched_reduced(detector, astronaut, monkeypatch):
     (expected,) = detector.detect([astronaut])[0]
-    monkeypatch.setattr(module, "MOST_SEARCH_PIXELS", 30_000)
+    monkeypatch.setattr(module, "MAX_SEARCH_PIXELS", 30_000)
     monkeypatch.setattr(detector, "_run", lambda pictures, run=detector._run: run(_at_most(30_100, pictures)))
     (found,) = detector.detect([astronaut])[0]
     assert overlap(found.box, expected.box) > 0.8

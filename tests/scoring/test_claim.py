@@ -40,19 +40,19 @@ def test_a_table_with_the_papers_ordering_holds_in_every_line():
 )
 def test_each_part_of_the_ordering_can_fail_alone(changed, failing):
     checks = judge(table(counts=(1,), **changed))
-    assert [check.says for check in checks if not check.holds] == [f"single: {failing}"]
+    assert [check.statement for check in checks if not check.holds] == [f"single: {failing}"]
     assert not ordering_holds(checks)
     assert "**fails**" in markdown(checks) and "does not hold: 1 checks" in markdown(checks)
 
 
 def test_several_subjects_are_judged_too():
     rows = [*table(counts=(1,)), *table(counts=(2,), face_diffuser=(0.4, 0.29, 0.95))]
-    assert {check.says.split(":")[0] for check in judge(rows) if not check.holds} == {"2 subjects"}
+    assert {check.statement.split(":")[0] for check in judge(rows) if not check.holds} == {"2 subjects"}
 
 
 def test_where_no_model_shows_anybody_nothing_is_kept():
     nobody = {name.replace("-", "_"): (0.0, 0.3, 0.0) for name in MEANS}
-    assert [check.holds for check in judge(table(counts=(2,), **nobody)) if "IP" in check.says] == [False, False]
+    assert [check.holds for check in judge(table(counts=(2,), **nobody)) if "IP" in check.statement] == [False, False]
 
 
 def test_too_few_faces_miss_the_goal_and_leave_the_ordering_be():

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from scoring.made import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
-from facediffuser.dataset.added_columns import read_added
+from facediffuser.dataset.added_columns import read_added_columns
 from facediffuser.errors import InputError
 from facediffuser.evaluation.add_columns import ColumnWorker, column_stage
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -53,7 +53,7 @@ def test_columns_go_beside_the_shards_with_their_digests_and_twice_the_same(data
         "reference_brightness": [40, 40, None],
         "words": [5, 5, None],
     }
-    assert read_added(dataset).digests() == {
+    assert read_added_columns(dataset).digests() == {
         "Brightness": "b" * 64,
         "sharpness": load_columns(["sharpness"])["sharpness"].digest,
     }
@@ -108,7 +108,7 @@ def test_two_files_with_one_column_are_refused(dataset):
     add_columns(dataset, [BRIGHTNESS])
     dataset.put("scores/copy.parquet", dataset.get("scores/Brightness.parquet"))
     with pytest.raises(InputError, match=r"copy\.parquet: column 'brightness' is there already"):
-        read_added(dataset)
+        read_added_columns(dataset)
 
 
 def test_missing_weights_are_told_before_the_first_image_and_nothing_is_written(dataset, tmp_path, monkeypatch):

@@ -10,14 +10,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from scoring.made import beside, row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
-from facediffuser.dataset.added_columns import write_added
+from facediffuser.dataset.added_columns import write_added_columns
 from facediffuser.errors import InputError
-from facediffuser.evaluation import likeness
+from facediffuser.evaluation import similarity
 from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
-from facediffuser.evaluation.likeness import nearest, thumbnail
 from facediffuser.evaluation.score_settings import CopySettings
+from facediffuser.evaluation.similarity import nearest_neighbours, thumbnail
 from facediffuser.evaluation.training_faces import training_faces
 from facediffuser.flows.cli import main
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
@@ -108,7 +108,7 @@ def test_the_same_dataset_gives_the_same_table_and_without_training_less_columns
 
 def test_card_and_evaluate_read_what_was_found(found):
     store, table = found
-    write_added(store, "copies", table, {"copies_identity": "e" * 64})
+    write_added_columns(store, "copies", table, {"copies_identity": "e" * 64})
     write_card(store)
     text, page = store.get("README.md").decode(), store.get("card/index.html").decode()
     assert "| faces like one of the training set | 1 of 5 images flagged |" in text
@@ -183,10 +183,10 @@ def test_of_many_vectors_almost_all_nearest_ones_are_found(monkeypatch):
     vectors = generator.standard_normal((4000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     exact = (vectors[:200] @ vectors.T).argmax(1)
-    assert (nearest(vectors, vectors[:200], 1)[1][:, 0] == exact).all()
-    monkeypatch.setattr(likeness, "EXACT", 1000)
+    assert (nearest_neighbours(vectors, vectors[:200], 1)[1][:, 0] == exact).all()
+    monkeypatch.setattr(similarity, "MAX_EXACT", 1000)
     noisy = vectors[:200] + 0.05 * generator.standard_normal((200, 32)).astype(np.float32)
-    assert (nearest(vectors, noisy, 1)[1][:, 0] == (noisy @ vectors.T).argmax(1)).mean() > 0.95
+    assert (nearest_neighbours(vectors, noisy, 1)[1][:, 0] == (noisy @ vectors.T).argmax(1)).mean() > 0.95
 
 
 def test_a_thumbnail_knows_a_picture_again_and_tells_two_apart(photograph):

@@ -3,7 +3,7 @@
 import pytest
 from scoring.made import beside, row, write_dataset
 
-from facediffuser.dataset.added_columns import read_added, write_added
+from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
 from facediffuser.evaluation.add_columns import column_stage
 from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -41,8 +41,13 @@ def test_scorers_dataset_and_tables_may_all_lie_in_a_bucket(bucket):
     identity = load_scorers(f"{bucket}/scorers").identity
     assert count_training(f"{bucket}/photos") == 1
     found = find_copies(store, identity, CopySettings(url=store.url), training_faces(f"{bucket}/photos", identity))
-    write_added(store, "copies", found, {})
-    assert set(read_added(store).schema.names) >= {"sharpness", "training_copy", "pasted_reference", "duplicate"}
+    write_added_columns(store, "copies", found, {})
+    assert set(read_added_columns(store).schema.names) >= {
+        "sharpness",
+        "training_copy",
+        "pasted_reference",
+        "duplicate",
+    }
     settings = EvaluateSettings(
         dataset=store.url, rescore=True, scorers=f"{bucket}/scorers", output=f"{bucket}/table", device="cpu"
     )

@@ -1,4 +1,4 @@
-"""How alike pictures are, pixel by pixel, and which vectors lie nearest to others."""
+"""Similarity of pictures by their pixels, and the nearest neighbours of vectors."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from PIL import Image
 THUMBNAIL = 16
 FACE_SIDE = 24
 SEARCH_MARGIN, SEARCH_SIDES = 0.15, (27, 29, 30, 32, 34, 36)
-EXACT = 50_000
-FEW_CLUSTERS = 39  # training points of each cluster that faiss asks for
+MAX_EXACT = 50_000
+POINTS_PER_CLUSTER = 39  # training points of each cluster that faiss asks for
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbours(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the cosines (q, count), highest first, and places (q, count) of the `vectors` nearest to `queries`.
 
-    All rows are unit vectors. Exact up to 50,000 vectors; of more, faiss searches the clusters that lie nearest, which
+    All rows are unit vectors. Exact up to 50,000 vectors; of more, faiss searches the nearest clusters, which
     finds almost all of what an exact search would. A place is -1 where there are fewer vectors.
     """
     import faiss
@@ -23,8 +23,8 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
     vectors, queries = (np.ascontiguousarray(values, np.float32) for values in (vectors, queries))
     size = vectors.shape[1]
     index: faiss.Index = faiss.IndexFlatIP(size)
-    if len(vectors) > EXACT:
-        clusters = int(min(4 * len(vectors) ** 0.5, len(vectors) / FEW_CLUSTERS))
+    if len(vectors) > MAX_EXACT:
+        clusters = int(min(4 * len(vectors) ** 0.5, len(vectors) / POINTS_PER_CLUSTER))
         inverted = faiss.IndexIVFFlat(index, size, clusters, faiss.METRIC_INNER_PRODUCT)
         inverted.train(vectors)
         inverted.nprobe = 32
@@ -34,7 +34,7 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """Return by what two pictures are compared: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
+    """Return what two pictures are compared by: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
 
     Another size, another encoding, another brightness or contrast change it hardly.
     """
@@ -42,16 +42,16 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
     return _unit(np.asarray(small, np.float32).transpose(2, 0, 1))
 
 
-def pixel_likeness(picture: Image.Image, box: Sequence[float], faces: Sequence[np.ndarray]) -> float:
-    """Return how much the face in `box` has the pixels of any reference's face (24, 24, 3) of `faces`, 0..1.
+def pixel_similarity(picture: Image.Image, box: Sequence[float], faces: Sequence[np.ndarray]) -> float:
+    """Return how similar the pixels of the face in `box` are to those of any reference's face (24, 24, 3) of `faces`, 0..1.
 
     It is the highest correlation over the shifts and sizes by which two finds of one face differ; a person drawn anew
     in another light and turn stays well below a pasted one.
     """
     wanted = np.stack([_unit(face.astype(np.float32).transpose(2, 0, 1)) for face in faces])
-    around, best = _grown(box, SEARCH_MARGIN), 0.0
+    around, best = _expanded_box(box, SEARCH_MARGIN), 0.0
     for side in SEARCH_SIDES:
-        pixels = np.asarray(_cut(picture, around, side), np.float32)
+        pixels = np.asarray(_resized_crop(picture, around, side), np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(pixels, (FACE_SIDE, FACE_SIDE), axis=(0, 1))
         windows = windows.reshape(-1, 3, FACE_SIDE * FACE_SIDE)
         windows = (windows - windows.mean(-1, keepdims=True)).reshape(len(windows), -1)
@@ -62,10 +62,10 @@ def pixel_likeness(picture: Image.Image, box: Sequence[float], faces: Sequence[n
 
 def face_pixels(picture: Image.Image, box: Sequence[float]) -> np.ndarray:
     """Return the picture inside a face box as (24, 24, 3) uint8."""
-    return np.asarray(_cut(picture, box, FACE_SIDE))
+    return np.asarray(_resized_crop(picture, box, FACE_SIDE))
 
 
-def _cut(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image:
+def _resized_crop(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image:
     # `resize` takes fractions of pixels, so that a box's rounding does not shift what is compared.
     width, height = picture.size
     left, top = (min(max(box[axis], 0.0), picture.size[axis] - 1.0) for axis in (0, 1))
@@ -74,7 +74,7 @@ def _cut(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image:
     return picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=inside)
 
 
-def _grown(box: Sequence[float], share: float) -> tuple[float, float, float, float]:
+def _expanded_box(box: Sequence[float], share: float) -> tuple[float, float, float, float]:
     across, down = (box[2] - box[0]) * share, (box[3] - box[1]) * share
     return box[0] - across, box[1] - down, box[2] + across, box[3] + down
 
