@@ -24,6 +24,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from facediffuser import subject
 from facediffuser.errors import InputError
+from facediffuser.fast_sampling import FastPredictor
+from facediffuser.means import NONE, Means
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
@@ -31,6 +33,7 @@ from facediffuser.prompts import count_markers, require_marked_words
 from facediffuser.schedulers import warn_of_few_steps
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
 from facediffuser.subject import SubjectFuser
+from facediffuser.unet_parts import require_parts
 from facediffuser.window import default_fusion_window
 
 logger = logging.getLogger(__name__)
@@ -52,11 +55,14 @@ class FaceDiffuserPipelineOutput(BaseOutput):
             when no step was fused.
         errors: per image, None, or why it is unusable: its latents were not finite from some step on, or its decoded
             pixels are not finite or all equal.
+        subject_cells: per image, the share of the fused steps in which the SDM won each cell, (b, h, w) float32 on the
+            CPU, 0..1; None when no step was fused.
     """
 
     images: Any
     subject_fraction: list[float]
     errors: list[str | None] = field(default_factory=list)
+    subject_cells: torch.Tensor | None = None
 
 
 class FaceDiffuserPipeline(DiffusionPipeline):
@@ -238,6 +244,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
+        means: Means = NONE,
     ) -> FaceDiffuserPipelineOutput | tuple:
         """Return images of the prompts' subjects, b * num_images_per_prompt of them.
 
@@ -276,6 +283,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 float, 1 where the SDM made the noise, text_saliency and subject_saliency (None for a model that did not
                 run).
             cross_attention_kwargs: passed to the attention processors of both UNets.
+            means: what is left out of steps, or kept from one to the next, to be faster; by default nothing.
 
         Returns:
             The images, their subject fractions, and for each image that cannot be used its error.
@@ -303,6 +311,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         stages = plan_stages(method, len(timesteps), num_inference_steps, fusion_start, fusion_end, alpha)
         self._check_stages(method, stages, fusion_start)
+        self._check_means(means, stages, cross_attention_kwargs)
 
         # 3. Prompt embeddings
         given = Conditions(negative_prompt_embeds, prompt_embeds, subject_prompt_embeds)
@@ -318,19 +327,24 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         # 5. Denoise
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         with_saliency = any(name.endswith("_saliency") for name in callback_on_step_end_tensor_inputs)
-        fractions = []
+        fractions, cells = [], torch.zeros_like(latents[:, 0], dtype=torch.float32)
+        fast = self._fast_predictor(means, stages, timesteps, conditions, guidance, cross_attention_kwargs)
         # Index of the first step whose latents are not finite, per image; kept on the device and read once, at the end.
         first_bad_step = torch.full((len(latents),), -1, device=latents.device)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, (t, stage) in enumerate(zip(timesteps, stages, strict=True)):
                 if self.interrupt:
                     continue
-                step = self._predict(stage, latents, t, conditions, guidance, cross_attention_kwargs, with_saliency)
+                if fast is not None:
+                    step = fast(i, self.scheduler.scale_model_input(latents, t), with_saliency)
+                else:
+                    step = self._predict(stage, latents, t, conditions, guidance, cross_attention_kwargs, with_saliency)
                 noise_pred = step.noise.to(latents.dtype)
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
                 latents = latents.to(noise_pred.dtype)
                 if stage is Stage.FUSION:
                     fractions.append(step.mask.float().mean(dim=(1, 2, 3)))
+                    cells += step.mask[:, 0]
                 if callback_on_step_end is not None:
                     tensors = _callback_tensors(callback_on_step_end_tensor_inputs, latents, noise_pred, step)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
@@ -349,7 +363,10 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 logger.warning("image %d: %s", number, error)
         fraction = torch.stack(fractions).mean(dim=0).tolist() if fractions else [math.nan] * len(latents)
         self.maybe_free_model_hooks()
-        return FaceDiffuserPipelineOutput(images, fraction, errors) if return_dict else (images, fraction)
+        if not return_dict:
+            return images, fraction
+        won = (cells / len(fractions)).cpu() if fractions else None
+        return FaceDiffuserPipelineOutput(images, fraction, errors, won)
 
     # --- the steps of __call__ ----------------------------------------------------------------------------------------
 
@@ -501,6 +518,29 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 self._component(name)
         if method == "face-diffuser" and not any(stage.needs_subject for stage in stages):
             logger.warning("fusion_start %d of %d steps: the subjects are not used at all", fusion_start, len(stages))
+
+    def _check_means(self, means: Means, stages: list[Stage], cross_attention_kwargs: dict[str, Any] | None) -> None:
+        if not means.keeps_features:
+            return
+        if cross_attention_kwargs:
+            raise InputError("cross_attention_kwargs: not with deep_every or encoder_every; leave one of the two out")
+        for name in {name for stage in stages for name in stage.components}:
+            require_parts(self._component(name), means.deep_layers)
+
+    def _fast_predictor(
+        self, means, stages, timesteps, conditions, guidance, cross_attention_kwargs
+    ) -> FastPredictor | None:
+        if means == NONE:
+            return None
+
+        def denoise(name: str):
+            kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
+            return lambda rows, t, embeds: getattr(self, name)(
+                rows, t, encoder_hidden_states=embeds, return_dict=False, **kwargs
+            )[0]
+
+        unets = {name: getattr(self, name, None) for name in ("unet_text", "unet")}
+        return FastPredictor(means, stages, timesteps, unets, denoise, conditions, guidance)
 
     def _conditions(self, prompt, references, negative_prompt, given: Conditions, needs_subject, repeats) -> Conditions:
         """Return all embeddings that the stages read, each (images, n, d), on the device and in the UNets' type."""

@@ -1,0 +1,282 @@
+"""What fast sampling costs and what it loses: each means alone and stacked, against exact mode, on the miniature.
+
+    python -m benchmarks.fast [--output out/fast] [--images 40] [--only NAME ...]
+
+Exact mode is 50 steps of PNDM with the released window. Every way makes the same images from the same noise, of people and
+prompts of its own: neither those of `miniature claim` nor any that the models were trained on. Writes `table.md`,
+`quality.png` and, per way, `ways/<name>.json`; run again, it makes only what is missing. Cost is counted in evaluations of
+one row by a whole UNet; a partial evaluation counts the share of its operations.
+"""
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from facediffuser.dataset.inputs import read_prompts, read_subjects
+from facediffuser.dataset.plan import Plan, RowSettings
+from facediffuser.evaluation.statistics import Interval, coded, mean_interval
+from facediffuser.fast_sampling import part_shares, plan_steps, row_equivalents
+from facediffuser.generation.conditions import ConditionCache
+from facediffuser.generation.reference_pictures import prepare_references
+from facediffuser.markup import Markdown, markdown_table
+from facediffuser.means import NONE, Means
+from facediffuser.miniature.render import write_subjects
+from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.prompts import without_markers
+from facediffuser.schedulers import SCHEDULER_CLASSES, set_scheduler
+from facediffuser.scoring.scorers import Scorers, load_scorers
+from facediffuser.stages import plan_stages
+from facediffuser.storage import open_store
+from facediffuser.window import default_fusion_window
+
+FIRST_PERSON, PEOPLE = 84_000_000, 12
+PAIRS_OF = 4  # a quarter of the images shows two people
+METRICS = ("ip", "pc", "faces")
+PROMPTS = (
+    "a {subject} wearing a yellow top hat in the city",
+    "a {subject} wearing a red beanie on the beach",
+    "a {subject} wearing a green shirt",
+    "a {subject} smiling in the forest",
+    "a photo of a {subject} holding a cup in the snow",
+    "a {subject} reading a book in the desert",
+    "a painting of a {subject} in a room",
+    "a sketch of a {subject} wearing a blue cap",
+    "a {subject} waving in the snow",
+    "a photo of a {subject} in the desert",
+    "a {subject_1} wearing a white cap and a {subject_2} wearing a black shirt",
+    "a {subject_1} and a {subject_2} in the city",
+    "a painting of a {subject_1} and a {subject_2} on the beach",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of sampling: steps, scheduler, the fusion window as a share of the steps, and means."""
+
+    name: str
+    steps: int
+    scheduler: str = "dpm"
+    means: Means = NONE
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return default_fusion_window(self.steps)
+
+
+EXACT = Way("exact", 50, "pndm")
+ALONE_STEPS = 16
+_STACKED = Means(guidance_every=2)
+WAYS = (
+    EXACT,
+    *(Way(f"{steps} steps, {name}", steps, name) for name, steps in
+      [("dpm", 25), ("dpm", 16), ("dpm", 12), ("dpm", 10), ("dpm", 8), ("dpm", 6), ("unipc", 10), ("unipc", 8), ("unipc", 6)]),
+    *(Way(f"16 steps, {name}", ALONE_STEPS, "dpm", means) for name, means in {
+        "guidance kept, every 2nd": Means(guidance_every=2),
+        "guidance kept, every 4th": Means(guidance_every=4),
+        "guidance kept, every 2nd, fused too": Means(guidance_every=2, in_fusion=True),
+        "no guidance in the last half": Means(unguided=0.5),
+        "deep features, every 2nd": Means(deep_every=2),
+        "deep features, every 3rd": Means(deep_every=3),
+        "deep features, 2 layers, every 2nd": Means(deep_every=2, deep_layers=2),
+        "deep features, every 2nd, fused too": Means(deep_every=2, in_fusion=True),
+        "encoder, every 2nd": Means(encoder_every=2),
+        "encoder, every 3rd": Means(encoder_every=3),
+        "encoder, every 2nd, fused too": Means(encoder_every=2, in_fusion=True),
+    }.items()),
+    *(Way(f"{steps} steps, {name}", steps, "dpm", means)
+      for steps in (10, 8, 6)
+      for name, means in {
+          "guidance kept": _STACKED,
+          "no guidance in the last half": Means(unguided=0.5),
+          "guidance kept, deep features": Means(guidance_every=2, deep_every=2),
+          "guidance kept, fused too": Means(guidance_every=2, in_fusion=True),
+      }.items()),
+)  # fmt: skip
+
+
+class Bench:
+    """The miniature with the images to make: rows of a plan, their conditions and references."""
+
+    def __init__(self, folder: Path, images: int):
+        torch.set_num_threads(1)
+        people, prompts = folder / "people", folder / "prompts.jsonl"
+        if not (people / "subjects.csv").exists():
+            write_subjects(people, FIRST_PERSON, count=PEOPLE)
+        lines = [json.dumps({"prompt_id": f"sweep_{n:02d}", "prompt": text}) for n, text in enumerate(PROMPTS)]
+        prompts.write_text("\n".join(lines) + "\n")
+        self.pipe = FaceDiffuserPipeline.from_pretrained("miniature")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.scorers: Scorers = load_scorers("miniature")
+        store = open_store(str(people))
+        subjects = read_subjects(str(people))
+        self.references = prepare_references(store, subjects, self.scorers, "face", 0.3)
+        settings = RowSettings(
+            method="face-diffuser", num_inference_steps=1, guidance_scale=5.0, fusion_start=0, fusion_end=0, scheduler="",
+            height=64, width=64,
+        )  # fmt: skip
+        plan = Plan(tuple(subjects), tuple(read_prompts(str(prompts))), 1, 0, settings, PEOPLE)
+        rows = [row for table in plan.tables(10_000) for row in table.to_pylist()]
+        sizes = {count: [row for row in rows if len(row["subject_ids"]) == count] for count in (1, 2)}
+        pairs = images // PAIRS_OF
+        self.rows = _evenly(sizes[1], images - pairs) + _evenly(sizes[2], pairs)
+        self.conditions = ConditionCache(self.pipe, store, "", with_subjects=True, references=self.references)
+        self.conditions.open(self.rows)
+        self.shares: dict[int, dict[str, float]] = {}
+
+    def make(self, way: Way, batch: int = 40) -> dict[str, Any]:
+        """Return what a way's images score, by row, with its masks, its cost and its seconds an image."""
+        set_scheduler(self.pipe, SCHEDULER_CLASSES[way.scheduler])
+        start, end = way.window
+        made: dict[str, Any] = {"ip": [], "pc": [], "faces": [], "cells": []}
+        seconds = 0.0
+        for first in range(0, len(self.rows), batch):
+            rows = self.rows[first : first + batch]
+            text, fused, null = self.conditions.of(rows)
+            began = time.perf_counter()
+            out = self.pipe(
+                prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null,
+                num_inference_steps=way.steps, fusion_start=start, fusion_end=end, means=way.means,
+                generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+            )  # fmt: skip
+            seconds += time.perf_counter() - began
+            scores = self.scorers.score(
+                out.images, [self.conditions.identities(row["subject_ids"]) for row in rows],
+                [without_markers(row["prompt"]) for row in rows],
+            )  # fmt: skip
+            made["ip"] += [score.ip for score in scores]
+            made["pc"] += [score.pc for score in scores]
+            made["faces"] += [
+                float(score.face_count == len(row["subject_ids"])) for score, row in zip(scores, rows, strict=True)
+            ]
+            if out.subject_cells is not None:
+                made["cells"] += (out.subject_cells > 0.5).flatten(1).int().tolist()
+        stages = plan_stages("face-diffuser", self.pipe.num_timesteps, way.steps, start, end)
+        cost = row_equivalents(plan_steps(stages, way.means), self.part_shares(way.means.deep_layers))
+        return {**made, "cost": cost, "seconds": seconds / len(self.rows)}
+
+    def part_shares(self, layers: int) -> dict[str, float]:
+        """Return the share of operations of each part of the UNet."""
+        if layers not in self.shares:
+            self.shares[layers] = part_shares(self.pipe.unet, layers)
+        return self.shares[layers]
+
+
+def _evenly(rows: Sequence[dict], count: int) -> list[dict]:
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def compare(made: dict[str, Any], exact: dict[str, Any], rows: Sequence[dict]) -> dict[str, Interval]:
+    """Return the paired differences to exact mode, and the share of cells that another model decides."""
+    levels = [coded([tuple(row["subject_ids"]) for row in rows]), coded([row["prompt_id"] for row in rows])]
+    found = {metric: mean_interval(np.array(made[metric]) - np.array(exact[metric]), levels) for metric in METRICS}
+    if made["cells"]:
+        flips = (np.array(made["cells"]) != np.array(exact["cells"])).mean(axis=1)
+        found["flips"] = mean_interval(flips, levels)
+    return found
+
+
+def table(results: dict[str, dict[str, Any]], rows: Sequence[dict]) -> Markdown:
+    """Return the Markdown table: a line per way."""
+    exact = results[EXACT.name]
+    lines = []
+    for name, made in results.items():
+        found = compare(made, exact, rows)
+        flips = f"{100 * found['flips'].mean:.1f}%" if "flips" in found else "–"
+        lines.append([
+            name, f"{made['cost']:.1f}", f"{exact['cost'] / made['cost']:.1f}", *(f"{np.mean(made[one]):.3f}" for one in METRICS),
+            *(_signed(found[one]) if name != EXACT.name else "–" for one in METRICS), flips, f"{made['seconds']:.3f}",
+        ])  # fmt: skip
+    head = ["way", "UNet rows", "fewer", "IP", "PC", "right faces", "IP − exact", "PC − exact", "faces − exact",
+            "mask cells", "s/image"]  # fmt: skip
+    return markdown_table(head, lines, right=range(1, len(head)))
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def picture(results: dict[str, dict[str, Any]]) -> bytes:
+    """Return a PNG of IP, PC, right faces and mask flips against cost; exact mode is the dashed line."""
+    exact = results[EXACT.name]
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    kinds = {
+        "steps alone, dpm": ("o", "#0072B2"), "steps alone, unipc": ("s", "#56B4E9"), "guidance": ("^", "#E69F00"),
+        "deep features": ("D", "#009E73"), "encoder": ("v", "#CC79A7"), "fused steps too": ("X", "#D55E00"),
+    }  # fmt: skip
+    titles = {"ip": "IP", "pc": "PC", "faces": "right faces", "flips": "mask cells that differ from exact"}
+    for axis, (metric, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+        for number, (name, made) in enumerate((pair for pair in results.items() if pair[0] != EXACT.name), 1):
+            marker, colour = kinds[_kind(name)]
+            if metric == "flips":
+                value = float((np.array(made["cells"]) != np.array(exact["cells"])).mean())
+            else:
+                value = float(np.mean(made[metric]))
+            axis.plot(made["cost"], value, marker, color=colour, markersize=7)
+            axis.annotate(str(number), (made["cost"], value), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        if metric != "flips":
+            level = float(np.mean(exact[metric]))
+            axis.axhline(level, color="#333333", linestyle="--", linewidth=1)
+            axis.annotate(f"exact, {exact['cost']:.0f} rows", (1, level), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", fontsize=9)  # fmt: skip
+        axis.axvline(exact["cost"] / 8, color="#999999", linestyle=":", linewidth=1)
+        axis.set_xlabel("UNet rows per image (dotted: an eighth of exact)")
+        axis.set_ylabel(title)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    figure.legend(
+        handles=[figure.axes[0].plot([], [], marker, color=colour, label=name)[0] for name, (marker, colour) in kinds.items()],
+        loc="outside upper center", ncols=6, frameon=False, fontsize=9,
+    )  # fmt: skip
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _kind(name: str) -> str:
+    for kind in ("fused too", "deep features", "encoder", "guidance"):
+        if kind in name:
+            return "fused steps too" if kind == "fused too" else kind
+    return "steps alone, unipc" if "unipc" in name else "steps alone, dpm"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make what is missing, then write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="out/fast")
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--only", nargs="*", help="names of ways; exact is always among them (default: all)")
+    options = parser.parse_args(argv)
+    folder = Path(options.output)
+    (folder / "ways").mkdir(parents=True, exist_ok=True)
+    bench = Bench(folder, options.images)
+    results: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        if options.only and way is not EXACT and way.name not in options.only:
+            continue
+        file = folder / "ways" / f"{way.name.replace(', ', '_').replace(' ', '-')}.json"
+        if not file.exists() or len(json.loads(file.read_text())["ip"]) != options.images:
+            file.write_text(json.dumps(bench.make(way)) + "\n")
+        results[way.name] = json.loads(file.read_text())
+        sys.stderr.write(
+            f"{way.name}: {results[way.name]['cost']:.1f} rows, IP {np.mean(results[way.name]['ip']):.3f}\n"
+        )
+    text = table(results, bench.rows)
+    (folder / "table.md").write_text(text)
+    (folder / "quality.png").write_bytes(picture(results))
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
