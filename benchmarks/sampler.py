@@ -1,14 +1,19 @@
 """How much work the sampler saves: UNet rows per stage, and time against simpler ways of running the same method.
 
     python -m benchmarks.sampler [--models miniature|DIR] [--steps 50] [--images 4] [--repeats 3] [--device cpu|cuda]
-    python -m benchmarks.sampler --full-size [--images 8]
+    python -m benchmarks.sampler --full-size [--images 8] [--largest 32] [--seconds 600] [--small]
 
-Without --models, small random models stand in, so the rows are exact and the times are this machine's; with --full-size they
-are of Stable Diffusion v1-5's size, in half precision on a GPU, with the peak of its memory. All ways run
+Without --models, small random models stand in, so the rows are exact and the times are this machine's. All ways run
 turn about in one process, from the same noise and embeddings, and the fastest repeat of each counts.
+
+With --full-size the models are of Stable Diffusion v1-5's size, in half precision on a GPU, and the table is that of the
+engine: the released way, eager, exact mode, and each of its means alone, with the share of a matrix product's rate and the
+peak of memory; then how far compiled images are from eager ones, the attention kernels, and a profile. A way that would
+not fit into --seconds is left out, and said to be. --small tries the same on small models.
 """
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +21,8 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
+from benchmarks.engines import EXACT, Bench, attention_table
+from benchmarks.engines import ways as engine_ways
 from benchmarks.training import Size, modules
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.window import default_fusion_window
@@ -113,6 +120,58 @@ def ways(pipe: FaceDiffuserPipeline, steps: int, images: int) -> dict[str, Calla
     }
 
 
+def engine_tables(bench: Bench, images: int, largest: int, seconds_left: Callable[[], float]) -> None:
+    """Print the tables of --full-size as they are made, the most important first.
+
+    Args:
+        bench: the models.
+        images: images at once.
+        largest: images at once where a compiled way is measured.
+        seconds_left: how much time there is.
+    """
+    say(bench.header())
+    kept: dict[str, FaceDiffuserPipeline] = {}
+    chosen = engine_ways(images, largest)
+    for number, way in enumerate(chosen):
+        if way.expected_seconds > seconds_left():
+            say(f"{way.name:<42} left out: {seconds_left():.0f} s left, it takes about {way.expected_seconds:.0f}")
+            continue
+        try:
+            found, pipe = bench.measure(way)
+        except Exception as error:  # one way that fails must not cost the others
+            say(f"{way.name:<42} failed: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}")
+            continue
+        say(bench.line(way, found))
+        if way.name in (EXACT, "eager, as without an engine"):
+            kept[way.name] = pipe
+        del pipe
+        if number == 2 and len(kept) == 2:
+            _exactness(bench, kept, largest, seconds_left)
+            kept.clear()
+    if seconds_left() > 15:
+        side = bench.pipe.unet.config.sample_size
+        for line in attention_table(bench.device, bench.pipe.unet.dtype, images, side):
+            say(line)
+
+
+def _exactness(
+    bench: Bench, kept: dict[str, FaceDiffuserPipeline], images: int, seconds_left: Callable[[], float]
+) -> None:
+    eager, compiled = kept["eager, as without an engine"], kept[EXACT]
+    if seconds_left() > 60:
+        for line in bench.differences(eager, compiled, images):
+            say(line)
+    if seconds_left() > 15:
+        for line in bench.profile(compiled, images):
+            say(line)
+
+
+def say(line: str) -> None:
+    """Print a line at once: a run on a borrowed machine may be cut off."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,15 +182,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--largest", type=int, help="full size: images at once for compiled ways (default: 4 x --images)"
+    )
+    parser.add_argument("--seconds", type=float, default=900, help="full size: time for all of it")
+    parser.add_argument("--small", action="store_true", help="full size: small models instead, to try it")
     options = parser.parse_args(argv)
-    if options.full_size:
-        pipe = full_size_pipeline(options.device)
-    else:
-        pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
+    if options.full_size or options.small:
+        logging.basicConfig(level=logging.WARNING)
+        end = time.monotonic() + options.seconds
+        pipe = small_random_pipeline() if options.small else full_size_pipeline(options.device)
+        pipe.set_progress_bar_config(disable=True)
+        engine_tables(
+            Bench(pipe, options.steps),
+            options.images,
+            options.largest or 4 * options.images,
+            lambda: end - time.monotonic(),
+        )
+        return
+    pipe = FaceDiffuserPipeline.from_pretrained(options.models) if options.models else small_random_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(options.device)
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # making the models takes more than they do
     runs = ways(pipe, options.steps, options.images)
     rows = {name: count_rows(pipe, run) for name, run in runs.items()}  # the first run of each, which also warms up
     best = dict.fromkeys(runs, float("inf"))

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
@@ -138,6 +139,8 @@ class FastPredictor:
         denoise: evaluates a UNet, by name, as a whole: (name) -> function of rows (b, c, h, w), t and embeddings.
         conditions: the embeddings of b images.
         guidance: guidance scale and SNF's temperatures.
+        evaluate: runs a function of a UNet in parts as an engine runs the UNet: (name, function, first, t, embeddings, ...);
+            by default the function is called as it is.
     """
 
     def __init__(
@@ -149,10 +152,15 @@ class FastPredictor:
         denoise: Callable[[str], Denoiser],
         conditions: Conditions,
         guidance: Guidance,
+        evaluate: Callable | None = None,
     ):
         self.means, self.timesteps, self.conditions, self.guidance = means, timesteps, conditions, guidance
         self.steps = plan_steps(stages, means)
-        self._models = {name: _Model(unet, denoise(name), means) for name, unet in unets.items() if unet is not None}
+        self._models = {
+            name: _Model(denoise(name), partial(evaluate, name) if evaluate else partial(_as_it_is, unet), means)
+            for name, unet in unets.items()
+            if unet is not None
+        }
         self._pairs: dict[tuple, torch.Tensor] = {}
 
     def __call__(self, number: int, latents: torch.Tensor, with_saliency: bool = False) -> Prediction:
@@ -230,8 +238,8 @@ class FastPredictor:
 class _Model:
     """One UNet with what is kept of its earlier evaluations."""
 
-    def __init__(self, unet, denoise: Denoiser, means: Means):
-        self.unet, self.denoise, self.means = unet, denoise, means
+    def __init__(self, denoise: Denoiser, run: Callable, means: Means):
+        self.denoise, self.run, self.means = denoise, run, means
         self.response: torch.Tensor | None = None
         self.ahead: dict[int, list[torch.Tensor]] = {}
         self._encoded: Encoded | None = None
@@ -243,21 +251,25 @@ class _Model:
             if not keep:
                 return self.denoise(rows, t, embeds)
             layers = self.means.deep_layers if self.means.deep_every > 1 else 0
-            encoded = encode(self.unet, rows, t, embeds)
-            noise, self._deep = decode(self.unet, encoded, t, embeds, layers)
+            encoded = self.run(encode, rows, t, embeds)
+            noise, self._deep = self.run(decode, encoded, t, embeds, layers)
             self._encoded = None if layers else encoded
             return noise
         # Of baseline and condition, one below the other, the condition's rows are the last.
         if step.part == "layers":
             assert self._deep is not None
-            return last_layers(self.unet, rows, t, embeds, self._deep[-len(rows) :], self.means.deep_layers)
+            return self.run(last_layers, rows, t, embeds, self._deep[-len(rows) :], self.means.deep_layers)
         assert self._encoded is not None
-        return decode(self.unet, _rows(self._encoded, slice(-len(rows), None)), t, embeds)[0]
+        return self.run(decode, _rows(self._encoded, slice(-len(rows), None)), t, embeds)[0]
 
     def decode(self, index: torch.Tensor, times: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Return the noise by the decoder of some rows of the encoder's features, each at its own time."""
         assert self._encoded is not None
-        return decode(self.unet, _rows(self._encoded, index), times, embeds)[0]
+        return self.run(decode, _rows(self._encoded, index), times, embeds)[0]
+
+
+def _as_it_is(unet, function: Callable, *arguments):
+    return function(unet, *arguments)
 
 
 def _rows(encoded: Encoded, index) -> Encoded:

@@ -8,11 +8,12 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
@@ -23,6 +24,8 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from facediffuser import subject
+from facediffuser.engine import Engine, can_compile
+from facediffuser.engine_options import EAGER, EngineOptions
 from facediffuser.errors import InputError
 from facediffuser.fast_sampling import FastPredictor
 from facediffuser.means import NONE, Means
@@ -125,6 +128,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale, self._num_timesteps, self._interrupt = 0.0, 0, False
+        self._engine: Engine | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **kwargs) -> "FaceDiffuserPipeline":
@@ -158,6 +162,34 @@ class FaceDiffuserPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether the rest of the steps is skipped; set `pipe._interrupt = True` in a callback to stop after its step."""
         return self._interrupt
+
+    @property
+    def engine(self) -> EngineOptions:
+        """How the models are run; the default options where `set_engine` was not called."""
+        return self._engine.options if self._engine is not None else EAGER
+
+    def set_engine(self, options: EngineOptions) -> EngineOptions:
+        """Run the UNets and the decoder by these options from now on; return the options that hold.
+
+        Call it once, last: when the pipeline is on its device and in its type. UNets and VAE are changed in place, so
+        another engine needs a pipeline loaded anew. Where nothing can be compiled the models are prepared all the same and
+        run eager, with a warning. Not for a pipeline whose models are offloaded to the CPU. Calls with
+        `cross_attention_kwargs` run without it.
+
+        Args:
+            options: how the models are run; the default options are no engine.
+
+        Raises:
+            InputError: the pipeline has an engine already.
+        """
+        if self._engine is not None:
+            raise InputError("set_engine: this pipeline has an engine already; load another pipeline")
+        if options.compiles and not can_compile(self._execution_device):
+            options = replace(options, compile="none", compiled_decoder=False, cuda_graphs=False, autotune=False)
+        if options != EAGER:
+            unets = {name: unet for name in ("unet", "unet_text") if (unet := getattr(self, name)) is not None}
+            self._engine = Engine(unets, self.vae, options)
+        return options
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 
@@ -306,8 +338,11 @@ class FaceDiffuserPipeline(DiffusionPipeline):
 
         # 2. Timesteps and the stage of each
         warn_of_few_steps(type(self.scheduler).__name__, num_inference_steps)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        # An engine's scheduler counts on the CPU: a step that reads its timestep would wait for the GPU to be idle.
+        counting = torch.device("cpu") if self._engine else self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=counting)
         timesteps = self.scheduler.timesteps
+        on_device = timesteps.to(self._execution_device)
         self._num_timesteps = len(timesteps)
         stages = plan_stages(method, len(timesteps), num_inference_steps, fusion_start, fusion_end, alpha)
         self._check_stages(method, stages, fusion_start)
@@ -328,17 +363,20 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         with_saliency = any(name.endswith("_saliency") for name in callback_on_step_end_tensor_inputs)
         fractions, cells = [], torch.zeros_like(latents[:, 0], dtype=torch.float32)
-        fast = self._fast_predictor(means, stages, timesteps, conditions, guidance, cross_attention_kwargs)
+        fast = self._fast_predictor(means, stages, on_device, conditions, guidance, cross_attention_kwargs)
         # Index of the first step whose latents are not finite, per image; kept on the device and read once, at the end.
         first_bad_step = torch.full((len(latents),), -1, device=latents.device)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, (t, stage) in enumerate(zip(timesteps, stages, strict=True)):
                 if self.interrupt:
                     continue
+                scaled = self.scheduler.scale_model_input(latents, t)
                 if fast is not None:
-                    step = fast(i, self.scheduler.scale_model_input(latents, t), with_saliency)
+                    step = fast(i, scaled, with_saliency)
                 else:
-                    step = self._predict(stage, latents, t, conditions, guidance, cross_attention_kwargs, with_saliency)
+                    step = self._predict(
+                        stage, scaled, on_device[i], conditions, guidance, cross_attention_kwargs, with_saliency
+                    )
                 noise_pred = step.noise.to(latents.dtype)
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
                 latents = latents.to(noise_pred.dtype)
@@ -474,7 +512,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
                 "all pixels of the decoded image are equal" if finite else "the decoded image is not finite"
             )
         if output_type == "pil":
-            images = images.nan_to_num(nan=-1.0)  # black, without numpy's warning about casting NaN
+            return [Image.fromarray(pixels) for pixels in _bytes_of(images)], errors
         return self.image_processor.postprocess(images, output_type, do_denormalize=[True] * len(images)), errors
 
     def _decode_with(self, dtype: torch.dtype, latents: torch.Tensor) -> torch.Tensor:
@@ -483,7 +521,9 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         if dtype != own:
             self.vae.to(dtype)
         try:
-            return self.vae.decode(latents.to(dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+            unscaled = latents.to(dtype) / self.vae.config.scaling_factor
+            pixels = self._engine.decode(unscaled) if self._engine is not None and dtype == own else None
+            return self.vae.decode(unscaled, return_dict=False)[0] if pixels is None else pixels
         finally:
             if dtype != own:
                 self.vae.to(own)
@@ -534,13 +574,11 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             return None
 
         def denoise(name: str):
-            kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-            return lambda rows, t, embeds: getattr(self, name)(
-                rows, t, encoder_hidden_states=embeds, return_dict=False, **kwargs
-            )[0]
+            return lambda rows, t, embeds: self._denoise(name, rows, t, embeds, cross_attention_kwargs)
 
         unets = {name: getattr(self, name, None) for name in ("unet_text", "unet")}
-        return FastPredictor(means, stages, timesteps, unets, denoise, conditions, guidance)
+        evaluate = self._engine.evaluate if self._engine is not None else None
+        return FastPredictor(means, stages, timesteps, unets, denoise, conditions, guidance, evaluate)
 
     def _conditions(self, prompt, references, negative_prompt, given: Conditions, needs_subject, repeats) -> Conditions:
         """Return all embeddings that the stages read, each (images, n, d), on the device and in the UNets' type."""
@@ -597,16 +635,19 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         fuser = self._component("subject_fuser")
         return fuser(text.to(fuser.dtype), padded, tokens.subject_mask.to(device), tokens.subject_counts.to(device))
 
-    def _predict(self, stage, latents, t, conditions, guidance, cross_attention_kwargs, with_saliency) -> Prediction:
-        def denoise(unet, rows, embeds):
-            kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-            return unet(rows, t, encoder_hidden_states=embeds, return_dict=False, **kwargs)[0]
+    def _denoise(self, name: str, rows, t, embeds, cross_attention_kwargs) -> torch.Tensor:
+        if self._engine is not None and not cross_attention_kwargs:
+            return self._engine.denoise(name, rows, t, embeds)
+        kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
+        return getattr(self, name)(rows, t, encoder_hidden_states=embeds, return_dict=False, **kwargs)[0]
 
-        scaled = self.scheduler.scale_model_input(latents, t)
+    def _predict(self, stage, scaled, t, conditions, guidance, cross_attention_kwargs, with_saliency) -> Prediction:
+        def denoise(name: str, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+            return self._denoise(name, rows, t, embeds, cross_attention_kwargs)
+
         return predict(
-            stage, partial(denoise, self.unet_text), partial(denoise, self.unet), scaled, conditions, guidance,
-            with_saliency,
-        )  # fmt: skip
+            stage, partial(denoise, "unet_text"), partial(denoise, "unet"), scaled, conditions, guidance, with_saliency
+        )
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -644,6 +685,15 @@ def _repeat_rows(name: str, embeds: torch.Tensor, rows: int, repeats: int) -> to
     if embeds.ndim != 3 or len(embeds) not in (1, rows):
         raise InputError(f"{name} embeddings of shape {tuple(embeds.shape)}; give ({rows}, tokens, width)")
     return embeds.expand(rows, -1, -1).repeat_interleave(repeats, dim=0)
+
+
+def _bytes_of(images: torch.Tensor) -> np.ndarray:
+    """Return pixels (b, 3, H, W) of about -1..1 as (b, H, W, 3) uint8; NaN is black.
+
+    What diffusers' VaeImageProcessor computes, but on the images' device: a quarter of float32's bytes travel.
+    """
+    shown = (images.nan_to_num(nan=-1.0) * 0.5 + 0.5).clamp(0, 1)
+    return (shown.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _unusable(images: torch.Tensor) -> torch.Tensor:

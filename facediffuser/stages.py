@@ -4,7 +4,7 @@ A step is one of the scheduler's timesteps, counted from 0; PNDM has 51 of them 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from typing import Literal, get_args
@@ -46,6 +46,14 @@ class Conditions:
     null: torch.Tensor
     text: torch.Tensor
     subject: torch.Tensor | None
+    _pairs: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def pair(self, baseline: str, condition: str) -> torch.Tensor:
+        """Return two of the embeddings by name, one below the other, (2b, n, d): the same tensor at every step."""
+        names = baseline, condition
+        if names not in self._pairs:
+            self._pairs[names] = torch.cat([getattr(self, baseline), getattr(self, condition)])
+        return self._pairs[names]
 
 
 @dataclass(frozen=True)
@@ -130,30 +138,30 @@ def predict(
     saliency_text = partial(snf.saliency, temperature=guidance.text_temperature)
     saliency_subject = partial(snf.saliency, temperature=guidance.subject_temperature)
     if stage is Stage.TEXT:
-        response, noise = _guided(unet_text, latents, conditions.null, conditions.text, guidance.scale)
+        response, noise = _guided(unet_text, latents, conditions.pair("null", "text"), guidance.scale)
         return Prediction(
             noise, _everywhere(False, latents), text_saliency=saliency_text(response) if with_saliency else None
         )
     if stage is Stage.FUSION:
         return _fused(unet_text, unet, latents, conditions, guidance, saliency_text, saliency_subject)
-    baseline = conditions.text if stage is Stage.SUBJECT else conditions.null
-    condition = conditions.text if stage is Stage.DELAY else conditions.subject
-    response, noise = _guided(unet, latents, baseline, condition, guidance.scale)
+    baseline = "text" if stage is Stage.SUBJECT else "null"
+    condition = "text" if stage is Stage.DELAY else "subject"
+    response, noise = _guided(unet, latents, conditions.pair(baseline, condition), guidance.scale)
     return Prediction(
         noise, _everywhere(True, latents), subject_saliency=saliency_subject(response) if with_saliency else None
     )
 
 
 def _fused(unet_text, unet, latents, conditions, guidance, saliency_text, saliency_subject) -> Prediction:
-    text_response, text_noise = _guided(unet_text, latents, conditions.null, conditions.text, guidance.scale)
-    subject_response, subject_noise = _guided(unet, latents, conditions.text, conditions.subject, guidance.scale)
+    text_response, text_noise = _guided(unet_text, latents, conditions.pair("null", "text"), guidance.scale)
+    subject_response, subject_noise = _guided(unet, latents, conditions.pair("text", "subject"), guidance.scale)
     text_saliency, subject_saliency = saliency_text(text_response), saliency_subject(subject_response)
     mask = snf.subject_mask(text_saliency, subject_saliency)
     return Prediction(snf.fuse(text_noise, subject_noise, mask), mask, text_saliency, subject_saliency)
 
 
-def _guided(denoiser, latents, baseline, condition, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    noise = denoiser(torch.cat([latents, latents]), torch.cat([baseline, condition]))
+def _guided(denoiser, latents, embeds, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = denoiser(torch.cat([latents, latents]), embeds)
     without, with_condition = noise.chunk(2)
     return snf.guide(without, with_condition, scale)
 

@@ -27,6 +27,10 @@ class Driver(Protocol):
     def cpus(self) -> int:
         """CPU cores there are for workers."""
 
+    @property
+    def gpu_gib(self) -> float:
+        """Memory of the smallest GPU there is for workers, GiB; 0 where there is none."""
+
     def run(self, stage: Stage) -> Any:
         """Do the units of a stage and finish it; return what its `finish` returns.
 

@@ -59,7 +59,7 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
     """Check the input and, unless it is a dry run, write the plan and the references."""
     driver = driver or RayDriver()
     threads = max(1, driver.cpus // (settings.workers or settings.max_workers or 1))
-    prepared = prepare(settings, gpu=driver.gpus > 0, threads=threads)
+    prepared = prepare(settings, driver.gpus > 0, threads, lambda: driver.gpu_gib)
     layout = prepared.job.layout
     logger.info("%s: %d images of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
                 layout.rows, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,

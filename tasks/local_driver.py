@@ -10,7 +10,7 @@ from facediffuser.tasks.driver import run_stage
 class LocalDriver:
     """Runs stages in this process, with one worker, without Ray."""
 
-    gpus = 0
+    gpus, gpu_gib = 0, 0.0
 
     def __init__(self, cpus: int = 1):
         self.cpus = cpus

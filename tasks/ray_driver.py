@@ -38,6 +38,12 @@ class RayDriver:
         return cluster_gpus()
 
     @property
+    def gpu_gib(self) -> float:
+        """Memory of the cluster's smallest GPU, GiB; 0 where there is none."""
+        ask = ray.remote(num_cpus=0, num_gpus=1, scheduling_strategy="SPREAD")(_gpu_gib)
+        return min(ray.get([ask.remote() for _ in range(self.gpus)]), default=0.0)
+
+    @property
     def cpus(self) -> int:
         """CPU cores of the cluster now."""
         return cluster_cpus()
@@ -45,6 +51,12 @@ class RayDriver:
     def run(self, stage: Stage) -> Any:
         """Do the units of a stage and finish it; return what its `finish` returns. See `driver.Driver.run`."""
         return run_stage(stage, _Execution(stage, self.gpus, self.cpus))
+
+
+def _gpu_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 class _Execution:

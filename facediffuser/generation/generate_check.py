@@ -31,7 +31,7 @@ NEEDED_BY_METHOD = {
     "fastcomposer": _WITH_SUBJECTS,
 }
 # Settings of a run document that depend on the device, which Ray knows.
-OF_THE_DEVICE = ("batch_size", "dtype", "device")
+OF_THE_DEVICE = ("batch_size", "dtype", "device", "engine", "engine_options")
 
 
 @dataclass(frozen=True)

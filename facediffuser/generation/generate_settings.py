@@ -1,11 +1,12 @@
 """The settings of `facediffuser generate`, `repair`, `retry-failed` and `remake`, and of their flows."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.suites import suite_prompts, suite_subjects
+from facediffuser.engine_options import EngineName
 from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.settings import (
     MOST_WORKERS,
@@ -86,7 +87,21 @@ class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSe
     max_workers: int | None = Field(
         None, ge=1, le=MOST_WORKERS, description="most workers of a pool that grows and shrinks by itself"
     )
-    batch_size: int | None = Field(None, ge=1, le=1024, description="images denoised together (default: by image size)")
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] | None = Field(
+        None,
+        description="images denoised together, or `auto`: as many as pay and fit the GPU's memory (default: `auto` for the "
+        "compiled engine, else by image size)",
+    )
+    engine: EngineName = Field(
+        "auto",
+        description="how the models are run: `eager`, `compiled`, or `auto`: compiled on a GPU when the run is long enough to "
+        "pay for compiling",
+    )
+    compiled_code: str | None = Field(
+        None,
+        description="folder or `s3://` prefix where compiled code is kept and found; it is run, so nobody else may write there "
+        "(default: this machine's cache)",
+    )
     scorers: str | None = Field(
         None,
         description="`paper`, `miniature`, or a folder with `identity/` and `prompt/` (default: those of the models)",

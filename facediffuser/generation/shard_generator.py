@@ -15,21 +15,27 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from facediffuser.compiled_code import CompiledCode, code_key
 from facediffuser.dataset.image_files import SUFFIXES, encode_image
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import RESULT_FIELDS
 from facediffuser.dataset.shards import encode_shard, shard_mark
+from facediffuser.engine import pad_rows
 from facediffuser.errors import NotFiniteError
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.schedulers import set_scheduler
+from facediffuser.storage import open_store
+from facediffuser.storage.opening import default_cache
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 ERROR_LENGTH = 500
+ENCODERS = 4
+"""Threads that encode the images of a batch beside a GPU: Pillow's encoders release the interpreter."""
 
 
 class ShardGenerator:
@@ -48,9 +54,12 @@ class ShardGenerator:
         self.job = job
         self.store = job.store()
         self.device = torch.device(job.device)
+        self.pipeline = pipeline if pipeline is not None else load_pipeline(job)
         for recorded in job.required:
             check_provenance(job.output, [recorded], self.provenance, exact=True)
-        self.pipeline = pipeline if pipeline is not None else load_pipeline(job)
+        self._code = _compiled_code(job, self.pipeline) if job.engine else None
+        if self._code is not None:
+            self._code.load()
         if scorers is None:
             from facediffuser.scoring.scorers import load_scorers
 
@@ -78,7 +87,11 @@ class ShardGenerator:
     def provenance(self) -> dict[str, Any]:
         """What this process computes with: libraries, code, threads, hardware."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        return provenance_here(torch.get_num_threads(), gpu)
+        found = provenance_here(torch.get_num_threads(), gpu)
+        if self.job.engine:
+            # A compiled run runs eager where nothing can be compiled: the last bits are others there.
+            found["engine"] = "compiled" if self.pipeline.engine.compiles else "eager"
+        return found
 
     def replace(
         self,
@@ -159,7 +172,9 @@ class ShardGenerator:
         with ThreadPoolExecutor(1, thread_name_prefix="finish") as pool:
             waiting: Future | None = None
             for batch in batches:
-                made = self._denoise_or_split(batch, clock, counts)
+                made = self._denoise_or_split(batch, clock, counts, size)
+                if self._code is not None:
+                    self._code.save()
                 if waiting is not None:
                     # One batch is finished while the next is denoised: no more than two are in memory.
                     with clock("wait"):
@@ -171,16 +186,19 @@ class ShardGenerator:
         return finished, counts
 
     def _denoise_or_split(
-        self, rows: list[Row], clock: "Clock", counts: Counter, retry: bool = False
+        self, rows: list[Row], clock: "Clock", counts: Counter, size: int, retry: bool = False
     ) -> list[tuple[Row, Any]]:
         """Return each row with (image, subject fraction), or with the error that a single row kept making.
+
+        A compiled engine computes `size` rows whatever there are: it is compiled for that many, and a row's bytes do not
+        depend on how many came with it.
 
         A batch that fails is retried whole once (a passing fault then leaves no trace in the bytes), then row by row;
         one that does not fit the memory is halved.
         """
         try:
             with clock("denoise"):
-                return list(zip(rows, self._denoise(rows), strict=True))
+                return list(zip(rows, self._denoise(rows, size), strict=True))
         except Exception as error:
             _require_row_error(error)
             if len(rows) == 1 and retry:
@@ -189,17 +207,21 @@ class ShardGenerator:
             if isinstance(error, torch.OutOfMemoryError):
                 counts["out_of_memory"] += 1
                 parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows]
+                size = max(1, -(-size // 2))
             else:
                 counts["denoise"] += 1
                 parts = [[row] for row in rows] if retry else [rows]
             logger.warning("a batch of %d failed (%s); retried in %d parts", len(rows), error_line(error), len(parts))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, retry=True)]
+        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, size, retry=True)]
 
-    def _denoise(self, rows: list[Row]) -> list[tuple[Image.Image, float | None] | NotFiniteError]:
-        first = rows[0]
+    def _denoise(self, rows: list[Row], size: int) -> list[tuple[Image.Image, float | None] | NotFiniteError]:
+        first, count = rows[0], len(rows)
         text, fused, null = self.conditions.of(rows)
+        if self.job.engine:
+            rows = rows + rows[-1:] * (size - count)
+            text, fused = pad_rows(text, size), None if fused is None else pad_rows(fused, size)
         out = self.pipeline(
             prompt_embeds=text,
             subject_prompt_embeds=fused,
@@ -215,9 +237,10 @@ class ShardGenerator:
             generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
         )
         # Rows whose numbers are not finite fail by themselves: a retry would end the same way.
+        made = zip(out.images, out.subject_fraction, out.errors, strict=True)
         return [
             NotFiniteError(error) if error else (image, None if fraction != fraction else float(fraction))
-            for image, fraction, error in zip(out.images, out.subject_fraction, out.errors, strict=True)
+            for image, fraction, error in list(made)[:count]
         ]
 
     def _finish_or_split(self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter) -> list[Row]:
@@ -254,7 +277,9 @@ class ShardGenerator:
         with clock("encode"):
             kind = self.job.settings["image_format"]
             marked = self.job.settings["provenance"]
-            files = [encode_image(image, kind, row["sample_id"], marked) for row, (image, _) in made]
+            with ThreadPoolExecutor(ENCODERS if self.device.type == "cuda" else 1) as pool:
+                ids = [row["sample_id"] for row, _ in made]
+                files = list(pool.map(lambda image, name: encode_image(image, kind, name, marked), images, ids))
         return [
             row
             | {
@@ -313,7 +338,20 @@ def load_pipeline(job: GenerationJob):
     pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, job.settings["dtype"]))
     set_scheduler(pipeline, job.settings["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(job.device)
+    pipeline.to(job.device)
+    if job.engine:
+        pipeline.set_engine(job.engine)
+    return pipeline
+
+
+def _compiled_code(job: GenerationJob, pipeline) -> CompiledCode | None:
+    """Return where the code of a compiled run is kept; None where the worker compiles nothing."""
+    if not pipeline.engine.compiles:
+        return None
+    configs = {name: dict(part.config) for name in ("unet", "unet_text", "vae") if (part := getattr(pipeline, name))}
+    shape = {name: job.settings[name] for name in ("batch_size", "height", "width", "dtype")}
+    key = code_key(pipeline.engine, torch.device(job.device), configs, shape)
+    return CompiledCode(open_store(job.compiled_code or default_cache() / "compiled"), key)
 
 
 def device_name(device: torch.device) -> str:

@@ -74,7 +74,7 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
     if not inside:
         raise InputError(f"{url}: nothing there; check the bucket and the prefix")
     name = hashlib.sha256(repr((store.url, inside)).encode()).hexdigest()[:24]
-    cache = Path(cache_dir) if cache_dir else _default_cache()
+    cache = Path(cache_dir) if cache_dir else default_cache()
     is_file = [info.key for info in inside] == [store.prefix]
     target = cache / name / (posixpath.basename(store.prefix) or store.bucket)
     if not target.exists():
@@ -106,5 +106,6 @@ def _download(bucket: Store, inside: list[ObjectInfo], prefix: str, home: Path, 
             # Another process finished the same download first; both hold the same bytes.
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Return the folder for what can be had again: `$XDG_CACHE_HOME/facediffuser`, or `~/.cache/facediffuser`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "facediffuser"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from facediffuser.engine import can_compile
 from facediffuser.errors import RunError
 from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.storage import open_store
@@ -83,8 +84,11 @@ class TrainingRun:
         self.trained = list(named.values())
         self.batches = split_batches(settings, self.parts, "train", worker)
         self.monitor: TrainingMonitor | None = None
-        if self.recipe.compile:
+        wanted = self.device.type == "cuda" if self.recipe.compile is None else self.recipe.compile
+        compiled = wanted and can_compile(self.device)
+        if compiled:
             self.parts.denoiser.unet.compile()
+        self.provenance["engine"] = "compiled" if compiled else "eager"
         self.model = worker.wrap(self.parts.denoiser)
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(named, self.recipe),

@@ -110,6 +110,8 @@ class TrainSettings(_overrides(Recipe), Exact, Workers, Seeded, RunSettings):  #
         """
         recipe = self.recipe()
         content = {"role": self.role, "seed": self.seed, "workers": self.workers, **recipe.model_dump(mode="json")}
+        # Where it is not given, only the last bits depend on it: provenance, as in runs of before, which say False.
+        content["compile"] = bool(recipe.compile)
         if self.start_from:
             content["start_from"] = self.start_from
         if recipe.schedule == "constant":
