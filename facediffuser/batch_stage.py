@@ -60,6 +60,29 @@ class WorkerPool:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """When a stage stops by itself, its units in hand finished; another run goes on from there.
+
+    hours: wall-clock hours; None: no limit.
+    cost: what the workers may cost; None: no limit.
+    hour_price: what an hour of a worker costs, in the unit of `cost`.
+    grace_s: seconds after SIGTERM until the units in hand are abandoned.
+    """
+
+    hours: float | None = None
+    cost: float | None = None
+    hour_price: float | None = None
+    grace_s: float = 90.0
+
+    def seconds(self, workers: int) -> float | None:
+        """Return after how many seconds so many workers reach the first limit, None where there is none."""
+        found = [self.hours * 3600] if self.hours else []
+        if self.cost and self.hour_price:
+            found.append(self.cost / self.hour_price / max(1, workers) * 3600)
+        return min(found, default=None)
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stage: what decides its output, its units, who does one of them, and what is written last.
 
@@ -75,6 +98,7 @@ class Stage:
     pool: how many workers, and what each occupies.
     read: for a source that can only be read from beginning to end (an archive): called in one process, yields the units
         with their contents in `data`; the drivers hold only a few at a time.
+    limits: when it stops by itself.
     describe: returns a few words on the sums of the counts so far, for the progress line.
     """
 
@@ -86,6 +110,7 @@ class Stage:
     finish: Callable[["Results"], Any] = lambda results: results
     finished: int = 0
     pool: WorkerPool = WorkerPool()
+    limits: Limits = Limits()
     read: Callable[[], Iterable[Unit]] | None = None
     describe: Callable[[Counts], str] = lambda totals: ""
 

@@ -14,12 +14,20 @@ class InputError(ValueError):
         super().__init__(redacted(" ".join(str(message).split())))
 
 
+class UnreachableError(InputError):
+    """A server named by the user did not answer before anything was done: a wrong address, or one that is away."""
+
+
 class RunError(RuntimeError):
     """A run failed for a reason that its one line explains; the command line prints it and exits with code 1."""
 
 
 class Stopped(RuntimeError):
     """The run was asked to stop (SIGTERM) and did, after its current units of work; the command line exits with 143."""
+
+
+class LimitReached(Stopped):
+    """The run reached its --max-hours or --max-cost and stopped in good order; the command line exits with 3."""
 
 
 class NotFiniteError(ArithmeticError):

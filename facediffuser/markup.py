@@ -44,6 +44,12 @@ def bold(text: object) -> Markdown:
     return Markdown(f"**{escape_markdown(text)}**")
 
 
+def link(text: object, url: str) -> Markdown:
+    """Return a link with `text`, escaped, to a URL whose special characters are percent-encoded."""
+    safe = url.translate({ord(char): f"%{ord(char):02X}" for char in " ()<>"})
+    return Markdown(f"[{escape_markdown(text)}]({safe})")
+
+
 def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]], right: Collection[int] = ()) -> Markdown:
     """Return a Markdown table, its cells escaped unless they are `Markdown`.
 

@@ -193,13 +193,45 @@ class Repeats(Settings):
         ge=1,
         description="how many sets of subjects a prompt is made with, chosen evenly (default: every set there is)",
     )
-    shard_size: int = Field(500, ge=1, le=100_000, description="rows of a shard, the unit of work and of resuming")
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="rows of a shard, the unit of work and of resuming (default: about a minute of a worker, measured "
+        "when the run begins)",
+    )
 
 
 class Workers(Settings):
     """How many processes work side by side."""
 
     workers: int | None = Field(None, ge=1, le=MOST_WORKERS, description="Ray workers (default: one per GPU, or 1)")
+
+
+class Limited(Settings):
+    """When a run stops by itself, to be resumed later."""
+
+    max_hours: float | None = Field(
+        None, gt=0, le=100_000, description="stop after so many hours, the shards in hand finished; exit code 3"
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="stop when the workers have cost so much, by --gpu-hour-price; exit code 3",
+    )
+    gpu_hour_price: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="what an hour of a worker, a GPU's as a rule, costs"
+    )
+    stop_within: float = Field(
+        90, gt=0, le=86_400, description="seconds after SIGTERM until the shards in hand are abandoned"
+    )
+
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> "Limited":
+        if self.max_cost and not self.gpu_hour_price:
+            raise ValueError("max_cost needs gpu_hour_price; give what an hour of a worker costs")
+        return self
 
 
 class GenerateWorkers(Workers):

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from prefect import flow, task
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.evaluation.claim import judge, markdown, ordering_holds
@@ -14,16 +14,18 @@ from facediffuser.evaluation.tables import from_arrow
 from facediffuser.flows.evaluate import evaluate
 from facediffuser.flows.flow_check import check_claim
 from facediffuser.flows.flow_settings import ClaimSettings
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.miniature.render import write_subjects
 from facediffuser.settings import Sampling, Seeded
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
+from facediffuser.tasks.retrying import RETRIES
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000
 
 
-@task(name="render-unseen-people")
+@task(name="render-unseen-people", **RETRIES)
 def render_people(count: int, url: str) -> str:
     """Render the people to `url`, unless they are there already; return `url`."""
     store = open_store(url)
@@ -35,7 +37,7 @@ def render_people(count: int, url: str) -> str:
     return url
 
 
-@flow(name="claim")
+@product_flow("claim", "claim in {settings.output}")
 def claim(settings: ClaimSettings) -> tuple[str, bool]:
     """Return the tables and the judgement as Markdown, and whether the paper's ordering holds; also `claim.md`."""
     check_claim(settings)

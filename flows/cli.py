@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from facediffuser import __version__
-from facediffuser.errors import InputError, RunError, Stopped
+from facediffuser.errors import InputError, LimitReached, RunError, Stopped
 from facediffuser.extras import missing_extra
 from facediffuser.flows import commands
 from facediffuser.flows.terminal import Verbosity, shown
@@ -34,6 +34,7 @@ SHOWN = 200
 """Characters of a value that an error line repeats at most."""
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_LIMIT = 3
 EXIT_INTERRUPTED = 128 + 2
 EXIT_TERMINATED = 128 + 15
 # What the system answers about a path that cannot be used; the path is one that the user named.
@@ -100,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `facediffuser`; those of this process when None.
 
     Returns:
-        The exit code: 0; 1 when a check failed or a run broke; 2 when the input was bad; 130 after Ctrl-C; 143 when
-        SIGTERM stopped a run in good order.
+        The exit code: 0; 1 when a check failed or a run broke; 2 when the input was bad; 3 when --max-hours
+        or --max-cost stopped a run; 130 after Ctrl-C; 143 when SIGTERM stopped a run in good order.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -174,6 +175,8 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_BAD_INPUT
     if _path_error(error):
         return EXIT_BAD_INPUT
+    if isinstance(error, LimitReached):
+        return EXIT_LIMIT
     if isinstance(error, Stopped):
         return EXIT_TERMINATED
     if isinstance(error, RunError):

@@ -7,12 +7,13 @@ import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import task
 
 from facediffuser.flows.flow_check import check_demo
 from facediffuser.flows.flow_settings import DemoSettings
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.flows.preprocess_ffhq import preprocess_ffhq
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.flows.train import train
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.miniature.render import render_set
@@ -20,11 +21,12 @@ from facediffuser.modelfolder import assemble, resolve_base
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
+from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
 
 
-@task(name="render-photographs")
+@task(name="render-photographs", **RETRIES)
 def render_photographs(settings: DemoSettings, url: str) -> str:
     """Render the photo set, with subjects and prompts, to `url`, unless it is there already; return `url`.
 
@@ -58,7 +60,7 @@ def _keep_first(photos: Path, subjects: int, prompts: int) -> None:
     (photos / "prompts.jsonl").write_text("\n".join(in_turn[:prompts]) + "\n")
 
 
-@task(name="assemble-models")
+@task(name="assemble-models", **RETRIES)
 def assemble_models(tdm: str, sdm: str, url: str) -> str:
     """Put the trained TDM and SDM together as a model folder at `url`, unless it is there already; return `url`."""
     store = open_store(url)
@@ -70,7 +72,7 @@ def assemble_models(tdm: str, sdm: str, url: str) -> str:
     return url
 
 
-@flow(name="demo")
+@product_flow("demo", "demo in {settings.output}")
 def demo(settings: DemoSettings) -> dict:
     """Photographs, prepared data, two trained models, a dataset: each under its own name in `settings.output`.
 

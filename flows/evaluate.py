@@ -1,16 +1,15 @@
 """The flow `evaluate`: images of datasets, of methods and of other systems in one table of IP and PC."""
 
-from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.flows.generate_dataset import generate_dataset
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.tasks.score_images import check_input, score_and_tabulate
 
 
-@flow(name="evaluate", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("evaluate", "evaluate {settings.dataset}")
 def evaluate(settings: EvaluateSettings) -> str:
     """Score images, write the tables to `settings.output` when given, and return the table as Markdown.
 

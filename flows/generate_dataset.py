@@ -3,22 +3,26 @@
 import logging
 from typing import Any
 
-from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.rendering import render
+from facediffuser.dataset.manifest import MANIFEST_KEY
+from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.tables import markdown
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import Prepared
-from facediffuser.tasks.generate import estimate_run, finish_dataset, generate_shards, plan_dataset
+from facediffuser.markup import Markdown, link
+from facediffuser.storage import Store
+from facediffuser.tasks.generate import Finished, estimate_run, finish_dataset, generate_shards, plan_dataset
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 3
 
 
-@flow(name="generate-dataset", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("generate-dataset", "generate {settings.output} of {settings.subjects} with {settings.models}")
 def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     """Plan, make what is missing, finish; return counts, where the dataset is, and the table of IP and PC.
 
@@ -30,8 +34,11 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     run = generate_shards(prepared.job)
     finished = finish_dataset(prepared.job)
     table = markdown(finished.table)
-    text = render("dataset_scores.md.j2", output=prepared.job.output, table=table)
-    create_markdown_artifact(text, key="dataset-scores")
+    create_markdown_artifact(
+        _summary(prepared.job.store(), finished, run, table),
+        key="dataset-scores",
+        description="What was generated, where it is, and its scores (IP and PC)",
+    )
     return {
         "output": prepared.job.output,
         **finished.counts.model_dump(),
@@ -42,6 +49,28 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
         "fingerprint": prepared.job.fingerprint,
         "table": table,
     }
+
+
+def _summary(store: Store, finished: Finished, run: dict[str, Any], table: str) -> str:
+    """Return the page of a finished run: links to the dataset's card and manifest, counts, scores."""
+    places = {"card": "card/index.html", "README.md": "README.md", "manifest": MANIFEST_KEY}
+    pages = [(name, store.page_of(key)) for name, key in places.items()]
+    counts = finished.counts
+    lines = [
+        ("images", f"{counts.rows:,}"),
+        ("failed", f"{counts.failed:,}"),
+        ("shards", f"{counts.shards:,}"),
+        ("shards kept from before", f"{run['kept']:,}"),
+        ("seconds", f"{run['seconds']:,.0f}"),
+        *spent_lines(read_spent(store)),
+    ]
+    return render(
+        "dataset_scores.md.j2",
+        output=store.url,
+        links=Markdown(", ".join(link(name, page) for name, page in pages if page)),
+        lines=lines,
+        table=table,
+    )
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.cards.rendering import render
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.tasks.preprocess import prepare_photographs
 
 
-@flow(name="preprocess-ffhq", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("preprocess-ffhq", "prepare {settings.source} in {settings.output}")
 def preprocess_ffhq(settings: PreprocessSettings) -> dict[str, Any]:
     """Prepare the photographs of `settings.source`; return counts by split, rejections by reason, output, seconds."""
     result = prepare_photographs(settings)

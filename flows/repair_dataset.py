@@ -3,18 +3,17 @@
 import logging
 from typing import Any
 
-from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.cards.rendering import render
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
 
 logger = logging.getLogger(__name__)
 
 
-@flow(name="repair-dataset", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("repair-dataset", "repair {settings.url}")
 def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
     """Make again what `verify` finds missing or damaged; return what was found and what is left, one line each."""
     manifest, problems = find_damage(settings)
@@ -25,7 +24,7 @@ def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
     return {"output": settings.url, "found": found, "left": left}
 
 
-@flow(name="retry-failed", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("retry-failed", "retry the failed rows of {settings.url}")
 def retry_failed(settings: RetrySettings) -> dict[str, Any]:
     """Make the shards that hold failed rows again; return how many rows are ok and failed now."""
     manifest = retry_failed_rows(settings)

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from prefect import flow
-
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.tasks.latents import fill_latents_cache
 from facediffuser.tasks.ray_train import train_on_ray
 from facediffuser.training.train_settings import TrainSettings
 
 
-@flow(name="train", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("train", "train {settings.role} in {settings.output}")
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Train what `settings.role` names from prepared Parquet; return per role step, loss, seconds and output.
 

@@ -17,9 +17,10 @@ from facediffuser.storage import open_store
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_driver import RayDriver
+from facediffuser.tasks.retrying import RETRIES
 
 
-@task(name="add-columns", cache_policy=None)
+@task(name="add-columns", cache_policy=None, **RETRIES)
 def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[str]:
     """Write the columns of other scorers beside the shards; return the keys of the files."""
     check_score(settings)
@@ -30,7 +31,7 @@ def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[st
     return driver.run(column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))
 
 
-@task(name="find-copies", cache_policy=None)
+@task(name="find-copies", cache_policy=None, **RETRIES)
 def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
     """Write `scores/copies.parquet`; return its key and how many images each flag is raised on."""
     check_copies(settings)
@@ -49,7 +50,7 @@ def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
     return key, {name: table[name].to_pylist().count(True) for name in flags if name in table.column_names}
 
 
-@task(name="write-card", cache_policy=None)
+@task(name="write-card", cache_policy=None, **RETRIES)
 def write_card_again(url: str, written: list[str]) -> None:
     """Write a dataset's card with what was added, and list both in the manifest."""
     rewrite_card(open_store(url), written)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
-from facediffuser.batch_stage import Counts, Results, Stage
-from facediffuser.errors import Stopped
+from facediffuser.batch_stage import Counts, Limits, Results, Stage
+from facediffuser.errors import LimitReached, Stopped
 from facediffuser.tasks.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Driver(Protocol):
         Raises:
             InputError, OSError: what a worker raised; the other units in hand are finished first.
             Stopped: SIGTERM arrived; the units in hand are finished, others were not begun.
+            LimitReached: a limit of the stage was reached; likewise.
         """
 
 
@@ -44,6 +45,10 @@ class Execution(Protocol):
     """Units being done: iterate for (key, counts) of each as it is finished, in any order."""
 
     stopping: bool
+
+    @property
+    def workers(self) -> int:
+        """Workers there are at most."""
 
     def __iter__(self) -> Iterator[tuple[str, Counts]]: ...
 
@@ -58,7 +63,11 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
     """Follow the units of a stage to the end and finish it; see `Driver.run`."""
     results, started = Results(), time.monotonic()
     rows = {unit.key: unit.rows for unit in stage.units}
-    with Progress(stage.rows, stage.noun, stage.name) as progress, sigterm_calls(execution.stop):
+    with (
+        Progress(stage.rows, stage.noun, stage.name) as progress,
+        sigterm_calls(execution.stop, stage.limits.grace_s),
+        _limited(stage.limits, execution) as limited,
+    ):
         progress.skip(stage.finished)
         for key, counts in execution if rows else ():
             if results.add(key, counts):
@@ -66,18 +75,54 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
                 progress.advance(rows[key], ", ".join(filter(None, words)))
     missing = rows.keys() - results.counts.keys()
     if missing and execution.stopping:
-        raise Stopped(
-            f"stopped by SIGTERM, the units in hand finished, {len(missing)} left; run the same command again to resume"
-        )
+        left = f"the units in hand finished, {len(missing)} left; run the same command again to resume"
+        if limited.reached:
+            raise LimitReached(f"stopped at {limited.reached}, {left}")
+        raise Stopped(f"stopped by SIGTERM, {left}")
     if missing:
         raise RuntimeError(f"{len(missing)} units did not come back, {min(missing)} first")
     results.seconds = time.monotonic() - started
     return stage.finish(results)
 
 
+class _Limited:
+    """Stops an execution when its limit is reached; `reached` names the limit then."""
+
+    def __init__(self, limits: Limits, execution: Execution):
+        self.limits, self.execution, self.reached = limits, execution, ""
+        seconds = limits.seconds(execution.workers)
+        self.timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._stop) if seconds is not None else None
+
+    def _stop(self) -> None:
+        limits, workers = self.limits, self.execution.workers
+        by_time = limits.hours is not None and limits.seconds(workers) == limits.hours * 3600
+        self.reached = f"--max-hours {limits.hours:g}" if by_time else f"--max-cost {limits.cost:g}"
+        self.execution.stop()
+        logger.warning("%s is reached: the units in hand are finished, then the run stops", self.reached)
+
+
 @contextmanager
-def sigterm_calls(stop: Callable[[], None]) -> Iterator[None]:
-    """Within it the first SIGTERM calls `stop`; a second one does what it did before."""
+def _limited(limits: Limits, execution: Execution) -> Iterator[_Limited]:
+    limited = _Limited(limits, execution)
+    if limited.timer:
+        limited.timer.daemon = True
+        limited.timer.start()
+    try:
+        yield limited
+    finally:
+        if limited.timer:
+            limited.timer.cancel()
+
+
+@contextmanager
+def sigterm_calls(stop: Callable[[], None], grace_s: float | None = None) -> Iterator[None]:
+    """Within it the first SIGTERM calls `stop`; a second one does what it did before.
+
+    Args:
+        stop: ends the work in good order.
+        grace_s: seconds after the first SIGTERM until Stopped is raised in the midst of the work: who sent it, a cloud
+            that takes the machine back, kills what has not ended by then. None: never.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -86,10 +131,21 @@ def sigterm_calls(stop: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, before)
         logger.warning("SIGTERM: the units in hand are finished, then the run stops; a second one stops it at once")
+        if grace_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, grace_s)
         stop()
 
+    def abandon(number: int, frame: FrameType | None) -> None:
+        raise Stopped(
+            f"stopped by SIGTERM; what was in hand did not end within {grace_s:g} s and is abandoned; run the same "
+            "command again to resume"
+        )
+
     signal.signal(signal.SIGTERM, handle)
+    alarm = signal.signal(signal.SIGALRM, abandon)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,7 @@
 """The tasks of the flow `generate-dataset`: plan, estimate, and the stage that generates the shards."""
 
 import functools
+import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pyarrow as pa
 from prefect import task
 
 from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
+from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.inputs import class_words_line
@@ -23,11 +25,13 @@ from facediffuser.dataset.manifest import (
     shard_entry,
 )
 from facediffuser.dataset.other_run import require_same_run
+from facediffuser.dataset.plan import Layout
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.shards import finished_shards
+from facediffuser.dataset.spending import Spent, add_up, read_spent, write_spent
 from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.tables import ScoreRow
-from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample
+from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample, shard_size_for
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
@@ -35,10 +39,12 @@ from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
+from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
 
 READERS = 16
+FEW_BATCHES = 8
 # Names of models and scorers that are no paths, whatever lies in the working folder.
 KEPT_NAMES = ("miniature", "paper")
 
@@ -54,12 +60,14 @@ class FailedRowsError(RunError):
     """More rows failed than the settings allow; the dataset is complete and says which and why."""
 
 
-@task(name="plan-dataset", cache_policy=None, persist_result=False)
+@task(name="plan-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Prepared:
     """Check the input and, unless it is a dry run, write the plan and the references."""
     driver = driver or RayDriver()
     threads = max(1, driver.cpus // (settings.workers or settings.max_workers or 1))
     prepared = prepare(settings, driver.gpus > 0, threads, lambda: driver.gpu_gib)
+    if prepared.free_shard_size:
+        prepared = _with_measured_shards(settings, prepared, driver)
     layout = prepared.job.layout
     logger.info("%s: %d images of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
                 layout.rows, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
@@ -72,22 +80,36 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
     return prepared
 
 
-@task(name="estimate-run", cache_policy=None, persist_result=False)
+@task(name="estimate-run", cache_policy=None, persist_result=False, **RETRIES)
 def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
     """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
-    if settings.measured_by:
-        rate = rate_of_dataset(settings.measured_by)
-    else:
-        job = prepared.job
-        rows = next(prepared.plan.tables(job.batch_size)).to_pylist()
-        stage = Stage(
-            "Sample", "images", job.run, [Unit("sample", len(rows))],
-            functools.partial(_SampleWorker, job, rows, prepared.references),
-            finish=lambda results: Rate(**results.counts["sample"]),
-            pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
-        )  # fmt: skip
-        rate = (driver or RayDriver()).run(stage)
+    rate = _rate(settings, prepared, driver or RayDriver())
     return estimate(prepared.job.layout.rows, rate, settings.gpu_hour_price)
+
+
+def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Prepared:
+    """Return the run with shards of about a minute; what is only a few batches is one shard and not worth measuring."""
+    job = prepared.job
+    if job.layout.rows <= FEW_BATCHES * job.batch_size:
+        return prepared
+    rate = _rate(settings, prepared, driver)
+    rows = shard_size_for(rate, job.batch_size)
+    logger.info("shards of %d images: %.2f s an image by %s", rows, rate.seconds_per_image, rate.source)
+    return prepared.with_shard_size(rows)
+
+
+def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Rate:
+    if settings.measured_by:
+        return rate_of_dataset(settings.measured_by)
+    job = prepared.job
+    rows = next(prepared.plan.tables(job.batch_size)).to_pylist()
+    stage = Stage(
+        "Sample", "images", job.run, [Unit("sample", len(rows))],
+        functools.partial(_SampleWorker, job, rows, prepared.references),
+        finish=lambda results: Rate(**results.counts["sample"]),
+        pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
+    )  # fmt: skip
+    return driver.run(stage)
 
 
 class _SampleWorker:
@@ -104,7 +126,7 @@ class _SampleWorker:
         return vars(rate_of_sample(*self.given))
 
 
-@task(name="generate-shards", cache_policy=None, persist_result=False)
+@task(name="generate-shards", cache_policy=None, persist_result=False, **RETRIES)
 def generate_shards(
     job: GenerationJob, worker: type[ShardWorker] = ShardWorker, driver: Driver | None = None
 ) -> dict[str, Any]:
@@ -152,7 +174,35 @@ def _added_before(store: Store) -> list[ObjectEntry]:
     return [entry for entry in objects if entry.key.startswith(ADDED_PREFIX)]
 
 
-@task(name="finish-dataset", cache_policy=None, persist_result=False)
+def _spent(job: GenerationJob, store: Store) -> Spent | None:
+    """What the run took, put beside the stats; what is there of the whole run stays, whatever is made again later."""
+    before, price = read_spent(store), job.limits.hour_price
+    if before and before.images == job.layout.rows and price in (None, before.hour_price):
+        return before
+    if price is None and before:
+        price = before.hour_price
+    spent = add_up(_stats(store, job.layout), "gpu" if job.device == "cuda" else "cpu", price)
+    if spent:
+        write_spent(store, spent)
+        logger.info("took %s", "; ".join(f"{name}: {value}" for name, value in spent_lines(spent)))
+    return spent
+
+
+def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
+    """The stats of the shards that have any: they are lost when a worker ends between the shard and its stats."""
+
+    def read(shard: int) -> dict[str, Any] | None:
+        try:
+            stats = json.loads(store.get(layout.stats_key(shard)))
+            return stats if isinstance(stats["rows"], int) and isinstance(stats["seconds"]["total"], float) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [one for one in pool.map(read, range(layout.shards)) if one]
+
+
+@task(name="finish-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def finish_dataset(job: GenerationJob) -> Finished:
     """Write the card and, last, the manifest. Raise when shards are missing or too many rows failed."""
     layout, store = job.layout, job.store()
@@ -166,10 +216,12 @@ def finish_dataset(job: GenerationJob) -> Finished:
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
+    spent = _spent(job, store)
     table = write_card(store)
     objects = [*object_entries(store, layout), *_added_before(store)]
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
-    built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with)
+    built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with,
+                           spent.model_dump() if spent else None)  # fmt: skip
     # Other software was warned of when the run was resumed; which hardware the workers had is known only now.
     known = [{name: one.get(name) for name in HARDWARE} for one in built.provenances]
     found = next((found for one in known[1:] if (found := provenance_differences(known[0], one))), [])

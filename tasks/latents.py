@@ -6,13 +6,14 @@ from facediffuser.batch_stage import WorkerPool
 from facediffuser.storage import open_store
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
+from facediffuser.tasks.retrying import RETRIES
 from facediffuser.training import training_run as runs
 from facediffuser.training.latent_stage import latent_stage
 from facediffuser.training.train_check import check_train, is_here
 from facediffuser.training.train_settings import TrainSettings
 
 
-@task(name="fill-latents-cache", cache_policy=None, persist_result=False)
+@task(name="fill-latents-cache", cache_policy=None, persist_result=False, **RETRIES)
 def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) -> None:
     """Compute what the cache lacks for the models to train; an interrupted run is resumed part by part.
 

@@ -24,6 +24,10 @@ class _Execution:
     def __init__(self, stage: Stage):
         self.stage, self.stopping = stage, False
 
+    @property
+    def workers(self) -> int:
+        return 1
+
     def __iter__(self) -> Iterator[tuple[str, Counts]]:
         worker = self.stage.worker()
         for unit in self.stage.read() if self.stage.read else self.stage.units:

@@ -35,13 +35,14 @@ from facediffuser.runs import check_provenance, software
 from facediffuser.storage import Store, open_store
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
+from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
 
 BETWEEN_SPLITS = "between the splits: near-identical to pictures of train and of test"
 
 
-@task(name="prepare-photographs", cache_policy=None, persist_result=False)
+@task(name="prepare-photographs", cache_policy=None, persist_result=False, **RETRIES)
 def prepare_photographs(
     settings: PreprocessSettings, driver: Driver | None = None, worker: type[PartWorker] = PartWorker
 ) -> dict[str, Any]:

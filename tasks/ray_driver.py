@@ -73,6 +73,10 @@ class _Execution:
         self.cpus_each = max(1, min(stage.pool.cpus, cpus // self.fewest))
         self._gate: Any = None
 
+    @property
+    def workers(self) -> int:
+        return self.most
+
     def __iter__(self) -> Iterator[tuple[str, Counts]]:
         self._gate = ray.remote(num_cpus=0, max_restarts=-1)(Gate).remote()
         if self.stopping:

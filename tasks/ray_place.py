@@ -5,7 +5,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, UnreachableError
 
 ANSWER_S = 4.0
 # The path of a Unix socket has at most 107 bytes; Ray adds up to 68: /ray, the session's name, /sockets/plasma_store.
@@ -25,7 +25,7 @@ def require_reachable(address: str) -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:2]
     except (OSError, UnicodeError):
-        raise InputError(
+        raise UnreachableError(
             f"RAY_ADDRESS {address}: no such host; correct it, or unset it for a Ray of this machine"
         ) from None
     for family, kind, protocol, _, place in found:
@@ -36,7 +36,7 @@ def require_reachable(address: str) -> None:
                 return
             except (OSError, OverflowError):
                 continue
-    raise InputError(
+    raise UnreachableError(
         f"RAY_ADDRESS {address}: no cluster answers there; start it, correct it, or unset it for a Ray of this machine"
     )
 

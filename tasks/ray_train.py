@@ -18,6 +18,7 @@ from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
+from facediffuser.tasks.retrying import RETRIES
 from facediffuser.training import training_run as runs
 from facediffuser.training.loop import DivergedError, train_model
 from facediffuser.training.train_check import check_train
@@ -51,7 +52,7 @@ class _Board:
         return self.numbers
 
 
-@task(name="train-model")
+@task(name="train-model", **RETRIES)
 def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, Any]:
     """Train one model on Ray and return role, step, loss, seconds and output.
 

@@ -18,11 +18,12 @@ from facediffuser.generation.repair import job_of_dataset, restore_plan_part, so
 from facediffuser.storage import open_store
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
+from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
 
 
-@task(name="find-damage", cache_policy=None, persist_result=False)
+@task(name="find-damage", cache_policy=None, persist_result=False, **RETRIES)
 def find_damage(settings: RepairSettings) -> tuple[Manifest, list[Problem]]:
     """Return the dataset's manifest and what `verify` finds."""
     check_repair(settings)
@@ -31,7 +32,7 @@ def find_damage(settings: RepairSettings) -> tuple[Manifest, list[Problem]]:
     return manifest, find_problems(store, manifest)
 
 
-@task(name="repair-damage", cache_policy=None, persist_result=False)
+@task(name="repair-damage", cache_policy=None, persist_result=False, **RETRIES)
 def repair_damage(
     settings: RepairSettings, manifest: Manifest, problems: list[Problem], driver: Driver | None = None
 ) -> list[str]:
@@ -71,7 +72,7 @@ def repair_damage(
     return left
 
 
-@task(name="retry-failed-rows", cache_policy=None, persist_result=False)
+@task(name="retry-failed-rows", cache_policy=None, persist_result=False, **RETRIES)
 def retry_failed_rows(settings: RetrySettings, driver: Driver | None = None) -> Manifest:
     """Generate the shards that hold failed rows once more; those with fewer failed rows now take their place."""
     check_repair(settings)
@@ -131,6 +132,7 @@ def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[str, 
         manifest.objects,
         manifest.made_from,
         computed_with,
+        manifest.spent,
     )
     if not replaced:
         return updated

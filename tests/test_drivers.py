@@ -1,21 +1,24 @@
 """The drivers: every unit once, stopped by SIGTERM with the units in hand finished, errors as they were raised."""
 
 import ipaddress
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import psutil
 import pytest
 from pydantic import ValidationError
 
-from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
-from facediffuser.errors import InputError, Stopped
+from facediffuser.batch_stage import Limits, Results, Stage, Unit, WorkerPool
+from facediffuser.errors import InputError, LimitReached, Stopped
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import describe_totals
 from facediffuser.storage import StorageError
+from facediffuser.tasks.driver import sigterm_calls
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.ray_driver import RayDriver
 from tests.counting_worker import Counting
@@ -83,6 +86,46 @@ def test_sigterm_finishes_what_is_in_hand_and_begins_nothing_more(driver):
         driver.run(stage(describe=once, finish=finish))
     assert 1 <= len(done) < 12
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("limits", "named"), [
+    (Limits(hours=1e-9), "--max-hours 1e-09"), (Limits(cost=1e-9, hour_price=2.0), "--max-cost 1e-09"),
+])  # fmt: skip
+def test_a_limit_finishes_what_is_in_hand_and_begins_nothing_more(driver, limits, named):
+    reached = threading.Event()
+
+    class Logged(logging.Handler):
+        def emit(self, record):
+            reached.set()
+
+    def wait(totals):
+        assert reached.wait(60)
+        return ""
+
+    handler = Logged(logging.WARNING)
+    logging.getLogger("facediffuser.tasks.driver").addHandler(handler)
+    try:
+        with pytest.raises(LimitReached, match=f"stopped at {named}, .* left; run the same command again"):
+            driver.run(stage(describe=wait, limits=limits))
+    finally:
+        logging.getLogger("facediffuser.tasks.driver").removeHandler(handler)
+
+
+@pytest.mark.parametrize(("limits", "workers", "seconds"), [
+    (Limits(), 1, None), (Limits(hours=2), 3, 7200), (Limits(cost=10, hour_price=2.5), 1, 14400),
+    (Limits(cost=10, hour_price=2.5), 4, 3600), (Limits(hours=2, cost=10, hour_price=2.5), 4, 3600),
+    (Limits(cost=10), 1, None), (Limits(cost=10, hour_price=0), 1, None),
+])  # fmt: skip
+def test_when_a_limit_is_reached(limits, workers, seconds):
+    assert limits.seconds(workers) == seconds
+
+
+def test_what_does_not_end_in_time_after_sigterm_is_abandoned():
+    with pytest.raises(Stopped, match="within 0.01 s and is abandoned; run the same command again"):
+        with sigterm_calls(lambda: None, grace_s=0.01):
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 OUTAGE = StorageError("s3://bucket/data: S3 answered 503 (SlowDown)")

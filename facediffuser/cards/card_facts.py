@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 
 from facediffuser.cards.survey import Survey
+from facediffuser.dataset.spending import Spent
 from facediffuser.evaluation.tables import OVERALL, ScoreRow, title, value_with_interval
 
 FLAG_TITLES = {
@@ -29,6 +30,7 @@ class Card:
     survey: Survey
     run: dict[str, Any]
     images: dict[str, bytes]
+    spent: Spent | None
     references: dict[str, Image.Image]
 
     @property
@@ -75,7 +77,23 @@ def summary(card: Card) -> list[tuple[str, str]]:
     ):
         if settings.get(name):
             facts.append((label, ", ".join(_word(value) for value in settings[name])))
-    return facts
+    return facts + spent_lines(card.spent)
+
+
+def spent_lines(spent: Spent | None) -> list[tuple[str, str]]:
+    """Return what a dataset took as (name, value) lines; none where it is not known."""
+    if spent is None:
+        return []
+    worker = "GPU" if spent.workers == "gpu" else "CPU worker"
+    lines = [
+        (f"{worker} hours", f"{spent.worker_hours:,.3g}"),
+        (f"images per {worker} hour", f"{spent.images_per_hour:,.0f}"),
+    ]
+    if spent.energy_kwh is not None:
+        lines.append(("energy of the GPUs, kWh", f"{spent.energy_kwh:,.3g}"))
+    if spent.cost is not None:
+        lines.append(("cost", f"{spent.cost:,.2f} at {spent.hour_price:g} an hour"))
+    return lines
 
 
 def added_lines(card: Card) -> list[tuple[str, str]]:

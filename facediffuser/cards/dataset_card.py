@@ -16,6 +16,7 @@ from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
+from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown
@@ -33,7 +34,7 @@ SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_
 def write_card(store: Store) -> list[ScoreRow]:
     """Write `README.md`, `card/contact_sheet.png`, `card/score_histograms.png`, `card/index.html` of a dataset.
 
-    Reads `data/*.parquet`, `subjects.parquet` and the plan's metadata; the same dataset gives the same bytes. Memory
+    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the same bytes. Memory
     does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
     table of scores. Raises InputError when there is no dataset.
     """
@@ -45,6 +46,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         survey=survey,
         run=_run_facts(store),
         images=fetch_images(store, shown),
+        spent=read_spent(store),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
     )
     groups = survey.sample.groups(MAX_LINES, OTHERS)

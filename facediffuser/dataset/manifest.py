@@ -74,6 +74,7 @@ class Manifest(_Part):
     run: the document the fingerprint is the sha256 of: settings, digests of models and scorers, plan, subjects.
     made_from: where models and scorers were at `generate`; it decides nothing, `repair` looks there first.
     objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
+    spent: hours of workers, energy and money that the run took; None where its stats did not say.
     provenances: what the shards were computed with (code, libraries, threads, hardware), and how many `shards` each.
     """
 
@@ -90,6 +91,7 @@ class Manifest(_Part):
     objects: list[ObjectEntry] = []
     unlisted: list[str] = []
     provenances: list[dict[str, Any]] = []
+    spent: dict[str, Any] | None = None
     shards: list[ShardEntry]
 
     @model_validator(mode="after")
@@ -127,6 +129,7 @@ def build_manifest(
     objects: list[ObjectEntry] | None = None,
     made_from: dict[str, str] | None = None,
     computed_with: Sequence[dict[str, Any] | None] = (),
+    spent: dict[str, Any] | None = None,
 ) -> Manifest:
     """Return the manifest of a dataset all of whose shards are there.
 
@@ -137,6 +140,7 @@ def build_manifest(
         objects: the entries of plan and references.
         made_from: where models and scorers were.
         computed_with: the provenance in each shard's footer, None where it has none; by default none has.
+        spent: what the run took.
 
     Raises:
         RuntimeError: shards or rows are missing.
@@ -155,7 +159,7 @@ def build_manifest(
     return Manifest(
         fingerprint=fingerprint, counts=counts, scorers=run["scorers"], models=run["models"], run=run,
         rows=layout.rows, shard_size=layout.shard_size, made_from=made_from or {}, objects=objects or [],
-        unlisted=list(UNLISTED), provenances=provenances, shards=shards,
+        unlisted=list(UNLISTED), provenances=provenances, spent=spent, shards=shards,
     )  # fmt: skip
 
 

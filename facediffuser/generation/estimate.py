@@ -1,5 +1,6 @@
 """What a run would take: worker hours, bytes and money, from a rate that was measured."""
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from facediffuser.generation.job import GenerationJob
 from facediffuser.storage import open_store
 
 MOST_STATS = 200
+SHARD_SECONDS = 60.0
+SHARD_BYTES = 512 << 20
+MOST_SHARD_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,18 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -
     if failed:
         raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); fix that before a run")
     return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), f"a sample of {len(rows)} images")
+
+
+def shard_size_for(rate: Rate, batch_size: int) -> int:
+    """Return the rows of a shard that takes a worker about a minute: 1, 2 or 5 times a power of ten batches.
+
+    So coarse, it comes out the same when a rate is measured once more. A shard is in a worker's memory as a whole, so
+    it has at most SHARD_BYTES.
+    """
+    rows = min(SHARD_SECONDS / rate.seconds_per_image, SHARD_BYTES / rate.bytes_per_image, MOST_SHARD_ROWS)
+    series = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
+    batches = list(itertools.takewhile(lambda count: count * batch_size <= rows, series))
+    return (batches or [1])[-1] * batch_size
 
 
 def estimate(images: int, rate: Rate, hour_price: float | None) -> dict[str, float | str]:

@@ -31,6 +31,7 @@ NEEDED_BY_METHOD = {
     "fastcomposer": _WITH_SUBJECTS,
 }
 # Settings of a run document that depend on the device, which Ray knows.
+DEFAULT_SHARD_SIZE = 500
 OF_THE_DEVICE = ("batch_size", "dtype", "device", "engine", "engine_options")
 
 
@@ -47,11 +48,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Checked:
-    """Checked input: the output, the model folder's facts, and the plan of all images."""
+    """Checked input: the output, the model folder's facts, and the plan of all images.
+
+    shard_size: rows of a shard: as given, as the run in the output has it, or a default.
+    free_shard_size: whether it may be another: none was given, and no run has begun.
+    """
 
     store: Store
     model: ModelFacts
     plan: Plan
+    shard_size: int
+    free_shard_size: bool
 
 
 def check_generate(settings: GenerateSettings) -> Checked:
@@ -85,8 +92,11 @@ def check_generate(settings: GenerateSettings) -> Checked:
         ),
         settings.subject_sets,
     )  # fmt: skip
-    require_like_run(store, known_document(settings, plan), OF_THE_DEVICE, plan)
-    return Checked(store, model, plan)
+    there = run_there(store)
+    begun_with = there.document.get("settings", {}).get("shard_size") if there else None
+    shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
+    require_like_run(store, known_document(settings, plan, shard_size), OF_THE_DEVICE, plan)
+    return Checked(store, model, plan, shard_size, settings.shard_size is None and there is None)
 
 
 def check_models(name: str) -> None:
@@ -129,7 +139,7 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def known_document(settings: GenerateSettings, plan: Plan) -> dict[str, Any]:
+def known_document(settings: GenerateSettings, plan: Plan, shard_size: int) -> dict[str, Any]:
     """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
     given = {
         "subjects_per_image": plan.subjects_per_image,
@@ -137,7 +147,7 @@ def known_document(settings: GenerateSettings, plan: Plan) -> dict[str, Any]:
         "subject_sets": plan.subject_sets,
         "seed": plan.seed,
         **plan.row.model_dump(),
-        "shard_size": settings.shard_size,
+        "shard_size": shard_size,
         "image_format": settings.image_format,
         "reference_crop": settings.reference_crop,
         "reference_margin": settings.reference_margin,

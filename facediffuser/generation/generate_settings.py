@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from facediffuser.batch_stage import WorkerPool
+from facediffuser.batch_stage import Limits, WorkerPool
 from facediffuser.dataset.suites import suite_prompts, suite_subjects
 from facediffuser.engine_options import EngineName
 from facediffuser.prompts import IMAGE_MARKER
@@ -13,6 +13,7 @@ from facediffuser.settings import (
     Dataset,
     Exact,
     GenerateWorkers,
+    Limited,
     Method,
     Moved,
     Repeats,
@@ -71,7 +72,7 @@ class PlanSettings(Settings):
         return self.prompts
 
 
-class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):
+class GenerateSettings(Exact, Limited, GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):
     """Subjects x prompts x images to a scored image dataset; run again, it resumes where it stopped."""
 
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")
@@ -123,9 +124,9 @@ class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSe
         description="check the input, make one batch in memory, say what a run would make and take, write nothing",
     )
     measured_by: str | None = Field(
-        None, description="for --dry-run: a dataset made before, whose rate is taken instead of a batch's"
+        None,
+        description="for --dry-run and the size of shards: a dataset made before, whose rate is taken instead of a batch's",
     )
-    gpu_hour_price: float | None = Field(None, ge=0, description="for --dry-run: what an hour of a worker costs")
 
     @model_validator(mode="after")
     def _fits(self) -> "GenerateSettings":
@@ -149,6 +150,11 @@ class GenerateSettings(Exact, GenerateWorkers, Sampling, Seeded, Repeats, PlanSe
                 f"negative_prompt {text!r}: names a subject, or nothing; give plain words without {IMAGE_MARKER} and "
                 "{subject}"
             )
+
+    @property
+    def limits(self) -> Limits:
+        """When the run stops by itself."""
+        return Limits(self.max_hours, self.max_cost, self.gpu_hour_price, self.stop_within)
 
     @property
     def pool(self) -> WorkerPool:

@@ -46,7 +46,7 @@ def generate_stage(
     finished = job.layout.rows - sum(unit.rows for unit in units)
     return Stage(
         "Generate", "images", job.run, units, functools.partial(worker, job), finish, finished, job.pool,
-        describe=describe_totals,
+        limits=job.limits, describe=describe_totals,
     )  # fmt: skip
 
 

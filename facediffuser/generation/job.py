@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from facediffuser.batch_stage import WorkerPool
+from facediffuser.batch_stage import Limits, WorkerPool
 from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_there
 from facediffuser.dataset.plan import Layout, Plan, write_plan
 from facediffuser.dataset.references import encode_references, references_digest
@@ -27,7 +27,7 @@ from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import model_digests
-from facediffuser.runs import Run, check_provenance, provenance_of, software
+from facediffuser.runs import Run, check_provenance, fingerprint_of, provenance_of, software
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import base_folder
 from facediffuser.storage import Store, open_store
@@ -65,6 +65,7 @@ class GenerationJob:
     exact: refuse to go on with another provenance than that of the shards that are there.
     required: with `exact`, the provenances of those shards.
     compiled_code: where compiled code is kept and found; None: in this machine's cache.
+    limits: when it stops by itself.
     """
 
     output: str
@@ -79,6 +80,7 @@ class GenerationJob:
     exact: bool = False
     required: tuple[dict[str, Any], ...] = ()
     compiled_code: str | None = None
+    limits: Limits = Limits()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,11 +128,23 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run with what is written before its pixels: the plan and the references."""
+    """A checked run with what is written before its pixels: the plan and the references.
+
+    free_shard_size: whether its shards may have another size: none was given, and no run has begun in the output.
+    """
 
     job: GenerationJob
     plan: Plan
     references: pa.Table = field(repr=False)
+    free_shard_size: bool = False
+
+    def with_shard_size(self, rows: int) -> "Prepared":
+        """Return the run with shards of so many rows; nothing of it must have been written."""
+        job = self.job
+        settings = {**job.settings, "shard_size": rows, "batch_size": min(job.batch_size, rows)}
+        run = {**job.run, "settings": settings}
+        job = replace(job, run=run, fingerprint=fingerprint_of(run), layout=Layout(job.layout.rows, rows))
+        return replace(self, job=job, free_shard_size=False)
 
     def write(self) -> int:
         """Write the plan and the references, what is missing of them; return how many objects were written.
@@ -190,8 +204,8 @@ def prepare(
         memory = gpu_gib()
         batch_size = automatic_batch_size(height, width, memory, settings.dtype == "float32")
         logger.info("batch size: %d, for a GPU of %.0f GiB", batch_size, memory)
-    batch_size = min(batch_size or default_batch_size(height, width, gpu), settings.shard_size)
-    identity = run_identity(settings, plan, digests, scorers.digests, references, batch_size, gpu)
+    batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
+    identity = run_identity(settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu)
     if engine == "compiled":
         # An eager run's document says nothing of engines, so that runs begun before there were any are the same.
         identity["settings"] |= {
@@ -201,16 +215,18 @@ def prepare(
     run = begin_or_resume_dataset(store, identity, plan, references)
     threads = None if gpu else settings.cpus_per_worker or _threads_there(store) or threads or _torch_threads()
     job = GenerationJob(
-        store.url, run.fingerprint, dict(run.document), Layout(len(plan), settings.shard_size), settings.models,
+        store.url, run.fingerprint, dict(run.document), Layout(len(plan), checked.shard_size), settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.exact,
         compiled_code=settings.compiled_code,
+        limits=settings.limits,
     )  # fmt: skip
-    return Prepared(job, plan, references)
+    return Prepared(job, plan, references, checked.free_shard_size)
 
 
 def run_identity(
     settings: GenerateSettings,
     plan: Plan,
+    shard_size: int,
     models: dict[str, str],
     scorers: dict[str, str],
     references: pa.Table,
@@ -219,7 +235,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it."""
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
-    known = known_document(settings, plan)
+    known = known_document(settings, plan, shard_size)
     of_the_device = {
         "batch_size": batch_size,
         "dtype": dtype,

@@ -23,6 +23,7 @@ from facediffuser.dataset.shards import encode_shard, shard_mark
 from facediffuser.engine import pad_rows
 from facediffuser.errors import NotFiniteError
 from facediffuser.generation.conditions import ConditionCache
+from facediffuser.generation.energy import energy_meter
 from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, provenance_here
@@ -65,6 +66,7 @@ class ShardGenerator:
 
             scorers = load_scorers(job.scorers, self.device)
         self.scorers = scorers
+        self.meter = energy_meter(self.device)
         _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
         self.conditions = ConditionCache(
             self.pipeline,
@@ -124,6 +126,7 @@ class ShardGenerator:
         self, shard: int, wanted: Callable[[dict[str, Any]], bool], listed: Listed | None = None
     ) -> dict[str, Any]:
         layout, clock = self.job.layout, Clock()
+        joules_before = self.meter.joules() if self.meter else 0.0
         planned = read_shard_rows(self.store, layout, shard, self.job.fingerprint)
         self.conditions.open(planned)
         rows, counts = self._make(planned, clock)
@@ -140,6 +143,7 @@ class ShardGenerator:
             "retries": dict(counts),
             "device": device_name(self.device),
             "computed_with": computed_with,
+            "joules": round(self.meter.joules() - joules_before, 3) if self.meter else None,
         }
         if not wanted(stats):
             return stats | {"seconds": clock.seconds(), "put": False}

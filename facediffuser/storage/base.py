@@ -112,6 +112,10 @@ class Store(ABC):
         """Return the URL of one object, for messages."""
         return posixpath.join(self.url, key)
 
+    @abstractmethod
+    def page_of(self, key: str) -> str | None:
+        """Return the address under which a browser may find one object, None for a local file; nothing is contacted."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 

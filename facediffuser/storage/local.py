@@ -165,6 +165,9 @@ class LocalStore(Store):
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.root / safe_key(prefix.strip("/")))
 
+    def page_of(self, key: str) -> None:
+        return None  # a browser follows no link from a page of the network to a file
+
     def _path(self, key: str) -> Path:
         return self.root / safe_key(key)
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, UnreachableError
 from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, StorageError, Store, safe_key
 
 _REQUEST_TIMEOUT_S = 60
@@ -140,7 +140,7 @@ class S3Store(Store):
 
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
-        with self._translated_errors("", unreachable=InputError):
+        with self._translated_errors("", unreachable=UnreachableError):
             _ = self._client
             client = _s3_client(connect_timeout=4, read_timeout=15, attempts=4)
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
@@ -153,6 +153,12 @@ class S3Store(Store):
 
     def child(self, prefix: str) -> "S3Store":
         return S3Store(self.bucket, self._key(prefix.strip("/")))
+
+    def page_of(self, key: str) -> str:
+        where = quote(self._key(key))
+        if _AMAZON.search(urlsplit(self._endpoint).netloc):
+            return f"https://console.aws.amazon.com/s3/object/{self.bucket}?prefix={where}"
+        return f"{self._endpoint.rstrip('/')}/{self.bucket}/{where}"
 
     def _key(self, key: str) -> str:
         key = safe_key(key)
@@ -174,7 +180,7 @@ class S3Store(Store):
     def _translated_errors(self, key: str, unreachable: type[Exception] = StorageError) -> Iterator[None]:
         """Turn boto3's errors into InputError, FileNotFoundError, FileExistsError or StorageError without secrets.
 
-        An endpoint that cannot be reached is the user's to fix before a run (InputError), an outage during one.
+        An endpoint that cannot be reached is the user's to fix before a run (UnreachableError), an outage during one.
         """
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError

@@ -13,7 +13,7 @@ from scoring.made import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.cards.rendering import render
-from facediffuser.markup import Markdown, code_span, escape_markdown, markdown_table
+from facediffuser.markup import Markdown, code_span, escape_markdown, link, markdown_table
 from facediffuser.storage import open_store
 
 EVIL = [
@@ -74,9 +74,21 @@ def test_markdown_is_not_escaped_twice():
 
 
 @pytest.mark.parametrize("text", EVIL)
+def test_a_link_leads_to_its_url_and_shows_its_text(text):
+    page = PARSER.render(link(text, "http://s3/out/a (1)/card.html"))
+    assert page.count("<a ") == 1 and 'href="http://s3/out/a%20%281%29/card.html"' in page
+
+
+@pytest.mark.parametrize("text", EVIL)
 def test_artifacts_hold_no_html_and_no_link(text):
     artifacts = [
-        render("dataset_scores.md.j2", output=text, table=markdown_table(["method"], [[text]])),
+        render(
+            "dataset_scores.md.j2",
+            output=text,
+            links=text,
+            lines=[(text, text)],
+            table=markdown_table(["method"], [[text]]),
+        ),
         render("prepared_photographs.md.j2", output=text, lines=[(f"rejected: {text}", "1")]),
         render("dataset_repair.md.j2", output=text, found=[text, f"b {text}"], left=[]),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from facediffuser.errors import InputError, RunError, Stopped
+from facediffuser.errors import InputError, LimitReached, RunError, Stopped
 from facediffuser.flows.cli import exit_code, main
 from facediffuser.flows.terminal import Verbosity, shown
 
@@ -47,6 +47,7 @@ def test_which_lines_are_shown(verbosity, expected, capsys):
         (InputError("bad"), 2),
         (RunError("3 of 9 rows failed"), 1),
         (Stopped("stopped"), 143),
+        (LimitReached("stopped"), 3),
         (OSError(28, "No space left on device"), 1),
         (RuntimeError("a fault of ours"), None),
     ],

@@ -1,0 +1,93 @@
+"""What a run takes: shards of about a minute, hours, energy and money in stats, manifest and card."""
+
+import ctypes
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.other_run import run_there
+from facediffuser.dataset.spending import Spent, add_up, read_spent
+from facediffuser.dataset.verify import inspect
+from facediffuser.generation.energy import EnergyMeter
+from facediffuser.generation.estimate import Rate, shard_size_for
+from facediffuser.storage import open_store
+from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.local_driver import LocalDriver
+
+GPU_SHARD = {"rows": 500, "seconds": {"total": 1800.0}, "joules": 900_000.0}
+CPU_SHARD = {"rows": 30, "seconds": {"total": 900.0}, "joules": None}
+
+
+def test_hours_energy_and_cost_of_shards_are_added_up():
+    spent = add_up([GPU_SHARD, GPU_SHARD], "gpu", 2.5)
+    assert spent == Spent(
+        images=1000, workers="gpu", worker_hours=1.0, images_per_hour=1000.0, energy_kwh=0.5, hour_price=2.5, cost=2.5
+    )
+    spent = add_up([CPU_SHARD, GPU_SHARD], "cpu", None)
+    assert spent and (spent.energy_kwh, spent.cost) == (None, None)
+    assert add_up([], "cpu", 1.0) is None
+
+
+@pytest.mark.parametrize(("seconds", "size", "batch", "rows"), [
+    (2.0, 1e6, 8, 16), (0.5, 1e6, 8, 80), (60.0, 1e6, 8, 8), (0.01, 1e6, 64, 320), (1e-5, 100.0, 64, 12_800),
+])  # fmt: skip
+def test_a_shard_takes_about_a_minute_and_fits_the_memory(seconds, size, batch, rows):
+    assert shard_size_for(Rate(seconds, size, "cpu", "here"), batch) == rows
+    # A rate that comes out a little different gives the same shards.
+    assert shard_size_for(Rate(seconds * 0.97, size, "cpu", "here"), batch) == rows
+
+
+def test_cost_without_a_price_is_refused(world, tmp_path):
+    with pytest.raises(ValidationError, match="gpu_hour_price"):
+        world.settings(tmp_path / "out", max_cost=3.0)
+
+
+def test_a_run_without_a_shard_size_measures_one_and_is_resumed_with_it(world, tmp_path):
+    settings = world.settings(tmp_path / "out", shard_size=None, batch_size=1, gpu_hour_price=2.0)
+    prepared = plan_dataset.fn(settings, LocalDriver())
+    size = prepared.job.layout.shard_size
+    assert prepared.job.layout.rows > 8 and size > 1
+    again = plan_dataset.fn(settings, LocalDriver())
+    assert (again.job.layout.shard_size, again.job.fingerprint) == (size, prepared.job.fingerprint)
+    there = run_there(open_store(tmp_path / "out"))
+    assert there and there.fingerprint == prepared.job.fingerprint
+
+    generate_shards.fn(prepared.job, driver=LocalDriver())
+    finish_dataset.fn(prepared.job)
+    store = open_store(tmp_path / "out")
+    spent = read_spent(store)
+    assert spent and spent.images == prepared.job.layout.rows and spent.cost == round(spent.worker_hours * 2, 4)
+    assert read_manifest(store).spent == spent.model_dump()
+    assert "| CPU worker hours |" in store.get("README.md").decode()
+    assert inspect(str(tmp_path / "out")).problems == []
+    # Finished once more without a price it keeps the price it had.
+    finish_dataset.fn(
+        plan_dataset.fn(world.settings(tmp_path / "out", batch_size=1, shard_size=size), LocalDriver()).job
+    )
+    assert json.loads(store.get("manifest.json"))["spent"]["hour_price"] == 2.0
+
+
+class Nvml:
+    """NVML's three calls, as its header declares them."""
+
+    def __init__(self, code=0):
+        self.code = code
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, device):
+        assert uuid == b"GPU-1"
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device, energy):
+        ctypes.cast(energy, ctypes.POINTER(ctypes.c_ulonglong))[0] = 12_345
+        return self.code
+
+
+def test_the_meter_counts_joules():
+    assert EnergyMeter("GPU-1", Nvml()).joules() == 12.345
+    with pytest.raises(OSError, match="NVML answers 3"):
+        EnergyMeter("GPU-1", Nvml(3)).joules()
