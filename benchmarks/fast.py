@@ -85,7 +85,7 @@ WAYS = (
         "guidance kept, every 2nd": Means(guidance_every=2),
         "guidance kept, every 4th": Means(guidance_every=4),
         "guidance kept, every 2nd, fused too": Means(guidance_every=2, in_fusion=True),
-        "no guidance in the last half": Means(unguided=0.5),
+        "no guidance in the last half": Means(unguided_text=0.5, unguided_subject=0.5),
         "deep features, every 2nd": Means(deep_every=2),
         "deep features, every 3rd": Means(deep_every=3),
         "deep features, 2 layers, every 2nd": Means(deep_every=2, deep_layers=2),
@@ -98,10 +98,19 @@ WAYS = (
       for steps in (10, 8, 6)
       for name, means in {
           "guidance kept": _STACKED,
-          "no guidance in the last half": Means(unguided=0.5),
+          "no guidance in the last half": Means(unguided_text=0.5, unguided_subject=0.5),
           "guidance kept, deep features": Means(guidance_every=2, deep_every=2),
           "guidance kept, fused too": Means(guidance_every=2, in_fusion=True),
       }.items()),
+    *(Way(f"{steps} steps, no guidance in {part}", steps, "dpm", Means(unguided_subject=share))
+      for steps in (12, 10, 8, 7, 6)
+      for part, share in {"the SDM's last half": 0.5, "the SDM's steps": 1.0}.items()),
+    Way("10 steps, no guidance in the SDM's last half, deep features", 10, "dpm", Means(unguided_subject=0.5, deep_every=2)),
+    Way("8 steps, no guidance in the SDM's last half, deep features", 8, "dpm", Means(unguided_subject=0.5, deep_every=2)),
+    Way("8 steps, no guidance in the SDM's last half, kept in the TDM's", 8, "dpm",
+        Means(unguided_subject=0.5, guidance_every=2)),
+    Way("8 steps, no guidance in the SDM's last half, deep features of 2 layers", 8, "dpm",
+        Means(unguided_subject=0.5, deep_every=2, deep_layers=2)),
 )  # fmt: skip
 
 
@@ -265,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     for way in WAYS:
         if options.only and way is not EXACT and way.name not in options.only:
             continue
-        file = folder / "ways" / f"{way.name.replace(', ', '_').replace(' ', '-')}.json"
+        file = folder / "ways" / f"{way.name.replace(', ', '_').replace(' ', '-').replace(chr(39), '')}.json"
         if not file.exists() or len(json.loads(file.read_text())["ip"]) != options.images:
             file.write_text(json.dumps(bench.make(way)) + "\n")
         results[way.name] = json.loads(file.read_text())

@@ -14,6 +14,7 @@ EXTRAS = {
         "facenet_pytorch",
         "huggingface_hub",
         "safetensors",
+        "skimage",
         "torch",
         "torchvision",
         "transformers",

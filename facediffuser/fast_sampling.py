@@ -67,7 +67,9 @@ def plan_steps(stages: Sequence[Stage], means: Means) -> list[Step]:
     for stage, group in groupby(stages):
         length = len(list(group))
         whole = stage is Stage.FUSION and not means.in_fusion
-        guided = length if stage is Stage.FUSION else length - round(means.unguided * length)
+        unguided = {Stage.TEXT: means.unguided_text, Stage.DELAY: means.unguided_text, Stage.FUSION: 0.0}
+        # Halves are rounded up, whatever the number of steps: round() would take 2 of 3 but 2 of 5.
+        guided = length - int(unguided.get(stage, means.unguided_subject) * length + 0.5)
         key = len(steps)
         for place in range(length):
             number = len(steps)

@@ -20,8 +20,9 @@ class Means:
     Attributes:
         guidance_every: both rows of the guidance (baseline and condition) are evaluated at every n-th step; between, the
             condition alone, and the difference of the two is kept. 1: at every step.
-        unguided: share of the TDM's and of the SDM's own steps, the last ones of each, whose noise is the condition's
-            alone, 0..1. The difference of condition and baseline has little to say there.
+        unguided_text: share of the steps on the plain text alone (the TDM's own), the last ones, whose noise is the
+            condition's alone, 0..1. The difference of condition and baseline has little to say there.
+        unguided_subject: the same of the steps on the subjects alone (the SDM's own).
         deep_every: the whole UNet is evaluated at every n-th step; between, only the layers nearest to the latent, on
             the deep features of the last whole evaluation. 1: at every step.
         deep_layers: how many of the last layers are evaluated between.
@@ -32,7 +33,8 @@ class Means:
     """
 
     guidance_every: int = 1
-    unguided: float = 0.0
+    unguided_text: float = 0.0
+    unguided_subject: float = 0.0
     deep_every: int = 1
     deep_layers: int = 1
     encoder_every: int = 1
@@ -43,8 +45,9 @@ class Means:
         for name in ("guidance_every", "deep_every", "deep_layers", "encoder_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: give 1 or more")
-        if not 0 <= self.unguided <= 1:
-            raise InputError(f"unguided {self.unguided}: give a share of the steps, from 0 to 1")
+        for name in ("unguided_text", "unguided_subject"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} {getattr(self, name)}: give a share of the steps, from 0 to 1")
         if self.deep_every > 1 and self.encoder_every > 1:
             raise InputError("deep_every and encoder_every: both keep features between steps; give one of the two")
         if self.merged and self.encoder_every == 1:

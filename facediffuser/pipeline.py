@@ -33,7 +33,7 @@ from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.prompts import count_markers, require_marked_words
-from facediffuser.schedulers import warn_of_few_steps
+from facediffuser.schedulers import set_scheduler, warn_of_few_steps
 from facediffuser.stages import Conditions, Guidance, Method, Prediction, Stage, plan_stages, predict
 from facediffuser.subject import SubjectFuser
 from facediffuser.unet_parts import require_parts
@@ -190,6 +190,18 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             unets = {name: unet for name in ("unet", "unet_text") if (unet := getattr(self, name)) is not None}
             self._engine = Engine(unets, self.vae, options)
         return options
+
+    def with_scheduler(self, kind: str) -> "FaceDiffuserPipeline":
+        """Return a pipeline of the same models, run in the same way, with a scheduler of its own.
+
+        Args:
+            kind: the diffusers class of the scheduler; its configuration is this one's.
+        """
+        other = type(self)(**{**self.components, "scheduler": type(self.scheduler).from_config(self.scheduler.config)})
+        set_scheduler(other, kind)
+        other._engine = self._engine
+        other.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return other
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,14 @@ from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import Prepared
 from facediffuser.markup import Markdown, link
 from facediffuser.storage import Store
-from facediffuser.tasks.generate import Finished, estimate_run, finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.generate import (
+    Finished,
+    certify_dataset,
+    estimate_run,
+    finish_dataset,
+    generate_shards,
+    plan_dataset,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     if settings.dry_run:
         return describe(prepared) | estimate_run(settings, prepared)
     run = generate_shards(prepared.job)
-    finished = finish_dataset(prepared.job)
+    finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
     table = markdown(finished.table)
     create_markdown_artifact(
         _summary(prepared.job.store(), finished, run, table),
@@ -48,6 +55,7 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
         "denoising_share": run["busy"],
         "fingerprint": prepared.job.fingerprint,
         "table": table,
+        **({"certificate": finished.certificate} if finished.certificate else {}),
     }
 
 

@@ -13,7 +13,7 @@ from prefect import task
 from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
 from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.dataset_card import write_card
-from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.certificate import CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate, stats_key
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
@@ -26,11 +26,14 @@ from facediffuser.dataset.manifest import (
 )
 from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.seal import seal
+from facediffuser.dataset.reading import read_columns
+from facediffuser.dataset.seal import KEPT_ENTRIES, seal
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.spending import Spent, add_up, read_spent, write_spent
 from facediffuser.errors import InputError, RunError
+from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.evaluation.tables import ScoreRow
+from facediffuser.generation.certify import CertificateWorker, certificate_parts, certificate_stage, missing_parts
 from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample, shard_size_for
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
@@ -50,14 +53,19 @@ KEPT_NAMES = ("miniature", "paper")
 
 
 class Finished(NamedTuple):
-    """What a finished dataset holds, and its means of IP and PC."""
+    """What a finished dataset holds, its means of IP and PC, and what its certificate says, if it has one."""
 
     counts: Counts
     table: list[ScoreRow]
+    certificate: dict[str, Any] | None = None
 
 
 class FailedRowsError(RunError):
     """More rows failed than the settings allow; the dataset is complete and says which and why."""
+
+
+class CertificateError(RunError):
+    """Fast mode lost more than the settings allow; the dataset is complete, and its certificate says how much."""
 
 
 @task(name="plan-dataset", cache_policy=None, persist_result=False, **RETRIES)
@@ -171,7 +179,39 @@ def _added_before(store: Store) -> list[ObjectEntry]:
     except InputError as error:
         logger.warning("%s; written anew, its digests of scores/ are lost", error)
         return []
-    return [entry for entry in objects if entry.key.startswith(ADDED_PREFIX)]
+    return [entry for entry in objects if entry.key.startswith(KEPT_ENTRIES)]
+
+
+@task(name="certify-dataset", cache_policy=None, persist_result=False, **RETRIES)
+def certify_dataset(
+    job: GenerationJob, worker: type[CertificateWorker] = CertificateWorker, driver: Driver | None = None
+) -> dict[str, Any] | None:
+    """Make what is missing of the certificate of a run in fast mode; return what it says, None for a run in exact mode.
+
+    Raises:
+        Stopped: SIGTERM arrived; the parts in hand are finished.
+    """
+    if job.exact_settings is None:
+        return None
+    store, parts = job.store(), certificate_parts(job)
+    missing = missing_parts(job, parts)
+    rows = sum(len(places) for places in parts.values())
+    logger.info("certificate: %d of %d rows are also made in exact mode; %d of %d parts are finished", rows,
+                job.layout.rows, len(parts) - len(missing), len(parts))  # fmt: skip
+    if missing:
+        (driver or RayDriver()).run(certificate_stage(job, parts, missing, worker=worker))
+    names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
+    found = [row for key in parts for row in read_columns(store, key, names).to_pylist()]
+    summary = summarise(found, [json.loads(store.get(stats_key(key))) for key in parts], job.max_loss)
+    if dataset_certificate(store) != summary:
+        store.put(SUMMARY_KEY, (json.dumps(summary, indent=1) + "\n").encode())
+    changes, speeds = summary["differences"], summary["images_per_second"]
+    logger.info(
+        "certificate %s: %s over %d pairs, mask cells %s, SSIM %s, images/s %s fast and %s exact", summary["verdict"],
+        ", ".join(f"{name} {one['mean']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})" for name, one in changes.items() if one["n"]),
+        summary["pairs"], summary["mask_cells"], summary["ssim"], speeds["fast"], speeds["exact"],
+    )  # fmt: skip
+    return summary
 
 
 def _spent(job: GenerationJob, store: Store) -> Spent | None:
@@ -203,8 +243,11 @@ def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
 
 
 @task(name="finish-dataset", cache_policy=None, persist_result=False, **RETRIES)
-def finish_dataset(job: GenerationJob) -> Finished:
-    """Write the card and, last, the manifest. Raise when shards are missing or too many rows failed."""
+def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None) -> Finished:
+    """Write the card and, last, the manifest.
+
+    Raises when shards are missing, too many rows failed, or the certificate says that fast mode lost too much.
+    """
     layout, store = job.layout, job.store()
     require_same_run(store, Run(job.run, job.fingerprint))
     finished = finished_shards(store, layout, job.fingerprint)
@@ -228,7 +271,7 @@ def finish_dataset(job: GenerationJob) -> Finished:
     if found:
         logger.warning("%s: its shards were computed on different hardware (%s); the manifest lists them", store.url,
                        shown(found))  # fmt: skip
-    manifest = seal(store, built)
+    manifest = seal(store, built.model_copy(update={"certificate": certificate}), {SUMMARY_KEY} if certificate else ())
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
                 counts.shards)  # fmt: skip
@@ -237,4 +280,7 @@ def finish_dataset(job: GenerationJob) -> Finished:
             f"{store.url}: {counts.failed} of {counts.rows} rows failed, more than --max-failed "
             f"{job.max_failed:g}; their errors are in the column `error`"
         )
-    return Finished(counts, table)
+    lost = failure(certificate) if certificate else None
+    if lost:
+        raise CertificateError(f"{store.url}: {lost}")
+    return Finished(counts, table, certificate)

@@ -32,6 +32,7 @@ class Card:
     images: dict[str, bytes]
     spent: Spent | None
     references: dict[str, Image.Image]
+    certificate: dict[str, Any] | None = None
 
     @property
     def rows(self) -> int:
@@ -103,6 +104,38 @@ def added_lines(card: Card) -> list[tuple[str, str]]:
         for row in card.added
         if row.category == OVERALL
     ]
+
+
+def certificate_lines(card: Card) -> list[tuple[str, str]]:
+    """Return what the certificate of a run in fast mode says as (name, value) lines; none without one."""
+    found = card.certificate
+    if not found:
+        return []
+    allowed = f"at most {found['max_loss']:g} of IP and PC may be lost"
+    verdicts = {
+        "passed": f"passed: {allowed}, and the intervals show that no more is",
+        "failed": f"failed: {allowed}, and an interval shows that more is",
+        "undecided": f"undecided: {allowed}; the intervals are too wide to show it",
+    }
+    lines = [("verdict", verdicts.get(found["verdict"], found["verdict"]))]
+    lines.append(("pairs", f"{found['pairs']:,} of {found['sample']:,} rows chosen by hash"))
+    for name, change in found["differences"].items():
+        if change["n"]:
+            fast, exact = (found["means"][mode][name] for mode in ("fast", "exact"))
+            lines.append((
+                f"{title(name)}, fast − exact",
+                f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}); {fast:.3f} and {exact:.3f}",
+            ))  # fmt: skip
+    if found["mask_cells"] is not None:
+        lines.append(("latent cells that another model decided", f"{100 * found['mask_cells']:.1f}%"))
+    if found["ssim"] is not None:
+        lines.append(("SSIM of the two images", f"{found['ssim']:.3f}"))
+    for name, label in (("images_per_second", "images a second of a worker"), ("unet_rows", "UNet rows an image")):
+        both = found.get(name) or {}
+        if both.get("fast") and both.get("exact"):
+            ratio = max(both["fast"], both["exact"]) / min(both["fast"], both["exact"])
+            lines.append((label, f"{both['fast']:.4g} fast, {both['exact']:.4g} exact ({ratio:.1f} times)"))
+    return lines
 
 
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:

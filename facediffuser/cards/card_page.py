@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines, flag_lines
+from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines, certificate_lines, flag_lines
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import FLAGS, LocatedRow
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
@@ -43,6 +43,7 @@ def card_page(
         best=_tiles(card.survey.best, card, styles),
         worst=_tiles(card.survey.worst, card, styles),
         added=added_lines(card),
+        certificate=certificate_lines(card),
         flags=flag_lines(card.survey),
         flagged_images=[
             {"title": FLAG_TITLES[name], "tiles": _tiles(flagged.shown, card, styles, *FLAGS[name])}

@@ -9,11 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, flag_lines, run_lines, summary
+from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, certificate_lines, flag_lines, run_lines, summary
 from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
+from facediffuser.dataset.certificate import dataset_certificate
 from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.dataset.spending import read_spent
@@ -48,6 +49,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         images=fetch_images(store, shown),
         spent=read_spent(store),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
+        certificate=dataset_certificate(store),
     )
     groups = survey.sample.groups(MAX_LINES, OTHERS)
     pictures = {
@@ -98,6 +100,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         facts=facts,
         scores=markdown(card.table),
         added=added_lines(card),
+        certificate=certificate_lines(card),
         flags=flag_lines(card.survey),
         failures=card.survey.failures.most_common(10),
         settings=settings,

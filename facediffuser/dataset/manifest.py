@@ -75,6 +75,7 @@ class Manifest(_Part):
     made_from: where models and scorers were at `generate`; it decides nothing, `repair` looks there first.
     objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
     spent: hours of workers, energy and money that the run took; None where its stats did not say.
+    certificate: what the certificate of a run in fast mode says (see `facediffuser.dataset.certificate`); None for others.
     provenances: what the shards were computed with (code, libraries, threads, hardware), and how many `shards` each.
     """
 
@@ -92,6 +93,7 @@ class Manifest(_Part):
     unlisted: list[str] = []
     provenances: list[dict[str, Any]] = []
     spent: dict[str, Any] | None = None
+    certificate: dict[str, Any] | None = None
     shards: list[ShardEntry]
 
     @model_validator(mode="after")
@@ -166,6 +168,8 @@ def build_manifest(
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Put the manifest with its digest; the same dataset gives the same bytes."""
     document = manifest.model_dump() | {"digest": ""}
+    if manifest.certificate is None:
+        del document["certificate"]  # as manifests were before there were certificates
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     store.put(MANIFEST_KEY, text.replace('"digest": ""', f'"digest": "{digest}"', 1).encode())

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added_columns
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     UNLISTED,
@@ -22,6 +23,8 @@ from facediffuser.storage import Store
 logger = logging.getLogger(__name__)
 
 README_KEY, CARD_PREFIX = "README.md", "card/"
+KEPT_ENTRIES = (ADDED_PREFIX, CERTIFICATE_PREFIX)
+"""Objects that keep the digest they were first listed with when a manifest is written anew."""
 
 
 def require_sealable(store: Store) -> Manifest | None:
@@ -59,14 +62,14 @@ def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Man
 def beside_entries(
     store: Store, listed: Sequence[ObjectEntry] = (), written: Collection[str] = ()
 ) -> list[ObjectEntry]:
-    """Return the entries of a dataset's card, just written, and of its added columns, in the order of their keys.
+    """Return the entries of a dataset's card, just written, of its added columns and its certificate, by key.
 
-    Added columns in `listed` keep their entries unless they were `written` or are gone.
+    Added columns and parts of a certificate in `listed` keep their entries unless they were `written` or are gone.
     """
-    before = {entry.key: entry for entry in listed if entry.key.startswith(ADDED_PREFIX) and entry.key not in written}
+    before = {entry.key: entry for entry in listed if entry.key.startswith(KEPT_ENTRIES) and entry.key not in written}
     card = [README_KEY] if store.exists(README_KEY) else []
     card += [info.key for info in store.list(CARD_PREFIX)]
-    added = [info.key for info in store.list(ADDED_PREFIX)]
+    added = [info.key for prefix in KEPT_ENTRIES for info in store.list(prefix)]
     for key in sorted(before.keys() - set(added)):
         logger.warning("%s: gone; no longer listed in the manifest", store.url_of(key))
     return [before.get(key) or object_entry(key, store.get(key)) for key in card + added]

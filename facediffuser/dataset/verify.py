@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate
 from facediffuser.dataset.manifest import (
     ENTRY_NAMES,
     MANIFEST_KEY,
@@ -100,9 +102,11 @@ def find_problems(store: Store, manifest: Manifest) -> list[Problem]:
 
 def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
     for entry in manifest.objects:
-        _, what = _read(store, entry)
+        data, what = _read(store, entry)
         if what:
             yield Problem(entry.key, what)
+        elif entry.key.startswith(CERTIFICATE_PREFIX):
+            yield from (Problem(entry.key, problem) for problem in _certificate(store, manifest, entry.key, data))
     if not manifest.digest:
         return
     listed = {entry.key for entry in manifest.objects}
@@ -110,6 +114,32 @@ def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -
         hidden = any(part.startswith(".") for part in key.split("/"))  # of a file manager, a hub's client, git
         if not hidden and not key.startswith((DATA_PREFIX, *manifest.unlisted)):
             yield Problem(key, "not listed in the manifest; " + _ways_out(key), unlisted=True)
+
+
+def _certificate(store: Store, manifest: Manifest, key: str, data: bytes) -> Iterator[str]:
+    """What is wrong with an object of a certificate whose bytes are those listed."""
+    if key == SUMMARY_KEY:
+        if dataset_certificate(store) != manifest.certificate:
+            yield "says other than the manifest; remove it and let `generate`, with its options, write it again"
+        return
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        yield f"not readable as Parquet ({type(error).__name__})"
+        return
+    if not table.schema.equals(CERTIFICATE_SCHEMA):
+        yield "its columns are not a certificate's"
+        return
+    mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")
+    if mark != manifest.fingerprint:
+        yield f"made by another run (fingerprint {mark[:12]})"
+    # A pair may be missing because the dataset's row failed; its image in exact mode is kept all the same.
+    made = pc.is_valid(pc.struct_field(table["image"], "bytes"))
+    yield from _images(
+        table.filter(made)
+        .drop(["status"])
+        .append_column("status", pa.array(["ok"] * pc.sum(made.cast("int64")).as_py()))
+    )
 
 
 def _ways_out(key: str) -> str:

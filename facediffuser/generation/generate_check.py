@@ -15,14 +15,25 @@ from facediffuser.dataset.plan import Plan, RowSettings, find_sample
 from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
+from facediffuser.generation.speed_settings import FAST_SCHEDULER
 from facediffuser.model_check import MODULES, check_component, check_model_files, read_json
 from facediffuser.modelfolder import resolve_model
 from facediffuser.prompts import ids_and_places
-from facediffuser.schedulers import choose_scheduler
+from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
-OURS = ("plan/", "data/", "stats/", "card/", "scores/", "subjects.parquet", "manifest.json", "README.md")
+OURS = (
+    "plan/",
+    "data/",
+    "stats/",
+    "card/",
+    "scores/",
+    "certificate/",
+    "subjects.parquet",
+    "manifest.json",
+    "README.md",
+)
 _WITH_SUBJECTS = ("unet", "image_encoder", "subject_fuser")
 NEEDED_BY_METHOD = {
     "face-diffuser": ("unet_text", *_WITH_SUBJECTS),
@@ -37,12 +48,13 @@ OF_THE_DEVICE = ("batch_size", "dtype", "device", "engine", "engine_options")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a plan needs to know of a model folder."""
+    """What a plan needs to know of a model folder; `scheduler` is the run's, `exact_scheduler` that of exact mode."""
 
     folder: Path
     height: int
     width: int
     scheduler: str
+    exact_scheduler: str
     max_subjects: int | None
 
 
@@ -82,12 +94,10 @@ def check_generate(settings: GenerateSettings) -> Checked:
     _require_room(model, subjects, prompts, settings)
     if settings.scorers:
         require_scorers(settings.scorers)
-    start, end = settings.fusion_window
     plan = Plan(
         tuple(subjects), tuple(prompts), settings.images_per_prompt, settings.seed,
         RowSettings(
-            method=settings.method, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
-            fusion_start=start, fusion_end=end, scheduler=model.scheduler,
+            method=settings.method, guidance_scale=settings.guidance_scale, **settings.row_settings(model.scheduler),
             height=settings.height or model.height, width=settings.width or model.width,
         ),
         settings.subject_sets,
@@ -95,7 +105,8 @@ def check_generate(settings: GenerateSettings) -> Checked:
     there = run_there(store)
     begun_with = there.document.get("settings", {}).get("shard_size") if there else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
-    require_like_run(store, known_document(settings, plan, shard_size), OF_THE_DEVICE, plan)
+    known = known_document(settings, plan, shard_size, model.exact_scheduler)
+    require_like_run(store, known, OF_THE_DEVICE, plan)
     return Checked(store, model, plan, shard_size, settings.shard_size is None and there is None)
 
 
@@ -139,7 +150,7 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def known_document(settings: GenerateSettings, plan: Plan, shard_size: int) -> dict[str, Any]:
+def known_document(settings: GenerateSettings, plan: Plan, shard_size: int, exact_scheduler: str) -> dict[str, Any]:
     """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
     given = {
         "subjects_per_image": plan.subjects_per_image,
@@ -156,6 +167,11 @@ def known_document(settings: GenerateSettings, plan: Plan, shard_size: int) -> d
     if settings.negative_prompt:
         # Only where one is given: a run without keeps the fingerprint it had before there were negative prompts.
         given["negative_prompt"] = settings.negative_prompt
+    if settings.accelerated:
+        given["speed"] = {
+            "means": settings.means.as_document(),
+            "exact": settings.exact_settings(exact_scheduler),
+        }
     return {"settings": given, "plan": plan.digest()}
 
 
@@ -199,13 +215,18 @@ def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> Mo
     if limit is not None and (settings.subjects_per_image or 0) > limit:
         raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
     keeps_own = settings.scheduler is None and begun_with == own
-    scheduler = own if keeps_own else choose_scheduler(settings.scheduler, own, settings.steps)
-    return ModelFacts(folder, rows * cell, columns * cell, scheduler, limit)
+    exact = own if keeps_own else choose_scheduler(settings.scheduler, own, settings.steps)
+    fewer = settings.sampled_steps < settings.steps
+    scheduler = SCHEDULER_CLASSES[settings.fast_scheduler or FAST_SCHEDULER] if fewer else exact
+    return ModelFacts(folder, rows * cell, columns * cell, scheduler, exact, limit)
 
 
 def _scheduler_begun_with(store: Store) -> str | None:
     run = run_there(store)
-    return run.document["settings"].get("scheduler") if run else None
+    if run is None:
+        return None
+    settings = run.document["settings"]
+    return settings.get("speed", {}).get("exact", settings).get("scheduler")
 
 
 def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:

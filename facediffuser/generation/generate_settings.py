@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from facediffuser.batch_stage import Limits, WorkerPool
 from facediffuser.dataset.suites import suite_prompts, suite_subjects
 from facediffuser.engine_options import EngineName
+from facediffuser.generation.speed_settings import SpeedSettings
 from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.settings import (
     MOST_WORKERS,
@@ -17,7 +18,6 @@ from facediffuser.settings import (
     Method,
     Moved,
     Repeats,
-    Sampling,
     Seeded,
     Settings,
     Workers,
@@ -72,7 +72,7 @@ class PlanSettings(Settings):
         return self.prompts
 
 
-class GenerateSettings(Exact, Limited, GenerateWorkers, Sampling, Seeded, Repeats, PlanSettings):
+class GenerateSettings(Exact, Limited, GenerateWorkers, SpeedSettings, Seeded, Repeats, PlanSettings):
     """Subjects x prompts x images to a scored image dataset; run again, it resumes where it stopped."""
 
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")

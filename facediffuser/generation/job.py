@@ -25,6 +25,7 @@ from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate, known_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
+from facediffuser.means import Means
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import model_digests
 from facediffuser.runs import Run, check_provenance, fingerprint_of, provenance_of, software
@@ -62,6 +63,7 @@ class GenerationJob:
     threads: CPU threads of a worker without a GPU; None on a GPU.
     pool: how many workers.
     max_failed: share of failed rows above which the run fails.
+    max_loss: IP or PC that a run in fast mode may lose.
     exact: refuse to go on with another provenance than that of the shards that are there.
     required: with `exact`, the provenances of those shards.
     compiled_code: where compiled code is kept and found; None: in this machine's cache.
@@ -77,6 +79,7 @@ class GenerationJob:
     threads: int | None = None
     pool: WorkerPool = WorkerPool()
     max_failed: float = 1.0
+    max_loss: float = 1.0
     exact: bool = False
     required: tuple[dict[str, Any], ...] = ()
     compiled_code: str | None = None
@@ -101,6 +104,16 @@ class GenerationJob:
     @property
     def device(self) -> str:
         return self.settings["device"]
+
+    @property
+    def means(self) -> Means:
+        """What is left out of steps; nothing in exact mode."""
+        return Means.from_document(self.settings.get("speed", {}).get("means", {}))
+
+    @property
+    def exact_settings(self) -> dict[str, Any] | None:
+        """How rows are sampled in exact mode, by column; None where the run is in exact mode."""
+        return self.settings["speed"]["exact"] if "speed" in self.settings else None
 
     @functools.cached_property
     def shard_schema(self) -> pa.Schema:
@@ -205,7 +218,10 @@ def prepare(
         batch_size = automatic_batch_size(height, width, memory, settings.dtype == "float32")
         logger.info("batch size: %d, for a GPU of %.0f GiB", batch_size, memory)
     batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
-    identity = run_identity(settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu)
+    identity = run_identity(
+        settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu,
+        checked.model.exact_scheduler,
+    )  # fmt: skip
     if engine == "compiled":
         # An eager run's document says nothing of engines, so that runs begun before there were any are the same.
         identity["settings"] |= {
@@ -216,8 +232,8 @@ def prepare(
     threads = None if gpu else settings.cpus_per_worker or _threads_there(store) or threads or _torch_threads()
     job = GenerationJob(
         store.url, run.fingerprint, dict(run.document), Layout(len(plan), checked.shard_size), settings.models,
-        scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.exact,
-        compiled_code=settings.compiled_code,
+        scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
+        settings.exact, compiled_code=settings.compiled_code,
         limits=settings.limits,
     )  # fmt: skip
     return Prepared(job, plan, references, checked.free_shard_size)
@@ -232,10 +248,11 @@ def run_identity(
     references: pa.Table,
     batch_size: int,
     gpu: bool,
+    exact_scheduler: str,
 ) -> dict[str, Any]:
     """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it."""
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
-    known = known_document(settings, plan, shard_size)
+    known = known_document(settings, plan, shard_size, exact_scheduler)
     of_the_device = {
         "batch_size": batch_size,
         "dtype": dtype,

@@ -25,6 +25,7 @@ from facediffuser.errors import NotFiniteError
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.energy import energy_meter
 from facediffuser.generation.job import GenerationJob, Listed
+from facediffuser.means import NONE
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.schedulers import set_scheduler
@@ -45,7 +46,8 @@ class ShardGenerator:
     `replace` puts a shard that is there already, `rows` generates a few rows and puts nothing.
 
     Loads the models and the scorers once; `pipeline`, `scorers` and `references` (by default the dataset's) take their
-    place where given. Scoring and encoding of a batch run beside the denoising of the next.
+    place where given. Scoring and encoding of a batch run beside the denoising of the next. Where `cells` is a dict, it
+    gets of each row the cells that the SDM won in most of the fused steps, (h, w) bool, by sample_id.
 
     Raises:
         InputError: the job demands an exact provenance, and this worker has another.
@@ -67,7 +69,9 @@ class ShardGenerator:
             scorers = load_scorers(job.scorers, self.device)
         self.scorers = scorers
         self.meter = energy_meter(self.device)
+        self.cells: dict[str, torch.Tensor] | None = None
         _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
+        self._means = {"means": job.means} if job.means != NONE else {}
         self.conditions = ConditionCache(
             self.pipeline,
             self.store,
@@ -117,10 +121,17 @@ class ShardGenerator:
 
         return self._make_and_put(shard, wanted, listed)
 
-    def rows(self, planned: list[Row]) -> list[Row]:
-        """Return planned rows finished, in batches from the first on; nothing is put."""
+    def rows(self, planned: list[Row], clock: "Clock | None" = None) -> list[Row]:
+        """Return planned rows finished, in batches from the first on; nothing is put. `clock` gets the seconds spent."""
         self.conditions.open(planned)
-        return self._make(planned, Clock())[0]
+        return self._make(planned, clock or Clock())[0]
+
+    def denoise(self, planned: list[Row], clock: "Clock") -> None:
+        """Make the images of planned rows, in batches, for their `cells` and the seconds they take; they are not kept."""
+        self.conditions.open(planned)
+        for start in range(0, len(planned), self.job.batch_size):
+            batch = planned[start : start + self.job.batch_size]
+            self._denoise_or_split(batch, clock, Counter(), self.job.batch_size)
 
     def _make_and_put(
         self, shard: int, wanted: Callable[[dict[str, Any]], bool], listed: Listed | None = None
@@ -239,7 +250,10 @@ class ShardGenerator:
             width=first["width"],
             # Noise of a row's own generator on the CPU: the same wherever and beside whatever the row is made.
             generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+            **self._means,
         )
+        if self.cells is not None and out.subject_cells is not None:
+            self.cells |= {row["sample_id"]: won > 0.5 for row, won in zip(rows, out.subject_cells, strict=True)}
         # Rows whose numbers are not finite fail by themselves: a retry would end the same way.
         made = zip(out.images, out.subject_fraction, out.errors, strict=True)
         return [

@@ -27,14 +27,14 @@ def sample(pipeline, picture, means=NONE, prompts=PROMPTS, steps=8, first=0, **o
 
 EACH = {
     "kept guidance": Means(guidance_every=2),
-    "no guidance at the end": Means(unguided=0.5),
+    "no guidance at the end": Means(unguided_text=0.5, unguided_subject=0.5),
     "deep features": Means(deep_every=2),
     "more layers": Means(deep_every=2, deep_layers=2),
     "encoder": Means(encoder_every=3),
     "merged": Means(encoder_every=3, merged=True),
     "deep features and guidance, fused steps too": Means(guidance_every=2, deep_every=2, in_fusion=True),
     "merged, guidance, fused steps too": Means(
-        guidance_every=2, encoder_every=2, merged=True, unguided=0.3, in_fusion=True
+        guidance_every=2, encoder_every=2, merged=True, unguided_text=0.3, unguided_subject=0.3, in_fusion=True
     ),
 }
 
@@ -55,7 +55,10 @@ def test_any_scheduler_takes_all_means(parts, picture, kind):
     pipeline = FaceDiffuserPipeline(**parts, scheduler=scheduler())
     set_scheduler(pipeline, kind)
     pipeline.set_progress_bar_config(disable=True)
-    for means in (Means(guidance_every=2, deep_every=2, unguided=0.3), Means(encoder_every=2, merged=True)):
+    for means in (
+        Means(guidance_every=2, deep_every=2, unguided_text=0.3, unguided_subject=0.3),
+        Means(encoder_every=2, merged=True),
+    ):
         assert sample(pipeline, picture, means, steps=6).isfinite().all()
 
 
@@ -87,7 +90,7 @@ def test_merged_evaluations_are_those_one_by_one(pipeline, picture):
 
 def test_what_each_step_evaluates():
     stages = [T] * 4 + [F] * 2 + [S] * 4
-    steps = plan_steps(stages, Means(guidance_every=2, unguided=0.5))
+    steps = plan_steps(stages, Means(guidance_every=2, unguided_text=0.5, unguided_subject=0.5))
     assert [step.guidance for step in steps] == [
         "full",
         "kept",
@@ -134,7 +137,7 @@ def test_the_share_of_a_part_is_that_of_its_operations(parts):
     "given,message",
     [
         ({"deep_every": 0}, "deep_every 0: give 1 or more"),
-        ({"unguided": 1.5}, "unguided 1.5: give a share of the steps, from 0 to 1"),
+        ({"unguided_subject": 1.5}, "unguided_subject 1.5: give a share of the steps, from 0 to 1"),
         ({"deep_every": 2, "encoder_every": 2}, "deep_every and encoder_every: both keep features"),
         ({"merged": True}, "merged: joins evaluations of the decoder"),
     ],
@@ -155,8 +158,8 @@ def test_a_unet_that_has_no_parts_is_refused_before_the_first_step(pipeline, pic
 
 
 def test_a_run_document_names_the_means_that_are_on():
-    means = Means(guidance_every=2, unguided=0.25)
-    assert means.as_document() == {"guidance_every": 2, "unguided": 0.25}
+    means = Means(guidance_every=2, unguided_text=0.25)
+    assert means.as_document() == {"guidance_every": 2, "unguided_text": 0.25}
     assert Means.from_document(means.as_document()) == means
     assert NONE.as_document() == {}
     with pytest.raises(InputError, match="means 'later': unknown here"):

@@ -1,0 +1,119 @@
+"""The certificate of a run in fast mode: a sample of its rows, each beside the same row made in exact mode.
+
+It lies apart from the rows, in `certificate/`: parts of a few rows as Parquet, the unit of work and of resuming, and
+`certificate.json` with what they say together. `dataset_certificate` reads the latter.
+"""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from facediffuser.dataset.encoding import column_paths, parquet_bytes
+from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.reading import open_parquet
+from facediffuser.dataset.schema import IMAGE
+from facediffuser.errors import InputError
+from facediffuser.storage import Store
+
+CERTIFICATE_PREFIX = "certificate/"
+SUMMARY_KEY = CERTIFICATE_PREFIX + "certificate.json"
+SHARE, FEWEST, MOST = 0.01, 64, 1000
+FEWEST_PER_PART = 16
+IMAGE_BYTES = "image.bytes"
+
+# `image` and what starts with exact_ are of the image in exact mode, what starts with fast_ of the dataset's row. Null
+# where one of the two failed.
+CERTIFICATE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("subject_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("image", IMAGE),
+        pa.field("image_sha256", pa.string()),
+        pa.field("exact_ip", pa.float32()),
+        pa.field("exact_pc", pa.float32()),
+        pa.field("exact_faces", pa.int32()),
+        pa.field("fast_ip", pa.float32()),
+        pa.field("fast_pc", pa.float32()),
+        pa.field("fast_faces", pa.int32()),
+        # The share of the latent's cells that another model decided in most of the fused steps, 0..1.
+        pa.field("mask_cells", pa.float32()),
+        pa.field("ssim", pa.float32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+def sample_size(rows: int) -> int:
+    """Return how many rows of a run are made in exact mode, too: 1%, at least 64 and at most 1,000, never more than all."""
+    return min(rows, max(FEWEST, min(MOST, -(-rows // round(1 / SHARE)))))
+
+
+def choose_sample(store: Store, layout: Layout) -> list[tuple[int, int]]:
+    """Return (shard, place in it) of the rows of the sample, in the plan's order.
+
+    They are those whose sample_id has the smallest hashes: the same rows for the same plan, whatever their prompts and
+    subjects. Memory does not grow with the rows.
+    """
+
+    def hashed() -> Iterator[tuple[bytes, int, int]]:
+        for part in range(layout.parts):
+            with open_parquet(store, layout.part_key(part)) as file:
+                for group in range(file.num_row_groups):
+                    names = file.read_row_group(group, columns=["sample_id"])["sample_id"].to_pylist()
+                    for place, name in enumerate(names):
+                        digest = hashlib.blake2b(f"certificate\0{name}".encode(), digest_size=16).digest()
+                        yield digest, part * layout.shards_per_part + group, place
+
+    chosen = heapq.nsmallest(sample_size(layout.rows), hashed())
+    return sorted((shard, place) for _, shard, place in chosen)
+
+
+def rows_per_part(batch_size: int) -> int:
+    """Return how many rows of the sample a part has: at least as many as are denoised together."""
+    return max(FEWEST_PER_PART, batch_size)
+
+
+def part_keys(rows: int, per_part: int = FEWEST_PER_PART) -> list[str]:
+    """Return the keys of the certificate's parts for so many rows of the sample, `per_part` in each."""
+    parts = -(-rows // per_part)
+    return [f"{CERTIFICATE_PREFIX}part-{part:04d}-of-{parts:04d}.parquet" for part in range(parts)]
+
+
+def stats_key(key: str) -> str:
+    """Return the key of the timings of a part: beside those of the shards, for they are others at every run."""
+    return f"stats/{key.removeprefix(CERTIFICATE_PREFIX).removesuffix('.parquet')}.json".replace("part", "certificate")
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Return a part's Parquet; `schema` is CERTIFICATE_SCHEMA with the run's marks. The same rows give the same bytes."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    others = [path for path in column_paths(CERTIFICATE_SCHEMA) if path != IMAGE_BYTES]
+    return parquet_bytes(
+        table, compression={IMAGE_BYTES: "none"} | dict.fromkeys(others, "zstd"), write_statistics=others
+    )
+
+
+def dataset_certificate(store: Store) -> dict[str, Any] | None:
+    """Return what a dataset's certificate says, None for a dataset that has none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not store.exists(SUMMARY_KEY):
+        return None
+    try:
+        found = json.loads(store.get(SUMMARY_KEY))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{store.url_of(SUMMARY_KEY)}: not a certificate; remove it and let `generate`, with its options, "
+                         "write it again")  # fmt: skip
+    return found
