@@ -151,7 +151,7 @@ class Bench:
         seconds = 0.0
         for first in range(0, len(self.rows), batch):
             rows = self.rows[first : first + batch]
-            text, fused, null = self.conditions.of(rows)
+            text, fused, null = self.conditions.embeddings(rows)
             began = time.perf_counter()
             out = self.pipe(
                 prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null,

@@ -21,7 +21,7 @@ from facediffuser.prompts import require_marked_words, without_markers
 from facediffuser.schedulers import choose_scheduler, set_scheduler
 from facediffuser.stages import Stage, plan_stages
 from facediffuser.storage import open_store
-from facediffuser.storage.output import place_of
+from facediffuser.storage.output import store_and_key
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def explain(settings: ExplainSettings) -> str:
     step leaves its place empty. Raises InputError, nothing written, for references or prompts that cannot be used.
     """
     require_marked_words(settings.prompt, "--prompt")
-    store, key = place_of(settings.output)
+    store, key = store_and_key(settings.output)
     references = [_open(path) for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(desc="explain")

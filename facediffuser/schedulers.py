@@ -42,7 +42,7 @@ def choose_scheduler(named: SchedulerName | None, own: str, steps: int) -> str:
         warn_of_few_steps(chosen, steps)
         return chosen
     other = SCHEDULER_CLASSES[FEW_STEPS_SCHEDULER]
-    say_once(
+    log_once(
         logging.INFO,
         f"scheduler: {other}, because the model's own, {own}, wants {fewest} steps or more and these are {steps}; "
         f"--scheduler {_name_of(own)} keeps it",
@@ -55,7 +55,7 @@ def warn_of_few_steps(kind: str, steps: int) -> None:
     fewest = FEWEST_STEPS.get(kind, 1)
     if steps < fewest:
         other = SCHEDULER_CLASSES[FEW_STEPS_SCHEDULER]
-        say_once(
+        log_once(
             logging.WARNING,
             f"scheduler {kind}: {steps} steps are too few for it (it wants {fewest} or more), images may lose their people; "
             f"{other} bears them",
@@ -63,7 +63,7 @@ def warn_of_few_steps(kind: str, steps: int) -> None:
 
 
 @functools.cache
-def say_once(level: int, text: str) -> None:
+def log_once(level: int, text: str) -> None:
     """Log a text, the first time in this process: input is checked more than once, and a pipeline is called often."""
     logger.log(level, text)
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.evaluation.claim import judge, markdown, ordering_holds
+from facediffuser.evaluation.claim import claim_checks, markdown, ordering_holds
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.tables import from_arrow
 from facediffuser.flows.evaluate import evaluate
@@ -60,7 +60,7 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
         )
     )
     rows = from_arrow(pq.read_table(io.BytesIO(open_store(output).get("table.parquet"))))
-    checks = judge(rows)
+    checks = claim_checks(rows)
     text = f"{tables}\n## The paper's claim\n\n{markdown(checks)}"
     open_store(output).put("claim.md", text.encode())
     create_markdown_artifact(text, key="claim", description="Methods on the miniature world, and the paper's ordering")

@@ -8,7 +8,7 @@ from facediffuser.pictures import open_picture
 from facediffuser.prompts import require_marked_words
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import LocalStore, open_store
-from facediffuser.storage.output import place_of
+from facediffuser.storage.output import store_and_key
 from facediffuser.training import training_run as runs
 
 
@@ -18,13 +18,13 @@ def check_demo(settings: DemoSettings) -> None:
     check_models("miniature")
     require_scorers("miniature")
     for role in settings.training.roles:
-        of_role = settings.training.of(role)
-        runs.require_startable(open_store(of_role.output), of_role)
+        role_settings = settings.training.for_role(role)
+        runs.require_startable(open_store(role_settings.output), role_settings)
 
 
 def check_explain(settings: ExplainSettings) -> None:
     """Raise InputError when the output cannot be written, or prompt, reference pictures or models cannot be used."""
-    place_of(settings.output)
+    store_and_key(settings.output)
     require_marked_words(settings.prompt, "--prompt")
     for path in settings.reference:
         open_picture(open_store(path.parent), path.name)

@@ -16,5 +16,5 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     cluster without room for two the second waits.
     """
     fill_latents_cache(settings)
-    running = {role: train_on_ray.submit(settings.of(role), len(settings.roles)) for role in settings.roles}
+    running = {role: train_on_ray.submit(settings.for_role(role), len(settings.roles)) for role in settings.roles}
     return {role: future.result() for role, future in running.items()}

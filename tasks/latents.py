@@ -28,9 +28,9 @@ def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) ->
         return
     driver = driver or RayDriver()
     for role in settings.roles:
-        of_role = settings.of(role)
-        done = runs.finished_step(open_store(of_role.output))
-        if done is None or done < of_role.recipe().steps:
+        role_settings = settings.for_role(role)
+        done = runs.finished_step(open_store(role_settings.output))
+        if done is None or done < role_settings.recipe().steps:
             gpu = driver.gpus > 0
             cpus = settings.cpus_per_worker or (1 if gpu else max(1, driver.cpus // (settings.workers or 1)))
-            driver.run(latent_stage(of_role, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))
+            driver.run(latent_stage(role_settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))

@@ -14,6 +14,9 @@ from facediffuser.tasks.ray_place import require_reachable, session_folder
 logger = logging.getLogger(__name__)
 
 START_TRIES = 3
+# Processes that start at once. Ray takes the number of CPUs and warns of four times as many processes; on two CPUs two
+# trainings side by side have more, most of them Ray's own coordinators, which wait.
+MIN_STARTING_PROCESSES = 4
 
 # Tasks of one flow may run side by side, and a process has one connection.
 _connecting = threading.Lock()
@@ -44,6 +47,9 @@ def connect_ray() -> None:
             ray.init(address=address, **options)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault(
+                "RAY_worker_maximum_startup_concurrency", str(max(MIN_STARTING_PROCESSES, os.cpu_count() or 1))
+            )
             if folder := session_folder():
                 os.environ["RAY_TMPDIR"] = folder
             _start_local(options)

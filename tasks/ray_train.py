@@ -28,11 +28,11 @@ from facediffuser.training.worker_context import Worker
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-MOST_LOADERS = 8
+MAX_LOADERS = 8
 
 
 @ray.remote(num_cpus=0)
-class _Board:
+class _MetricsActor:
     """Where the first worker writes its numbers and the driver reads them."""
 
     def __init__(self):
@@ -71,13 +71,13 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     workers = settings.workers or max(1, cluster_gpus() // side_by_side)
     on_gpu = cluster_gpus() >= workers
     cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))
-    board = _Board.remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
+    metrics = _MetricsActor.remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
     with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
         trainer = TorchTrainer(
-            _work,
+            _train_in_worker,
             train_loop_config={
                 "settings": settings.model_dump(),
-                "board": board,
+                "metrics": metrics,
                 "threads": cpus,
                 "folder": os.getcwd(),
             },
@@ -88,12 +88,12 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
             ),
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=settings.max_failures)),
         )
-        _fit(trainer, board, settings)
-    last = ray.get(board.read.remote())
+        _fit(trainer, metrics, settings)
+    last = ray.get(metrics.read.remote())
     return {"role": settings.role, "output": settings.output, **last}
 
 
-def _fit(trainer: TorchTrainer, board: Any, settings: TrainSettings) -> None:
+def _fit(trainer: TorchTrainer, metrics: Any, settings: TrainSettings) -> None:
     """Run the trainer in a thread and show its progress; raises what it raised."""
     errors: list[BaseException] = []
 
@@ -108,10 +108,10 @@ def _fit(trainer: TorchTrainer, board: Any, settings: TrainSettings) -> None:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            numbers = ray.get(board.read.remote())
+            numbers = ray.get(metrics.read.remote())
             if numbers:
                 _show(progress, numbers, settings.log_every)
-    failure = ray.get(board.failure.remote())
+    failure = ray.get(metrics.failure.remote())
     if failure is not None:
         raise failure
     if errors:
@@ -131,9 +131,9 @@ def _show(progress: Progress, numbers: dict[str, float], log_every: int) -> None
     progress.advance(steps, ", ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers))
 
 
-def _work(config: dict[str, Any]) -> None:
-    """One worker's whole life; Ray Train calls it in the worker's process."""
-    settings, board = TrainSettings.model_validate(config["settings"]), config["board"]
+def _train_in_worker(config: dict[str, Any]) -> None:
+    """Train in one worker; Ray Train calls it in each worker's process."""
+    settings, metrics = TrainSettings.model_validate(config["settings"]), config["metrics"]
     context = ray.train.get_context()
     if os.path.isdir(config["folder"]):
         # Ray Train puts its workers into a folder of its own; relative paths are the driver's.
@@ -150,16 +150,16 @@ def _work(config: dict[str, Any]) -> None:
 
     def report(numbers: dict[str, float]) -> None:
         if rank == 0:
-            board.write.remote(numbers)
+            metrics.write.remote(numbers)
 
     try:
         result = train_model(settings, report, worker)
     except (InputError, DivergedError) as error:
         # Trying again would end the same way, so this is no failure to Ray; all workers come to the same end.
-        ray.get(board.fail.remote(error))
+        ray.get(metrics.fail.remote(error))
         return
     if rank == 0:
-        ray.get(board.write.remote({**result, "step": float(result["step"])}))
+        ray.get(metrics.write.remote({**result, "step": float(result["step"])}))
 
 
 def _loaders(settings: TrainSettings, threads: int, device: torch.device, neighbours: int) -> int:
@@ -169,7 +169,7 @@ def _loaders(settings: TrainSettings, threads: int, device: torch.device, neighb
     if device.type == "cpu":
         # The work is shared out between two processes on the same cores; on a single one that gains nothing.
         return min(1, threads - 1)
-    return max(1, min(MOST_LOADERS, len(os.sched_getaffinity(0)) // neighbours - 1))
+    return max(1, min(MAX_LOADERS, len(os.sched_getaffinity(0)) // neighbours - 1))
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:

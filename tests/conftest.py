@@ -15,6 +15,24 @@ import pytest
 pytest_plugins = ["fixtures_s3"]
 
 
+# Files of a minute and more; on two workers they come first, so that neither worker is idle at the end.
+LONG_FILES = (
+    "flows/test_demo.py",
+    "infra/test_prefect_server.py",
+    "training/test_ray_train.py",
+    "generation/test_flow.py",
+    "miniature/test_ordering.py",
+    "training/test_loop.py",
+    "generation/test_repair.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; the others keep their order."""
+    places = {f"tests/{name}": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
 @pytest.fixture(scope="session")
 def prefect_harness():
     """One temporary Prefect server with its own database for the whole session."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 from skimage import data
-from training.made import prepared_row, write_prepared
+from training.prepared_rows import prepared_row, write_prepared
 
 from facediffuser.errors import RunError
 from facediffuser.flows.cli import main

@@ -33,7 +33,7 @@ def _python_that(folder: Path, fails_on: str) -> Path:
     return program
 
 
-def test_make_alone_tells_the_targets_and_does_nothing(fresh):
+def test_make_alone_lists_the_targets_and_does_nothing(fresh):
     done = _make(fresh)
     assert done.returncode == 0
     assert all(f"  {target} " in done.stdout for target in ("env", "demo", "test", "test-slow", "lint", "clean"))
@@ -45,7 +45,7 @@ def test_make_alone_tells_the_targets_and_does_nothing(fresh):
     [("version_info", "make demo PYTHON=python3.12"), ("ensurepip", "apt-get install python3-venv")],
     ids=["an old Python", "no venv module"],
 )
-def test_a_machine_that_lacks_something_is_told_the_mend(fresh, lacking, mend):
+def test_a_machine_that_lacks_something_is_told_how_to_fix_it(fresh, lacking, mend):
     done = _make(fresh, "demo", f"PYTHON={_python_that(fresh, lacking)}")
     assert done.returncode != 0
     assert mend in done.stderr

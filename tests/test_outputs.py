@@ -5,7 +5,7 @@ import pytest
 from facediffuser.errors import InputError
 from facediffuser.flows.cli import main
 from facediffuser.storage import open_store
-from facediffuser.storage.output import output_folder, place_of
+from facediffuser.storage.output import output_folder, store_and_key
 
 
 def test_a_photo_set_is_rendered_into_a_bucket(s3_bucket, tmp_path, monkeypatch):
@@ -28,11 +28,11 @@ def test_the_last_file_comes_last_and_only_when_all_went_well(s3_bucket):
 
 def test_the_place_of_a_file(tmp_path, s3_bucket, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store, key = place_of("explain.png")
+    store, key = store_and_key("explain.png")
     assert (store.url, key) == (str(tmp_path), "explain.png")
-    store, key = place_of(f"{s3_bucket.url}/a/explain.png")
+    store, key = store_and_key(f"{s3_bucket.url}/a/explain.png")
     assert (store.url, key) == (f"{s3_bucket.url}/a", "explain.png")
     (tmp_path / "folder").mkdir()
     for bad in ("s3://bucket", "", str(tmp_path / "folder"), "http://host/x.png"):
         with pytest.raises(InputError):
-            place_of(bad)
+            store_and_key(bad)

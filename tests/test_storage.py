@@ -182,12 +182,12 @@ def test_a_local_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_bucket_that_is_missing_is_told(bucket):
+def test_a_bucket_that_is_missing_is_reported(bucket):
     with pytest.raises(InputError, match="s3://no-such-bucket: no such bucket"):
         open_store("s3://no-such-bucket/x").require_writable()
 
 
-def test_an_endpoint_that_does_not_answer_is_told_quickly(aws):
+def test_an_endpoint_that_does_not_answer_is_reported_quickly(aws):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -296,7 +296,7 @@ def authority():
         yield tuple(str(Path(folder, name)) for name in files)
 
 
-def test_missing_credentials_are_told(aws):
+def test_missing_credentials_are_reported(aws):
     aws.delenv("AWS_ACCESS_KEY_ID")
     aws.delenv("AWS_SECRET_ACCESS_KEY")
     aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -387,7 +387,7 @@ def test_urls_that_cannot_be_are_refused(url):
     assert "key:secret" not in str(caught.value)
 
 
-def test_a_file_in_the_way_of_the_output_is_told(tmp_path):
+def test_a_file_in_the_way_of_the_output_is_reported(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         open_store(tmp_path / "file" / "out").require_writable()
@@ -417,7 +417,7 @@ def test_a_local_copy_of_one_object_is_a_file(bucket, tmp_path):
     assert path.name == "prompts.jsonl" and path.read_bytes() == b"{}\n"
 
 
-def test_a_local_copy_of_nothing_is_told(bucket, tmp_path):
+def test_a_local_copy_of_nothing_is_reported(bucket, tmp_path):
     with pytest.raises(InputError, match="nothing there"):
         local_copy(f"s3://{bucket}/none", tmp_path / "cache")
     with pytest.raises(InputError, match="no such file or folder"):

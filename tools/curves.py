@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from facediffuser.errors import InputError
+from facediffuser.picture_grid import picture_grid
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import Store, open_store
 from facediffuser.training.training_run import RUN
@@ -109,27 +110,23 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def sheet(runs: Sequence[Run], columns: int = 3) -> Image.Image:
     """Return sample grids of each run, a row a run: the first, the last, and some between."""
-    rows = [_some(run, columns) for run in runs if run.samples]
+    rows = [_chosen_samples(run, columns) for run in runs if run.samples]
     if not rows:
         raise InputError("no sample grids in these runs; train with --sample-every")
-    width = max(sum(picture.width + MARGIN for _, picture in row) for row in rows)
-    height = sum(max(picture.height for _, picture in row) + 3 * MARGIN for row in rows)
-    page = Image.new("RGB", (width, height), "white")
-    draw, y = ImageDraw.Draw(page), 0
-    for row in rows:
-        x = 0
-        for title, picture in row:
-            draw.text((x, y + MARGIN // 2), title, fill="black")
-            page.paste(picture, (x, y + 2 * MARGIN))
-            x += picture.width + MARGIN
-        y += max(picture.height for _, picture in row) + 3 * MARGIN
-    return page
+    return picture_grid(rows, MARGIN)
 
 
-def _some(run: Run, columns: int) -> list[tuple[str, Image.Image]]:
+def _chosen_samples(run: Run, columns: int) -> list[Image.Image]:
     steps = list(run.samples)
     chosen = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(columns, len(steps)))})
-    return [(f"{run.name}, step {steps[place]}", run.samples[steps[place]]) for place in chosen]
+    return [_titled(run.samples[steps[place]], f"{run.name}, step {steps[place]}") for place in chosen]
+
+
+def _titled(picture: Image.Image, title: str) -> Image.Image:
+    page = Image.new("RGB", (picture.width, picture.height + 2 * MARGIN), "white")
+    page.paste(picture, (0, 2 * MARGIN))
+    ImageDraw.Draw(page).text((0, MARGIN // 2), title, fill="black")
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:

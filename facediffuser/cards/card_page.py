@@ -11,6 +11,7 @@ from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import FLAGS, LocatedRow
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
+from facediffuser.picture_grid import fit
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
 
@@ -113,11 +114,8 @@ def _tiles(
 
 def _small(picture: Image.Image, side: int) -> str:
     """The picture as the data URL of a JPEG whose longer side is `side` px."""
-    picture = picture.convert("RGB")
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=88)
+    fit(picture, side, side).save(buffer, "jpeg", quality=88)
     return _data_url(buffer.getvalue(), "jpeg")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from facediffuser.markup import one_line
+from facediffuser.picture_grid import fit
 
 TILE = 208
 GAP = 14
@@ -55,13 +56,6 @@ def contact_sheet(rows: Sequence[SheetRow], title: str, remark: str = "") -> Ima
         for column, tile in enumerate(row.tiles):
             _tile(sheet, draw, tile, MARGIN + REFERENCE_WIDTH + GAP + column * (TILE + GAP), y)
     return sheet
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Return the picture as large as fits in `width` x `height` px, its aspect kept."""
-    scale = min(width / image.width, height / image.height)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _references(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, y: int) -> None:

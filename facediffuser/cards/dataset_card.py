@@ -1,6 +1,5 @@
 """The card of a dataset: README.md for readers and hubs, pictures and a page in card/, all from the Parquet alone."""
 
-import io
 import logging
 from collections.abc import Collection
 from typing import Any
@@ -21,6 +20,7 @@ from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown
+from facediffuser.picture_grid import png_bytes
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
 from facediffuser.storage import Store
@@ -120,9 +120,7 @@ def _sheet(card: Card) -> bytes:
     overall = [row for row in card.table if row.category == "all"]
     means = ", ".join(f"{row.metric.upper()} {row.mean:.3f}" for row in overall[:2] if row.n)
     counts = f"{card.rows - card.failed:,} images, {card.subjects:,} subjects, {card.survey.prompts:,} prompts"
-    buffer = io.BytesIO()
-    contact_sheet(rows, card.name, f"{counts}   {means}").save(buffer, "png", optimize=True)
-    return buffer.getvalue()
+    return png_bytes(contact_sheet(rows, card.name, f"{counts}   {means}"), optimize=True)
 
 
 def tile(located: LocatedRow, images: dict[str, bytes]) -> Tile:

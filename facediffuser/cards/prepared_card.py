@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
+from facediffuser.cards.contact_sheet import font
 from facediffuser.cards.rendering import render
 from facediffuser.faces import turned_square
 from facediffuser.markup import markdown_table
+from facediffuser.picture_grid import fit, picture_grid, png_bytes
 from facediffuser.pictures import stored_picture
 from facediffuser.preprocess.prepared_schema import CROP_STEP
 from facediffuser.preprocess.segment_maps import decode_map
@@ -33,8 +34,6 @@ BARS = 24
 PAPER, INK, PALE = (238, 238, 238), (60, 60, 60), (150, 150, 150)
 FACE, CROP = (255, 64, 64), (255, 210, 60)
 SUBJECTS = ((64, 160, 255), (80, 220, 120), (230, 110, 230), (255, 150, 60))
-# Matplotlib's own font, which is always there and knows Latin, Greek and Cyrillic letters.
-FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 10)
 TITLES = {
     "faces": "faces a picture",
     "subjects": "subjects a picture",
@@ -47,7 +46,7 @@ def write_card(store: Store, manifest: dict[str, Any]) -> None:
     """Write README.md, card/contact-sheet.png and card/histograms.png from the manifest and the prepared rows."""
     rows = list(islice(_sample(store, manifest), CELLS))
     if rows:
-        store.put("card/contact-sheet.png", _png(contact_sheet(rows)))
+        store.put("card/contact-sheet.png", png_bytes(contact_sheet(rows)))
     store.put("card/histograms.png", _histograms(manifest["facts"]))
     store.put("README.md", _readme(manifest, bool(rows)).encode())
 
@@ -64,16 +63,9 @@ def _sample(store: Store, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def contact_sheet(rows: list[dict[str, Any]]) -> Image.Image:
-    """Return a sheet of pictures: face boxes red, reference crops yellow, subjects outlined, captions below."""
-    columns = min(COLUMNS, len(rows))
-    height = CELL + TEXT_LINES * LINE + 6
-    sheet = Image.new("RGB", (columns * CELL, -(-len(rows) // columns) * height), "white")
-    for index, row in enumerate(rows):
-        left, top = index % columns * CELL, index // columns * height
-        sheet.paste(_cell(row), (left, top))
-        pen = ImageDraw.Draw(sheet)
-        _caption(pen, row, left + 2, top + CELL + 2)
-    return sheet
+    """Return a grid of pictures: face boxes red, reference crops yellow, subjects outlined, captions below."""
+    cells = [_cell(row) for row in rows]
+    return picture_grid([cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)])
 
 
 def _cell(row: dict[str, Any]) -> Image.Image:
@@ -88,7 +80,7 @@ def _cell(row: dict[str, Any]) -> Image.Image:
             pixels += opacity[..., None] * (np.asarray(SUBJECTS[index % len(SUBJECTS)], np.float32) - pixels)
         image = Image.fromarray(pixels.astype(np.uint8))
     scale = (CELL - 2) / max(image.size)
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    image = fit(image, CELL - 2, CELL - 2)
     pen = ImageDraw.Draw(image)
     for face in row["faces"]:
         corners = turned_square(face["crop_box"], face["crop_turn"]) * scale
@@ -96,8 +88,10 @@ def _cell(row: dict[str, Any]) -> Image.Image:
         pen.rectangle([value * scale for value in face["box"]], outline=FACE)
         for x, y in face["landmarks"]:
             pen.ellipse((x * scale - 1, y * scale - 1, x * scale + 1, y * scale + 1), fill=FACE)
-    cell = Image.new("RGB", (CELL - 2, CELL - 2), PAPER)
-    cell.paste(image, ((cell.width - image.width) // 2, (cell.height - image.height) // 2))
+    cell = Image.new("RGB", (CELL, CELL + TEXT_LINES * LINE + 6), "white")
+    cell.paste(PAPER, (0, 0, CELL - 2, CELL - 2))
+    cell.paste(image, ((CELL - 2 - image.width) // 2, (CELL - 2 - image.height) // 2))
+    _caption(ImageDraw.Draw(cell), row, 2, CELL + 2)
     return cell
 
 
@@ -105,20 +99,20 @@ def _caption(pen: ImageDraw.ImageDraw, row: dict[str, Any], left: int, top: int)
     """Write the caption word by word, the subjects' phrases in their colours."""
     x, y, position = float(left), top, 0
     if not row["caption"]:
-        pen.text((x, y), "no caption", fill=PALE, font=FONT)
+        pen.text((x, y), "no caption", fill=PALE, font=font(10))
     for word in row["caption"].split():
         start = row["caption"].index(word, position)
         position = start + len(word)
         inside = [number for number, item in enumerate(row["subjects"]) if item["start"] <= start < item["end"]]
         colour = SUBJECTS[inside[0] % len(SUBJECTS)] if inside else INK
-        width = pen.textlength(f"{word} ", font=FONT)
+        width = pen.textlength(f"{word} ", font=font(10))
         last = y + LINE >= top + TEXT_LINES * LINE
         if last and x + width > left + CELL - 16 and row["caption"][position:].strip():
-            pen.text((x, y), "…", fill=INK, font=FONT)
+            pen.text((x, y), "…", fill=INK, font=font(10))
             return
         if x > left and x + width > left + CELL - 4:
             x, y = left, y + LINE
-        pen.text((x, y), word, fill=colour, font=FONT)
+        pen.text((x, y), word, fill=colour, font=font(10))
         x += width
 
 
@@ -149,12 +143,6 @@ def _bars(table: dict[int, int], step: int) -> tuple[list[int], list[int], int]:
     for value, count in table.items():
         bars[value // width * width] += count
     return list(bars), list(bars.values()), width
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _readme(manifest: dict[str, Any], pictured: bool) -> str:

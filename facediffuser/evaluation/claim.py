@@ -22,7 +22,7 @@ class Check:
     goal: bool = False
 
 
-def judge(table: Sequence[ScoreRow]) -> list[Check]:
+def claim_checks(table: Sequence[ScoreRow]) -> list[Check]:
     """Return the checks of the claim for each number of subjects in the table; ValueError when a method is missing.
 
     The ordering, on means over all categories: face-diffuser keeps 95% of the SDM's IP and 95% of the TDM's PC (of

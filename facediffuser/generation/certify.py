@@ -26,9 +26,10 @@ from facediffuser.dataset.schema import with_marks
 from facediffuser.dataset.shards import shard_mark
 from facediffuser.fast_sampling import part_shares, plan_steps, row_equivalents
 from facediffuser.generation.job import GenerationJob
-from facediffuser.generation.shard_generator import Clock, ShardGenerator, load_pipeline
+from facediffuser.generation.shard_generator import ShardGenerator, load_pipeline
 from facediffuser.means import NONE
 from facediffuser.pictures import stored_picture
+from facediffuser.stage_timer import StageTimer
 from facediffuser.stages import plan_stages
 from facediffuser.storage import Store
 
@@ -59,20 +60,20 @@ class CertificateWorker:
         exact_rows = [row | exact_settings for row in planned]
         if not self.warm:
             # The first images of a GPU wait for kernels to be chosen, loaded or compiled: they say nothing of its speed.
-            fast.denoise(planned, Clock())
-            exact.denoise(exact_rows, Clock())
+            fast.denoise(planned, StageTimer())
+            exact.denoise(exact_rows, StageTimer())
             self.warm = True
-        clocks = {"exact": Clock(), "fast": Clock()}
+        timers = {"exact": StageTimer(), "fast": StageTimer()}
         # Fast mode's images are made here once more, for their masks and to be timed beside exact mode's.
-        fast.denoise(planned, clocks["fast"])
-        finished = exact.rows(exact_rows, clocks["exact"])
+        fast.denoise(planned, timers["fast"])
+        finished = exact.rows(exact_rows, timers["exact"])
         rows = [
             certificate_row(one, row, exact.cells.get(row["sample_id"]), fast.cells.get(row["sample_id"]))
             for one, row in zip(finished, made, strict=True)
         ]
         marks = self.job.fingerprint, self.job.run, self.job.settings["provenance"]
         schema = with_marks(CERTIFICATE_SCHEMA, *marks, computed_with=exact.provenance)
-        seconds = {name: round(clock.seconds().get("denoise", 0.0), 4) for name, clock in clocks.items()}
+        seconds = {name: round(timer.seconds["denoise"], 4) for name, timer in timers.items()}
         counts = {"rows": len(rows), "seconds": seconds, "cost": self._cost()}
         # Timings first: a part that is there has them.
         store.put(stats_key(key), (json.dumps(counts, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What the models are conditioned on: each prompt encoded once, each subject's references encoded once per worker."""
+"""Embeddings of prompts and subjects, which the models are conditioned on: each is computed once per worker."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from facediffuser.errors import InputError
 from facediffuser.scoring.identity import subject_embedding
 from facediffuser.storage import Store
 
-KEPT = 512
+MAX_ENTRIES = 512
 
 
 class ConditionCache:
-    """Embeddings by prompt and by subject; the least lately used go when there are more than `KEPT` of a kind.
+    """Embeddings by prompt and by subject; of each kind the `MAX_ENTRIES` used last are kept.
 
     Everything is encoded alone, never in a batch: what a row is conditioned on must not depend on the rows a worker
     happened to see before.
@@ -37,11 +37,11 @@ class ConditionCache:
         self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
         self.given = references
         self.null = pipeline.encode_prompt(negative_prompt)
-        self._texts: LRUCache[str, torch.Tensor] = LRUCache(KEPT)
-        self._fused: LRUCache[tuple, torch.Tensor] = LRUCache(KEPT)
+        self._texts: LRUCache[str, torch.Tensor] = LRUCache(MAX_ENTRIES)
+        self._fused: LRUCache[tuple, torch.Tensor] = LRUCache(MAX_ENTRIES)
         self._references: dict[str, References] = {}
         self._checked = False
-        self._subjects: LRUCache[str, tuple[torch.Tensor | None, np.ndarray]] = LRUCache(KEPT)
+        self._subjects: LRUCache[str, tuple[torch.Tensor | None, np.ndarray]] = LRUCache(MAX_ENTRIES)
 
     def open(self, rows: list[dict[str, Any]]) -> None:
         """Fetch the references that the rows of a shard need; a store that fails fails here, not in a row."""
@@ -62,7 +62,7 @@ class ConditionCache:
             self._checked = True
         return load_references(self.store, names)
 
-    def of(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def embeddings(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return the rows' plain text (b, n, d), subject-augmented text (b, n, d) or None, and null (1, n, d)."""
         text = torch.cat([self._text(row["prompt"]) for row in rows])
         fused = torch.cat([self._augmented(row) for row in rows]) if self.with_subjects else None
@@ -73,7 +73,7 @@ class ConditionCache:
         return [self._subject(name)[1] for name in subject_ids]
 
     def _text(self, prompt: str) -> torch.Tensor:
-        return _get_or_make(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))
+        return _get_or_compute(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))
 
     def _augmented(self, row: dict[str, Any]) -> torch.Tensor:
         names, prompt = tuple(row["subject_ids"]), row["prompt"]
@@ -82,7 +82,7 @@ class ConditionCache:
             embeds = torch.stack([self._subject(name)[0] for name in names])
             return self.pipeline.fuse([prompt], [embeds], self._text(prompt))
 
-        return _get_or_make(self._fused, (names, prompt), fuse)
+        return _get_or_compute(self._fused, (names, prompt), fuse)
 
     def _subject(self, name: str) -> tuple[torch.Tensor | None, np.ndarray]:
         def load() -> tuple[torch.Tensor | None, np.ndarray]:
@@ -91,11 +91,11 @@ class ConditionCache:
             shown = self.pipeline.encode_references(found.images).mean(dim=0) if self.with_subjects else None
             return shown, subject_embedding(found.identities)
 
-        return _get_or_make(self._subjects, name, load)
+        return _get_or_compute(self._subjects, name, load)
 
 
-def _get_or_make(cache: LRUCache, key: Any, make: Callable[[], Any]) -> Any:
+def _get_or_compute(cache: LRUCache, key: Any, compute: Callable[[], Any]) -> Any:
     if key in cache:
         return cache[key]
-    cache[key] = value = make()
+    cache[key] = value = compute()
     return value

@@ -81,7 +81,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     """
     store = open_store(settings.output)
     store.require_writable()
-    require_ours(store)
+    require_empty_or_dataset(store)
     model = model_facts(settings, _scheduler_begun_with(store))
     subjects = read_subjects(settings.subjects)
     if settings.subjects_per_image and len(subjects) < settings.subjects_per_image:
@@ -105,7 +105,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     there = run_there(store)
     begun_with = there.document.get("settings", {}).get("shard_size") if there else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
-    known = known_document(settings, plan, shard_size, model.exact_scheduler)
+    known = settings_document(settings, plan, shard_size, model.exact_scheduler)
     require_like_run(store, known, OF_THE_DEVICE, plan)
     return Checked(store, model, plan, shard_size, settings.shard_size is None and there is None)
 
@@ -150,7 +150,7 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def known_document(settings: GenerateSettings, plan: Plan, shard_size: int, exact_scheduler: str) -> dict[str, Any]:
+def settings_document(settings: GenerateSettings, plan: Plan, shard_size: int, exact_scheduler: str) -> dict[str, Any]:
     """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
     given = {
         "subjects_per_image": plan.subjects_per_image,
@@ -175,7 +175,7 @@ def known_document(settings: GenerateSettings, plan: Plan, shard_size: int, exac
     return {"settings": given, "plan": plan.digest()}
 
 
-def require_ours(store: Store) -> None:
+def require_empty_or_dataset(store: Store) -> None:
     """Raise InputError when the output holds what no dataset holds, or a dataset without its plan."""
     present = [info.key for info in store.list()]
     foreign = [key for key in present if not key.startswith(OURS)]

@@ -22,7 +22,7 @@ from facediffuser.dataset.schema import (
 from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.engine_options import COMPILED, EngineOptions, choose_engine
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import check_generate, known_document
+from facediffuser.generation.generate_check import check_generate, settings_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.means import Means
@@ -252,7 +252,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it."""
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
-    known = known_document(settings, plan, shard_size, exact_scheduler)
+    known = settings_document(settings, plan, shard_size, exact_scheduler)
     of_the_device = {
         "batch_size": batch_size,
         "dtype": dtype,

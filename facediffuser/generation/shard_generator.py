@@ -4,11 +4,9 @@ import hashlib
 import json
 import logging
 import os
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +27,7 @@ from facediffuser.means import NONE
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.schedulers import set_scheduler
+from facediffuser.stage_timer import StageTimer
 from facediffuser.storage import open_store
 from facediffuser.storage.opening import default_cache
 
@@ -87,7 +86,7 @@ class ShardGenerator:
         key = layout.shard_key(shard)
         if self.store.exists(key) and shard_mark(self.store, key) == self.job.fingerprint:
             return {"shard": shard, "rows": layout.shard_rows(shard), "found": True}
-        return self._make_and_put(shard, lambda stats: True)
+        return self._generate_and_put(shard, lambda stats: True)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -115,33 +114,33 @@ class ShardGenerator:
             fewer_failed_than: put it only when fewer of its rows failed.
         """
 
-        def wanted(stats: dict[str, Any]) -> bool:
+        def accepted(stats: dict[str, Any]) -> bool:
             same = listed is not None and stats["sha256"] == listed.sha256
             return same or (changed and (fewer_failed_than is None or stats["failed"] < fewer_failed_than))
 
-        return self._make_and_put(shard, wanted, listed)
+        return self._generate_and_put(shard, accepted, listed)
 
-    def rows(self, planned: list[Row], clock: "Clock | None" = None) -> list[Row]:
-        """Return planned rows finished, in batches from the first on; nothing is put. `clock` gets the seconds spent."""
+    def rows(self, planned: list[Row], timer: StageTimer | None = None) -> list[Row]:
+        """Return planned rows finished, in batches from the first on; nothing is put. `timer` gets the seconds spent."""
         self.conditions.open(planned)
-        return self._make(planned, clock or Clock())[0]
+        return self._generate(planned, timer or StageTimer())[0]
 
-    def denoise(self, planned: list[Row], clock: "Clock") -> None:
+    def denoise(self, planned: list[Row], timer: StageTimer) -> None:
         """Make the images of planned rows, in batches, for their `cells` and the seconds they take; they are not kept."""
         self.conditions.open(planned)
         for start in range(0, len(planned), self.job.batch_size):
             batch = planned[start : start + self.job.batch_size]
-            self._denoise_or_split(batch, clock, Counter(), self.job.batch_size)
+            self._denoise_or_split(batch, timer, Counter(), self.job.batch_size)
 
-    def _make_and_put(
-        self, shard: int, wanted: Callable[[dict[str, Any]], bool], listed: Listed | None = None
+    def _generate_and_put(
+        self, shard: int, accepted: Callable[[dict[str, Any]], bool], listed: Listed | None = None
     ) -> dict[str, Any]:
-        layout, clock = self.job.layout, Clock()
+        layout, timer = self.job.layout, StageTimer()
         joules_before = self.meter.joules() if self.meter else 0.0
         planned = read_shard_rows(self.store, layout, shard, self.job.fingerprint)
         self.conditions.open(planned)
-        rows, counts = self._make(planned, clock)
-        with clock("pack"):
+        rows, counts = self._generate(planned, timer)
+        with timer("pack"):
             data, computed_with = self._encode(rows, listed)
         failed = sum(row["status"] == "failed" for row in rows)
         stats = {
@@ -156,13 +155,13 @@ class ShardGenerator:
             "computed_with": computed_with,
             "joules": round(self.meter.joules() - joules_before, 3) if self.meter else None,
         }
-        if not wanted(stats):
-            return stats | {"seconds": clock.seconds(), "put": False}
+        if not accepted(stats):
+            return stats | {"seconds": _seconds(timer), "put": False}
         # Stats of an earlier try must not be taken for this one's, should this process end between the two puts.
         self.store.delete(layout.stats_key(shard))
-        with clock("upload"):
+        with timer("upload"):
             self.store.put(layout.shard_key(shard), data)
-        stats["seconds"] = clock.seconds()
+        stats["seconds"] = _seconds(timer)
         self.store.put(layout.stats_key(shard), (json.dumps(stats, indent=1) + "\n").encode())
         return stats | {"put": True}
 
@@ -179,29 +178,29 @@ class ShardGenerator:
 
     # --- a shard's rows -----------------------------------------------------------------------------------------------
 
-    def _make(self, planned: list[Row], clock: "Clock") -> tuple[list[Row], Counter]:
+    def _generate(self, planned: list[Row], timer: StageTimer) -> tuple[list[Row], Counter]:
         counts: Counter[str] = Counter()
         size = self.job.batch_size
         batches = [planned[start : start + size] for start in range(0, len(planned), size)]
         finished: list[Row] = []
         with ThreadPoolExecutor(1, thread_name_prefix="finish") as pool:
-            waiting: Future | None = None
+            pending: Future | None = None
             for batch in batches:
-                made = self._denoise_or_split(batch, clock, counts, size)
+                denoised = self._denoise_or_split(batch, timer, counts, size)
                 if self._code is not None:
                     self._code.save()
-                if waiting is not None:
+                if pending is not None:
                     # One batch is finished while the next is denoised: no more than two are in memory.
-                    with clock("wait"):
-                        finished += waiting.result()
-                waiting = pool.submit(self._finish_or_split, made, clock, counts)
-            if waiting is not None:
-                with clock("wait"):
-                    finished += waiting.result()
+                    with timer("wait"):
+                        finished += pending.result()
+                pending = pool.submit(self._finish_or_split, denoised, timer, counts)
+            if pending is not None:
+                with timer("wait"):
+                    finished += pending.result()
         return finished, counts
 
     def _denoise_or_split(
-        self, rows: list[Row], clock: "Clock", counts: Counter, size: int, retry: bool = False
+        self, rows: list[Row], timer: StageTimer, counts: Counter, size: int, retry: bool = False
     ) -> list[tuple[Row, Any]]:
         """Return each row with (image, subject fraction), or with the error that a single row kept making.
 
@@ -212,7 +211,7 @@ class ShardGenerator:
         one that does not fit the memory is halved.
         """
         try:
-            with clock("denoise"):
+            with timer("denoise"):
                 return list(zip(rows, self._denoise(rows, size), strict=True))
         except Exception as error:
             _require_row_error(error)
@@ -229,11 +228,11 @@ class ShardGenerator:
             logger.warning("a batch of %d failed (%s); retried in %d parts", len(rows), error_line(error), len(parts))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [made for part in parts for made in self._denoise_or_split(part, clock, counts, size, retry=True)]
+        return [result for part in parts for result in self._denoise_or_split(part, timer, counts, size, retry=True)]
 
     def _denoise(self, rows: list[Row], size: int) -> list[tuple[Image.Image, float | None] | NotFiniteError]:
         first, count = rows[0], len(rows)
-        text, fused, null = self.conditions.of(rows)
+        text, fused, null = self.conditions.embeddings(rows)
         if self.job.engine:
             rows = rows + rows[-1:] * (size - count)
             text, fused = pad_rows(text, size), None if fused is None else pad_rows(fused, size)
@@ -248,55 +247,57 @@ class ShardGenerator:
             method=first["method"],
             height=first["height"],
             width=first["width"],
-            # Noise of a row's own generator on the CPU: the same wherever and beside whatever the row is made.
+            # Noise of a row's own generator on the CPU: the same wherever and beside whatever rows it is denoised.
             generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
             **self._means,
         )
         if self.cells is not None and out.subject_cells is not None:
             self.cells |= {row["sample_id"]: won > 0.5 for row, won in zip(rows, out.subject_cells, strict=True)}
         # Rows whose numbers are not finite fail by themselves: a retry would end the same way.
-        made = zip(out.images, out.subject_fraction, out.errors, strict=True)
+        results = zip(out.images, out.subject_fraction, out.errors, strict=True)
         return [
             NotFiniteError(error) if error else (image, None if fraction != fraction else float(fraction))
-            for image, fraction, error in list(made)[:count]
+            for image, fraction, error in list(results)[:count]
         ]
 
-    def _finish_or_split(self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter) -> list[Row]:
-        good = [(row, result) for row, result in made if not isinstance(result, Exception)]
-        finished = iter(self._finish_parts(good, clock, counts))
-        return [failed_row(row, result) if isinstance(result, Exception) else next(finished) for row, result in made]
+    def _finish_or_split(self, denoised: list[tuple[Row, Any]], timer: StageTimer, counts: Counter) -> list[Row]:
+        succeeded = [(row, result) for row, result in denoised if not isinstance(result, Exception)]
+        finished = iter(self._finish_parts(succeeded, timer, counts))
+        return [
+            failed_row(row, result) if isinstance(result, Exception) else next(finished) for row, result in denoised
+        ]
 
     def _finish_parts(
-        self, made: list[tuple[Row, Any]], clock: "Clock", counts: Counter, retry: bool = False
+        self, denoised: list[tuple[Row, Any]], timer: StageTimer, counts: Counter, retry: bool = False
     ) -> list[Row]:
-        if not made:
+        if not denoised:
             return []
         try:
-            return self._finish(made, clock)
+            return self._finish(denoised, timer)
         except Exception as error:
             _require_row_error(error)
-            if len(made) == 1 and retry:
-                return [failed_row(made[0][0], error)]
+            if len(denoised) == 1 and retry:
+                return [failed_row(denoised[0][0], error)]
             counts["finish"] += 1
-            parts = [[one] for one in made] if retry else [made]
+            parts = [[one] for one in denoised] if retry else [denoised]
             logger.warning(
-                "scoring %d images failed (%s); retried in %d parts", len(made), error_line(error), len(parts)
+                "scoring %d images failed (%s); retried in %d parts", len(denoised), error_line(error), len(parts)
             )
-        return [row for part in parts for row in self._finish_parts(part, clock, counts, retry=True)]
+        return [row for part in parts for row in self._finish_parts(part, timer, counts, retry=True)]
 
-    def _finish(self, made: list[tuple[Row, tuple[Image.Image, float | None]]], clock: "Clock") -> list[Row]:
-        images = [image for _, (image, _) in made]
-        with clock("score"):
-            references = [self.conditions.identities(row["subject_ids"]) for row, _ in made]
-            prompts = [without_markers(row["prompt"]) for row, _ in made]
+    def _finish(self, denoised: list[tuple[Row, tuple[Image.Image, float | None]]], timer: StageTimer) -> list[Row]:
+        images = [image for _, (image, _) in denoised]
+        with timer("score"):
+            references = [self.conditions.identities(row["subject_ids"]) for row, _ in denoised]
+            prompts = [without_markers(row["prompt"]) for row, _ in denoised]
             scores = self.scorers.score(images, references, prompts)
         for score in scores:
             score.require_finite()
-        with clock("encode"):
+        with timer("encode"):
             kind = self.job.settings["image_format"]
             marked = self.job.settings["provenance"]
             with ThreadPoolExecutor(ENCODERS if self.device.type == "cuda" else 1) as pool:
-                ids = [row["sample_id"] for row, _ in made]
+                ids = [row["sample_id"] for row, _ in denoised]
                 files = list(pool.map(lambda image, name: encode_image(image, kind, name, marked), images, ids))
         return [
             row
@@ -313,12 +314,12 @@ class ShardGenerator:
                 "status": "ok",
                 "error": None,
             }
-            for (row, (_, fraction)), data, score in zip(made, files, scores, strict=True)
+            for (row, (_, fraction)), data, score in zip(denoised, files, scores, strict=True)
         ]
 
 
 def failed_row(row: Row, error: Exception) -> Row:
-    """Return a planned row as it ends when it cannot be made."""
+    """Return a planned row with the error for which it has no image."""
     return row | {field.name: None for field in RESULT_FIELDS} | {"status": "failed", "error": error_line(error)}
 
 
@@ -372,27 +373,12 @@ def _compiled_code(job: GenerationJob, pipeline) -> CompiledCode | None:
     return CompiledCode(open_store(job.compiled_code or default_cache() / "compiled"), key)
 
 
+def _seconds(timer: StageTimer) -> dict[str, float]:
+    """The seconds of each stage, and of all in `total`."""
+    stages = [*sorted(timer.seconds.items()), ("total", timer.elapsed())]
+    return {stage: round(seconds, 4) for stage, seconds in stages}
+
+
 def device_name(device: torch.device) -> str:
     """Return what the worker computes on, for the stats."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-class Clock:
-    """Sums the seconds spent in each stage of a shard; stages on two threads may overlap."""
-
-    def __init__(self):
-        self._spent: defaultdict[str, float] = defaultdict(float)
-        self._started = time.monotonic()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._spent[stage] += time.monotonic() - started
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each stage, and of all in `total`."""
-        total = time.monotonic() - self._started
-        return {stage: round(spent, 4) for stage, spent in [*sorted(self._spent.items()), ("total", total)]}

@@ -23,28 +23,28 @@ def write_captions(
     keep = rng.random((len(people), 4)) < (0.9, 0.6, 0.75, 0.95)
     scene = f" {SCENES[setting.scene]}" if rng.random() < 0.9 else ""
     style = f"a {setting.style} of " if setting.style != "photo" or rng.random() < 0.5 else ""
-    told = int(rng.integers(2, 5))
+    count = int(rng.integers(2, 5))
     return (
         _compose(people, outfits, keep, style, scene, 0),
-        _compose(people, outfits, keep, style, scene, told),
+        _compose(people, outfits, keep, style, scene, count),
     )
 
 
 def _compose(
-    people: list[Identity], outfits: list[Outfit], keep: np.ndarray, style: str, scene: str, told: int
+    people: list[Identity], outfits: list[Outfit], keep: np.ndarray, style: str, scene: str, count: int
 ) -> Caption:
     text, spans = style, []
     for number, (person, outfit) in enumerate(zip(people, outfits, strict=True)):
         text += " and " if number else ""
         phrase = f"a {person.class_word}"
         spans.append((len(text), len(text) + len(phrase)))
-        text += phrase + looks_phrase(person, told) + outfit_phrase(outfit, keep[number])
+        text += phrase + looks_phrase(person, count) + outfit_phrase(outfit, keep[number])
     return Caption(text + scene, tuple(spans))
 
 
-def looks_phrase(person: Identity, told: int = 9) -> str:
-    """The first `told` things to say of a person's looks: " with brown skin, curly red hair and a beard"."""
-    return " with " + _listed(identity_words(person)[:told]) if told else ""
+def looks_phrase(person: Identity, count: int = 9) -> str:
+    """The first `count` attributes of a person's looks: " with brown skin, curly red hair and a beard"."""
+    return " with " + _listed(identity_words(person)[:count]) if count else ""
 
 
 def outfit_phrase(outfit: Outfit, keep: np.ndarray | tuple[bool, ...] = (True,) * 4) -> str:

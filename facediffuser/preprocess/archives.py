@@ -121,7 +121,7 @@ class _Header(tarfile.TarInfo):
 
 
 @contextmanager
-def _damage_told(url: str) -> Iterator[None]:
+def _archive_errors(url: str) -> Iterator[None]:
     """Turn whatever a damaged archive makes tarfile and gzip raise into one line."""
     try:
         yield
@@ -155,11 +155,11 @@ def _members(url: str) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], byte
     Of an archive without compression the headers have checksums, the files do not: what is damaged in them shows when
     the picture is decoded, if at all.
     """
-    with _damage_told(url):
+    with _archive_errors(url):
         with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
 
             def read() -> bytes:
-                with _damage_told(url):
+                with _archive_errors(url):
                     file = archive.extractfile(member)
                     return file.read() if file else b""
 

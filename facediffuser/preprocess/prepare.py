@@ -1,11 +1,9 @@
 """Preparing one part of a source, with models that are loaded once."""
 
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +29,9 @@ from facediffuser.preprocess.segment_maps import encode_map, read_map, resize_ma
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
-from facediffuser.preprocess.subject_segments import tie_faces
+from facediffuser.preprocess.subject_segments import assign_faces
 from facediffuser.runs import check_provenance, provenance_here
+from facediffuser.stage_timer import StageTimer
 from facediffuser.storage import StorageError, open_store, safe_key
 
 logger = logging.getLogger(__name__)
@@ -60,14 +59,14 @@ class PartPreparer:
         self.source = open_store(self.settings.source)
         self.kept = open_store(self.settings.stages) if self.settings.stages else self.store.child("stages")
         self.stages = [stage(job, self.device) for stage in STAGES]
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.timer = StageTimer()
 
     def prepare(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
         """Prepare and write one part; return its summary, and the seconds of each stage under `seconds`.
 
         `files`: the bytes of the records' files, when the caller has read them (an archive is read in one go).
         """
-        self.seconds = defaultdict(float)
+        self.timer = StageTimer()
         rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], TEST: [], REJECTED: []}
         rejected: Counter[str] = Counter()
         facts = _Facts()
@@ -89,11 +88,11 @@ class PartPreparer:
             "facts": facts.to_dict(),
             "computed_with": self.provenance,
         }
-        with self._timed("write"):
+        with self.timer("write"):
             for found in findings:
                 found.keep()
             summary = put_part(self.store, part, self.job.fingerprint, rows, known)
-        return {**summary, "seconds": dict(self.seconds)}
+        return {**summary, "seconds": dict(self.timer.seconds)}
 
     def check(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
         """Write and return, under `hashes`, the perceptual hash (hex) of each picture; null for one to be rejected."""
@@ -105,14 +104,6 @@ class PartPreparer:
         result = {"part": part, "fingerprint": self.job.fingerprint, "hashes": hashes}
         self.store.put(part_name("checks", part, "json"), to_json(result))
         return result
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.monotonic() - started
 
     def _chunks(
         self, records: Sequence[Record], files: Sequence[Files] | None, size: int
@@ -132,7 +123,7 @@ class PartPreparer:
 
             following = [ahead.submit(read, chunk) for chunk in chunks[:1]]
             for index, chunk in enumerate(chunks):
-                with self._timed("read"):
+                with self.timer("read"):
                     content = following.pop().result()
                 following = [ahead.submit(read, after) for after in chunks[index + 1 : index + 2]]
                 yield chunk, content
@@ -156,15 +147,15 @@ class PartPreparer:
     def _prepare_chunk(
         self, records: Sequence[Record], content: Sequence[Files], findings: Sequence[Findings]
     ) -> list[Item | Rejection]:
-        with self._timed("check"):
+        with self.timer("check"):
             results = [self._check(record, files) for record, files in zip(records, content, strict=True)]
         for found in findings:
-            with self._timed(found.stage.name):
+            with self.timer(found.stage.name):
                 results = self._complete(found, results)
-        with self._timed("subjects"):
+        with self.timer("subjects"):
             for item in results:
                 if isinstance(item, Item) and item.ids is not None:
-                    item.subjects = tie_faces(item.subjects, item.faces, item.ids)
+                    item.subjects = assign_faces(item.subjects, item.faces, item.ids)
         return results
 
     def _complete(self, found: Findings, results: list[Item | Rejection]) -> list[Item | Rejection]:

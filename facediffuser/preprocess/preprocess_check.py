@@ -22,7 +22,7 @@ def check_preprocess(settings: PreprocessSettings) -> None:
     whether they are there is asked, and the task looks into them.
     """
     require_apart(settings)
-    known = _look_at_source(settings)
+    known = _require_source(settings)
     if known is not None:
         for option, name in needed_models(settings, *known).items():
             require_there(option, name)
@@ -50,7 +50,7 @@ def require_earlier(url: str) -> None:
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there")
 
 
-def _look_at_source(settings: PreprocessSettings) -> tuple[str, Captions] | None:
+def _require_source(settings: PreprocessSettings) -> tuple[str, Captions] | None:
     """The format of a source and how many of its pictures have captions; None where finding out takes long."""
     if is_archive(settings.source):
         folder, name = posixpath.split(settings.source)

@@ -68,7 +68,7 @@ def match_subjects(
     ]
 
 
-def tie_faces(subjects: Sequence[Subject], faces: Sequence[Face], ids: np.ndarray) -> list[Subject]:
+def assign_faces(subjects: Sequence[Subject], faces: Sequence[Face], ids: np.ndarray) -> list[Subject]:
     """Return the subjects, each with the face that lies most in its segment, one to one.
 
     A face with none of its pixels in the segment is not the subject's. `ids`: the segmentation map, (height, width).

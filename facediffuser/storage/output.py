@@ -42,7 +42,7 @@ def put_folder(store: Store, folder: Path, last: str) -> None:
         store.put(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
-def place_of(url: str | Path) -> tuple[Store, str]:
+def store_and_key(url: str | Path) -> tuple[Store, str]:
     """Return the store and the key of a file that is to be written to `url`; InputError when that cannot be."""
     text = str(url).rstrip("/")
     parent, _, name = text.rpartition("/")

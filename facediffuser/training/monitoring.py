@@ -1,9 +1,9 @@
 """Monitoring of a training run: TensorBoard files, validation loss on the test split, grids of samples."""
 
-import io
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
 from facediffuser.faces import crop_turned
+from facediffuser.picture_grid import fit, picture_grid, png_bytes
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
@@ -103,10 +104,8 @@ class TrainingMonitor:
 
     def _write_samples(self, step: int, parts: Parts) -> None:
         records = Records(self.settings.data, "test" if self.has_test_split() else "train")
-        sheet = sample_grid(records, parts, self.settings)
-        buffer = io.BytesIO()
-        sheet.save(buffer, format="PNG")
-        self.store.put(f"samples/step-{step:08d}.png", buffer.getvalue())
+        data = png_bytes(sample_grid(records, parts, self.settings))
+        self.store.put(f"samples/step-{step:08d}.png", data)
 
 
 def _due(step: int, steps: int, every: int) -> bool:
@@ -170,7 +169,10 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
         width=recipe.resolution,
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
     ).images
-    return grid([[image, *pictures] for image, pictures in zip(samples, references, strict=True)], recipe.resolution)
+    side = recipe.resolution
+    columns = [[image, *pictures] for image, pictures in zip(samples, references, strict=True)]
+    blank = Image.new("RGB", (side, side), "white")
+    return picture_grid([[fit(one, side, side) for one in row] for row in zip_longest(*columns, fillvalue=blank)], GAP)
 
 
 def _reference(records: Records, number: int, row: dict, subject: dict) -> Image.Image:
@@ -194,13 +196,3 @@ def _pipeline(parts: Parts, role: str) -> DiffusionPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def grid(columns: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
-    """Return columns of pictures side by side, each picture resized to a square of `side` px."""
-    rows = max(len(column) for column in columns)
-    sheet = Image.new("RGB", (len(columns) * (side + GAP) - GAP, rows * (side + GAP) - GAP), "white")
-    for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x * (side + GAP), y * (side + GAP)))
-    return sheet

@@ -1,8 +1,8 @@
 """Throughput of a training run: images per second, and the share of time spent waiting for batches."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+
+from facediffuser.stage_timer import StageTimer
 
 
 class Throughput:
@@ -14,24 +14,15 @@ class Throughput:
 
     def __init__(self, images_per_step: int):
         self.images_per_step = images_per_step
-        self._reset()
+        self._steps, self._timer = 0, StageTimer()
 
-    def _reset(self) -> None:
-        self._steps, self._waited, self._since = 0, 0.0, time.monotonic()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Count the time of the block as waiting for a batch."""
-        started = time.monotonic()
-        yield
-        self._waited += time.monotonic() - started
+        return self._timer("waiting")
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Leave the time of the block out: it is spent on something else than training."""
-        started = time.monotonic()
-        yield
-        self._since += time.monotonic() - started
+        return self._timer("paused")
 
     def step(self) -> None:
         """Count one finished step."""
@@ -39,10 +30,10 @@ class Throughput:
 
     def rates(self) -> dict[str, float]:
         """Return `images_per_second` and `waiting` (share of the time, 0..1) since the last call, and start over."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
+        seconds = max(self._timer.elapsed() - self._timer.seconds["paused"], 1e-9)
         rates = {
             "images_per_second": self._steps * self.images_per_step / seconds,
-            "waiting": self._waited / seconds,
+            "waiting": self._timer.seconds["waiting"] / seconds,
         }
-        self._reset()
+        self._steps, self._timer = 0, StageTimer()
         return rates

@@ -33,10 +33,10 @@ def check_train(settings: TrainSettings) -> None:
     not the machine that starts them, need its files.
     """
     for role in settings.roles:
-        of_role = settings.of(role)
-        store = open_store(of_role.output)
+        role_settings = settings.for_role(role)
+        store = open_store(role_settings.output)
         store.require_writable()
-        runs.require_startable(store, of_role)
+        runs.require_startable(store, role_settings)
     require_prepared(settings.data, open_store(settings.data), "train")
     if is_here(settings.base):
         base = resolve_base(settings.base)
@@ -45,7 +45,7 @@ def check_train(settings: TrainSettings) -> None:
     if settings.start_from and is_here(settings.start_from):
         start = resolve_model(settings.start_from)
         for role in settings.roles:
-            require_start(settings.of(role), start)
+            require_start(settings.for_role(role), start)
         check_model_files(start)
 
 

@@ -86,7 +86,7 @@ class TrainSettings(_overrides(Recipe), Exact, Workers, Seeded, RunSettings):  #
         paper: Preset = "paper-tdm" if role == "tdm" else "paper-sdm"
         return self.preset or ("miniature" if self.base == "miniature" else paper)
 
-    def of(self, role: Role) -> "TrainSettings":
+    def for_role(self, role: Role) -> "TrainSettings":
         """Return the settings of one role alone, with its own output below this one's when there are two."""
         if self.role != "both":
             return self

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from scoring.made import row, write_dataset
+from scoring.small_world import row, write_dataset
 
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet, font, wrap
 from facediffuser.cards.dataset_card import MAX_LINES, OTHERS, write_card

@@ -60,7 +60,7 @@ def test_a_subject_id_cannot_leave_its_folder(people, monkeypatch, key):
     ("subject_id,class_word\nada,man\nada,woman\n", "twice"),
     ("subject_id,class_word\nada,a <|image|>\n", "plain word"),
 ])  # fmt: skip
-def test_a_wrong_subjects_table_is_told(people, table, says):
+def test_a_wrong_subjects_table_is_reported(people, table, says):
     (people / "subjects.csv").write_text(table)
     with pytest.raises(InputError, match="subjects.csv") as caught:
         read_subjects(str(people))
@@ -75,7 +75,7 @@ def test_subject_ids_that_cannot_be_names_are_refused(people, name):
         read_subjects(str(people))
 
 
-def test_folders_without_subjects_or_pictures_are_told(people, tmp_path):
+def test_folders_without_subjects_or_pictures_are_reported(people, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no subjects there"):
         read_subjects(str(tmp_path / "empty"))
@@ -102,7 +102,7 @@ def test_a_subject_may_be_a_link_to_a_folder(people, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_an_unreadable_picture_is_told(people, content):
+def test_an_unreadable_picture_is_reported(people, content):
     (people / "ada" / "2.jpg").write_bytes(content)
     with pytest.raises(InputError, match="ada/2.jpg: not a usable picture"):
         open_picture(open_store(people), "ada/2.jpg")
@@ -165,7 +165,7 @@ def test_each_prompt_says_how_many_subjects_it_shows(tmp_path):
     ({"category": "x"}, 1, "no column 'prompt'"),
     ({"prompt": "{subject}", "prompt_id": "../x"}, 1, "cannot be a name"),
 ])  # fmt: skip
-def test_a_wrong_prompt_is_told_with_its_mend(tmp_path, row, subjects, says):
+def test_a_wrong_prompt_is_reported_with_its_fix(tmp_path, row, subjects, says):
     with pytest.raises(InputError, match="prompts.jsonl") as caught:
         read_prompts(prompts_file(tmp_path, json.dumps(row) + "\n"), subjects)
     assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -181,18 +181,18 @@ def test_a_wrong_prompt_is_told_with_its_mend(tmp_path, row, subjects, says):
     ("prompts.yaml", "prompt: x", "unknown kind"),
     ("prompts.jsonl", '{"prompt": "{subject}", "prompt_id": "a"}\n' * 2, "row 2: prompt_id 'a'"),
 ])  # fmt: skip
-def test_a_wrong_prompts_file_is_told(tmp_path, name, text, says):
+def test_a_wrong_prompts_file_is_reported(tmp_path, name, text, says):
     with pytest.raises(InputError, match=name) as caught:
         read_prompts(prompts_file(tmp_path, text, name), 1)
     assert says in str(caught.value)
 
 
-def test_a_missing_prompts_file_is_told(tmp_path):
+def test_a_missing_prompts_file_is_reported(tmp_path):
     with pytest.raises(InputError, match="none.jsonl"):
         read_prompts(str(tmp_path / "none.jsonl"), 1)
 
 
-def test_the_class_words_in_use_and_how_to_give_one_are_told_in_one_line():
+def test_the_class_words_in_use_and_how_to_give_one_are_reported_in_one_line():
     people = [Subject(name, word, ("1.png",)) for name, word in (("ada", "woman"), ("bob", "person"), ("cy", "person"))]
     line = class_words_line(people)
     assert line.startswith(

@@ -210,7 +210,7 @@ class Crash(BaseException):
     """A process that ends at once."""
 
 
-def test_a_crash_between_any_two_writes_leaves_what_verify_names_and_card_mends(original, tmp_path, monkeypatch):
+def test_a_crash_between_any_two_writes_leaves_what_verify_names_and_card_repairs(original, tmp_path, monkeypatch):
     reference = open_store(tmp_path / "undisturbed" / "dataset")
     shutil.copytree(original.root, reference.root)
     rewrite_card(reference, [add_scores(reference)])

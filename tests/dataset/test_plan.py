@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
-from facediffuser.dataset.plan import Layout, Plan, RowSettings, read_shard_rows, row_seed, write_plan
+from facediffuser.dataset.plan import GROUPS_PER_PART, Layout, Plan, RowSettings, read_shard_rows, row_seed, write_plan
 from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, with_marks
 from facediffuser.storage import open_store
 
@@ -106,13 +106,14 @@ def test_a_prompt_becomes_class_word_and_marker_in_the_order_of_its_places():
     assert literal.subjects_in_order(("ada",)) == ("ada",)
 
 
-@pytest.mark.parametrize(("rows", "shard_size"), [(1, 1), (12, 5), (1000, 7), (3001, 1)])
+@pytest.mark.parametrize(("rows", "shard_size"), [(1, 1), (12, 5), (1000, 7), (601, 1)])
 def test_shards_hold_the_planned_rows_in_their_order(tmp_path, rows, shard_size):
     plan, layout = plan_of(subjects=1, prompts=1, images=rows), Layout(rows, shard_size)
     store = open_store(tmp_path)
     assert write_plan(store, plan, layout, MARKS) == layout.parts
     read = [row for shard in range(layout.shards) for row in read_shard_rows(store, layout, shard)]
     assert [row["sample_id"] for row in read] == [row[0] for row in plan.rows()]
+    assert layout.parts == -(-layout.shards // GROUPS_PER_PART)
     assert read[0].keys() == set(PLAN_SCHEMA.names) and read[0]["scheduler"] == "PNDMScheduler"
     assert sum(layout.shard_rows(shard) for shard in range(layout.shards)) == rows
 

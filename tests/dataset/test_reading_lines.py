@@ -7,7 +7,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from scoring.made import row, write_dataset
+from scoring.small_world import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset import open_dataset

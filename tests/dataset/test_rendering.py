@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
-from scoring.made import row, write_dataset
+from scoring.small_world import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.cards.rendering import render

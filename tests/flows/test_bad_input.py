@@ -1,4 +1,4 @@
-"""Wrong input to `facediffuser generate`: one line that names the thing and the mend, exit code 2, nothing written."""
+"""Wrong input to `facediffuser generate`: one line that names the fault and the fix, exit code 2, nothing written."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ from PIL import Image
 from skimage import data
 
 from facediffuser.flows.cli import main
+from facediffuser.flows.generate_dataset import generate_dataset
+from facediffuser.generation.generate_settings import GenerateSettings
 
 
 @pytest.fixture
@@ -51,6 +53,15 @@ def test_a_subject_folder_without_a_face(world, capfd, prefect_harness, ray_sess
     Image.fromarray(noise).save(world / "subjects" / "bob" / "2.png")
     line = refusal(capfd, world)
     assert "bob/2.png" in line and "no face found" in line
+
+
+def test_a_flow_run_fails_with_the_one_line(world, prefect_harness, ray_session):
+    Image.new("RGB", (64, 64)).save(world / "subjects" / "ada" / "0.png")
+    paths = {"subjects": str(world / "subjects"), "prompts": str(world / "prompts.jsonl")}
+    settings = GenerateSettings(models="miniature", output=str(world / "dataset"), steps=2, **paths)
+    state = generate_dataset(settings, return_state=True)
+    assert state.is_failed() and "ada/0.png: no face" in state.message and "\n" not in state.message
+    assert not (world / "dataset").exists()
 
 
 def test_a_prompt_without_a_subject(world, capfd, prefect_harness, ray_session):

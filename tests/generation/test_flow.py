@@ -27,7 +27,7 @@ def dry_run(world, tmp_path_factory, prefect_harness, ray_session):
     return generate_dataset(world.settings(output, dry_run=True)) | {"unwritten": output}
 
 
-def test_a_dry_run_tells_what_would_be_made_and_writes_nothing(dry_run):
+def test_a_dry_run_shows_what_would_be_made_and_writes_nothing(dry_run):
     result = dry_run
     assert (result["rows"], result["shards"], len(result["examples"])) == (12, 4, 3)
     assert not result["unwritten"].exists()
@@ -64,7 +64,7 @@ def test_workers_do_not_change_the_bytes(flow_run, made):
     assert one == other
 
 
-def test_run_again_it_keeps_what_is_finished_and_mends_what_is_missing(flow_run):
+def test_run_again_it_keeps_what_is_finished_and_generates_what_is_missing(flow_run):
     settings, _ = flow_run
     store = open_store(settings.output)
     before = {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")}

@@ -41,7 +41,7 @@ def without_ray(monkeypatch):
     monkeypatch.setattr(evaluate_flow, "generate_dataset", generate)
 
 
-def test_every_run_samples_as_told(settings):
+def test_every_run_samples_as_asked(settings):
     told = {"scheduler": "dpm", "guidance_scale": 2.5, "fusion_start": 0, "fusion_end": 1, "steps": 2, "seed": 7}
     runs = benchmark_runs(settings.model_copy(update=told))
     assert len(runs) == 4
@@ -80,7 +80,7 @@ def test_images_of_other_systems_are_scored_by_the_same_scorers(settings):
     assert {run.scorers for run in benchmark_runs(beside)} == {"paper"}
 
 
-def test_more_subjects_than_there_are_is_told_before_anything_is_made(settings, tmp_path):
+def test_more_subjects_than_there_are_is_reported_before_anything_is_made(settings, tmp_path):
     wanted = save_prompts(tmp_path / "three.jsonl", [{"prompt": "{subject_1}, {subject_2} and {subject_3}"}])
     with pytest.raises(InputError, match="2 subjects, and .*three.jsonl shows 3 in an image"):
         benchmark_runs(settings.model_copy(update={"benchmark": [str(wanted)]}))

@@ -83,7 +83,7 @@ def test_other_models_are_named_by_part(begun, world, tmp_path):
     assert "(models differ in vae)" in line
 
 
-def test_settings_are_told_beside_prompts_and_without_ray(begun, world, tmp_path):
+def test_settings_are_reported_beside_prompts_and_without_ray(begun, world, tmp_path):
     prompts = save_prompts(tmp_path / "prompts.jsonl", PROMPTS[:1])
     line = refusal(
         check_generate, world.settings(begun, prompts=str(prompts), guidance_scale=2.5, negative_prompt="hat")

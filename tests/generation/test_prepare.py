@@ -90,7 +90,7 @@ def test_of_two_runs_begun_at_once_the_second_is_refused(world, tmp_path):
     assert prepare(world.settings(tmp_path / "out", seed=1)).write() == 0
 
 
-def test_a_picture_without_a_face_is_told(world, tmp_path):
+def test_a_picture_without_a_face_is_reported(world, tmp_path):
     people = save_people(tmp_path / "people")
     noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
     Image.fromarray(noise).save(people / "bob" / "2.png")
@@ -105,7 +105,7 @@ def test_a_picture_without_a_face_is_told(world, tmp_path):
     ({"height": 33}, "multiples of 2"),
     ({"models": "/no/such/folder"}, "no such folder"),
 ])  # fmt: skip
-def test_what_the_models_or_subjects_cannot_give_is_told(world, tmp_path, others, says):
+def test_what_the_models_or_subjects_cannot_give_is_reported(world, tmp_path, others, says):
     with pytest.raises(InputError, match=says):
         prepare(world.settings(tmp_path / "out", **others))
 
@@ -120,7 +120,7 @@ def test_a_prompt_of_more_subjects_than_can_be_shown_is_refused(world, tmp_path,
         check_generate(world.settings(tmp_path / "out", prompts=str(prompts)))
 
 
-def test_a_prompt_that_is_too_long_for_its_subject_is_told(world, tmp_path):
+def test_a_prompt_that_is_too_long_for_its_subject_is_reported(world, tmp_path):
     prompts = save_prompts(tmp_path / "long.jsonl", [{"prompt": "a photo " * 80 + "of {subject}", "prompt_id": "long"}])
     with pytest.raises(InputError, match="prompt long"):
         prepare(world.settings(tmp_path / "out", prompts=str(prompts)))

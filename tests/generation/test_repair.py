@@ -111,7 +111,7 @@ def test_a_lost_plan_is_made_again_from_the_shards(finished, prefect_harness):
     assert contents(store) == before
 
 
-def test_what_cannot_be_made_from_the_dataset_is_told(finished):
+def test_what_cannot_be_made_from_the_dataset_is_reported(finished):
     job, store = finished
     manifest = read_manifest(store)
     store.delete(SUBJECTS_KEY)
@@ -178,7 +178,7 @@ def test_one_image_is_made_again_from_its_row_and_compared(finished, capsys, tmp
     assert (tmp_path / "remade" / row["image"]["path"]).read_bytes() == row["image"]["bytes"]
 
 
-def test_an_image_that_comes_out_otherwise_is_told(finished, made, capsys):
+def test_an_image_that_comes_out_otherwise_is_reported(finished, made, capsys):
     job, store = finished
     key = job.layout.shard_key(0)
     rows = pq.read_table(f"{store.url}/{key}").to_pylist()

@@ -177,7 +177,7 @@ def test_an_error_that_is_not_the_rows_ends_the_worker_and_writes_nothing(made, 
     assert job.store().list("data/") == []
 
 
-def test_errors_of_rows_do_not_tell_credentials(monkeypatch):
+def test_errors_of_rows_do_not_show_credentials(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
     assert "marked-secret" not in error_line(RuntimeError("sent marked-secret to the server"))
 
@@ -240,9 +240,9 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(made, world, tmp_pat
     plain = made[1].rows(stored[:1])[0]
     generator = ShardGenerator(prepared.job, made[1].pipeline, made[1].scorers)
     without = generator.rows(stored[:1])[0]
-    assert torch.equal(generator.conditions.of(stored[:1])[2], made[1].pipeline.encode_prompt("a hat"))
+    assert torch.equal(generator.conditions.embeddings(stored[:1])[2], made[1].pipeline.encode_prompt("a hat"))
     assert plain["image_sha256"] != without["image_sha256"]
-    row, fused = stored[0], generator.conditions.of(stored[:1])[1]
+    row, fused = stored[0], generator.conditions.embeddings(stored[:1])[1]
     images = made[1].pipeline(
         prompt_embeds=made[1].pipeline.encode_prompt(row["prompt"]), subject_prompt_embeds=fused,
         negative_prompt="a hat", num_inference_steps=row["num_inference_steps"], guidance_scale=row["guidance_scale"],
@@ -351,7 +351,7 @@ def test_verify_finds_rows_that_are_not_those_planned(finished):
     assert verify(store.url) == [f"{job.layout.shard_key(0)}: its rows are not those planned"]
 
 
-def test_verify_of_an_unfinished_dataset_is_told(finished):
+def test_verify_of_an_unfinished_dataset_is_reported(finished):
     finished[1].delete("manifest.json")
     with pytest.raises(InputError, match="no manifest.json"):
         verify(finished[1].url)

@@ -92,6 +92,7 @@ def test_an_unknown_option_makes_no_run(deployed, smallest):
     assert len(deployed.call("POST", "flow_runs/filter", {})) == before
 
 
+@pytest.mark.slow  # tests/flows/test_bad_input.py shows the same without a deployment.
 def test_a_run_with_bad_input_fails_with_its_one_line(deployed, smallest, tmp_path):
     (tmp_path / "subjects" / "nobody").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "subjects" / "nobody" / "0.png")

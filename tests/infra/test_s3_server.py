@@ -65,6 +65,6 @@ def test_a_stopped_server_leaves_no_process_and_no_file(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_installation_is_an_error_that_names_the_mend(tmp_path: Path):
+def test_a_missing_installation_is_an_error_that_names_the_fix(tmp_path: Path):
     with pytest.raises(SwiftError, match="make test"):
         SwiftS3(environment=tmp_path).__enter__()

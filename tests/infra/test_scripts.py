@@ -64,7 +64,7 @@ def test_start_worker_ends_when_ray_cannot_be_joined(recorded, monkeypatch):
     assert len(recorded.read_text().splitlines()) == 1
 
 
-def test_start_worker_wants_to_be_told_where_the_head_is(recorded, monkeypatch):
+def test_start_worker_needs_to_know_where_the_head_is(recorded, monkeypatch):
     monkeypatch.delenv("RAY_HEAD", raising=False)
     done = subprocess.run([INFRA / "start_worker.sh"], capture_output=True, text=True)
     assert done.returncode != 0

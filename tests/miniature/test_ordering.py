@@ -1,4 +1,4 @@
-"""The paper's ordering on a small fixed subset: five unseen people, eight prompts, one image of each and method."""
+"""The paper's ordering on a small fixed subset: three unseen people, eight prompts, one image of each and method."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tools.miniature_weights import methods
 def means() -> dict[str, dict[str, float]]:
     """Mean IP, PC and share of pictures with one face, by method."""
     scorers = load_scorers("miniature", "cpu")
-    trial, people = methods.load_trial("miniature", 12, 2.5), methods.unseen_people(5, scorers)
+    trial, people = methods.load_trial("miniature", 12, 2.5), methods.unseen_people(3, scorers)
     references = [[one.embedding] for one in people for _ in methods.SWEPT]
     texts = [without_markers(prompt.format(one.word)) for one in people for prompt in methods.SWEPT]
     found = {}

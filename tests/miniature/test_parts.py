@@ -100,7 +100,7 @@ def test_the_base_predicts_noise_better_with_the_right_caption(photos: list[Rend
     assert (errors[0] < errors[1]).float().mean() > 0.8
 
 
-def test_the_identity_scorer_tells_unseen_people_apart(portraits: list[list[Rendering]]):
+def test_the_identity_scorer_distinguishes_unseen_people(portraits: list[list[Rendering]]):
     embedder = load_identity_embedder(scorers_folder() / "identity")
     who = torch.arange(len(portraits)).repeat_interleave(3)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_identity_scorer_tells_unseen_people_apart(portraits: list[list[Rend
     assert _auc(embeddings, who) > 0.98
 
 
-def test_the_image_encoder_tells_unseen_people_apart(portraits: list[list[Rendering]]):
+def test_the_image_encoder_distinguishes_unseen_people(portraits: list[list[Rendering]]):
     encoder = CLIPVisionModelWithProjection.from_pretrained(base_folder() / "image_encoder").float().eval()
     assert encoder.config.projection_dim == 96
     who = torch.arange(len(portraits)).repeat_interleave(3)

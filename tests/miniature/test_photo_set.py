@@ -69,7 +69,7 @@ def test_shares_say_how_many_pictures_have_two_people_and_how_many_people_do_som
     assert doing == 0 if share == 0 else doing > 0.9
 
 
-def test_about_a_fifth_of_the_captions_tell_looks(folder: Path):
+def test_about_a_fifth_of_the_captions_describe_looks(folder: Path):
     captions = [json.loads(path.read_text())["caption"] for path in folder.glob("00000/*.json")]
     assert 0.1 < np.mean([" skin" in caption for caption in captions]) < 0.3
 

@@ -85,7 +85,7 @@ def test_caption_offsets_frame_the_class_words(photos: list[Rendering]):
             ]
 
 
-def test_only_the_full_caption_tells_looks(photos: list[Rendering]):
+def test_only_the_full_caption_describes_looks(photos: list[Rendering]):
     for drawn in photos:
         for who in drawn.people:
             words = identity_words(who)
@@ -146,7 +146,7 @@ def test_every_identity_trait_shows(change: dict):
 SETTINGS = [*(Setting(scene, "photo") for scene in SCENES), *(Setting("room", style) for style in STYLES[1:])]
 
 
-def test_scenes_and_styles_can_be_told_apart():
+def test_scenes_and_styles_can_be_distinguished():
     drawn = [render([person(3)], 1, setting=setting, outfits=[PLAIN]).image.astype(int) for setting in SETTINGS]
     for number, one in enumerate(drawn):
         for other in drawn[:number]:

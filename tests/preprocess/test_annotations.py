@@ -12,7 +12,7 @@ from facediffuser.pictures import Rejection
 from facediffuser.preprocess.annotations import annotated_segments, annotated_subjects, identity_of, read_annotation
 from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.segment_maps import Segment, decode_map, encode_map, read_map, resize_map
-from facediffuser.preprocess.subject_segments import Subject, match_subjects, tie_faces
+from facediffuser.preprocess.subject_segments import Subject, assign_faces, match_subjects
 from facediffuser.scoring.matching import greedy_pairs
 
 CAPTION = "an old man and a woman outside"
@@ -176,6 +176,6 @@ def test_a_face_goes_to_the_subject_it_lies_in():
     ids[:, :9], ids[:, 11:] = 1, 2
     subjects = [Subject("a man", 0, 5, 2, (11, 0, 20, 10)), Subject("a woman", 10, 17, 1, (0, 0, 9, 10))]
     faces = [Face((-3.0, 1.0, 6.0, 8.0), 1.0, ()), Face((12.0, 2.0, 25.0, 8.0), 1.0, ()), Face((9.0, 0, 11, 3), 1, ())]
-    assert [subject.face_index for subject in tie_faces(subjects, faces, ids)] == [1, 0]
-    assert [subject.face_index for subject in tie_faces(subjects, faces[2:], ids)] == [-1, -1]
-    assert [subject.face_index for subject in tie_faces(subjects, [], ids)] == [-1, -1]
+    assert [subject.face_index for subject in assign_faces(subjects, faces, ids)] == [1, 0]
+    assert [subject.face_index for subject in assign_faces(subjects, faces[2:], ids)] == [-1, -1]
+    assert [subject.face_index for subject in assign_faces(subjects, [], ids)] == [-1, -1]

@@ -171,7 +171,7 @@ def test_a_list_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path
             list_source(str(folder), "ffhq-fastcomposer" if name.endswith("txt") else "ffhq")
 
 
-def test_places_that_are_no_archive_are_told(tmp_path):
+def test_places_that_are_no_archive_are_reported(tmp_path):
     (tmp_path / "folder.tgz").mkdir()
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "zero.tar").symlink_to("/dev/zero")

@@ -90,7 +90,7 @@ def test_similarity_is_the_cosine_of_phrase_and_crop(models):
         np.testing.assert_allclose(matcher.similarity(PICTURES[:1], [phrase])[0, 0], table[row, 0], atol=1e-5)
 
 
-def test_a_model_that_cannot_be_had_is_told_before_any_work(models, tmp_path):
+def test_a_model_that_cannot_be_had_is_reported_before_any_work(models, tmp_path):
     plain = Listing("here", "folder", [Record("a", "a.png")], 0, "")
     good = {name: str(models[name]) for name in ("captioner", "segmenter", "matcher")}
     require_models(PreprocessSettings(source="s", output="o", **good), plain)

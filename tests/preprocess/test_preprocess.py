@@ -169,7 +169,7 @@ class Interrupted(PartWorker):
         return counts
 
 
-def test_a_run_stopped_in_the_middle_goes_on_to_the_same_bytes(rendered, prepared, tmp_path, here):
+def test_a_run_stopped_in_the_middle_resumes_to_the_same_bytes(rendered, prepared, tmp_path, here):
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         prepare(rendered, output, worker=Interrupted)

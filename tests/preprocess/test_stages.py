@@ -94,7 +94,7 @@ def test_what_was_kept_gives_the_same_bytes_as_what_was_found(folder, tmp_path, 
     assert contents(tmp_path / "out") == before and not any(ran.values())
 
 
-def test_a_changed_picture_a_changed_setting_and_a_damaged_file_are_made_anew(folder, tmp_path, here, models, ran):
+def test_a_changed_picture_a_changed_setting_and_a_damaged_file_are_computed_again(folder, tmp_path, here, models, ran):
     kept = {"stages": str(tmp_path / "stages"), "segmenter": models["segmenter"]}
     prepare(folder, tmp_path / "first", **kept)
     ASTRONAUT.resize((80, 80)).save(folder / "2.png")

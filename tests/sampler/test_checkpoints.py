@@ -134,7 +134,7 @@ def test_frozen_parts_that_differ_between_the_files_are_named(released, tmp_path
         convert(**arguments, output=tmp_path / "model")
 
 
-def test_swapped_files_are_told_apart(released, tmp_path):
+def test_swapped_files_are_distinguished(released, tmp_path):
     with pytest.raises(InputError, match="tdm.bin: image_encoder.* missing"):
         convert(**{**released, "sdm": released["tdm"], "tdm": released["sdm"]}, output=tmp_path / "model")
 

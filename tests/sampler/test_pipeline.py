@@ -286,7 +286,7 @@ def test_without_a_window_the_released_one_is_scaled_to_the_steps(parts, picture
     assert ran == [(True, False)] * start + [(True, True)] * (end - start) + [(False, True)] * (steps - end)
 
 
-def test_a_callback_may_interrupt_and_properties_tell_of_the_call(pipeline, picture, rows):
+def test_a_callback_may_interrupt_and_properties_describe_the_call(pipeline, picture, rows):
     seen = []
 
     def stop(pipe, i, t, tensors):
@@ -372,7 +372,7 @@ def test_a_saved_pipeline_loads_and_gives_the_same_image(pipeline, picture, tmp_
     assert not list((tmp_path / "model").rglob("*.bin"))
 
 
-def test_half_precision_folders_are_loaded_as_float32_unless_told(pipeline, tmp_path, parts):
+def test_half_precision_folders_are_loaded_as_float32_unless_asked(pipeline, tmp_path, parts):
     components = ("text_encoder", "image_encoder", "subject_fuser", "unet", "unet_text", "vae")
     try:
         for name in components:

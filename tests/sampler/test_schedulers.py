@@ -8,14 +8,14 @@ from diffusers import PNDMScheduler
 
 from facediffuser.explain import explain
 from facediffuser.explain_settings import ExplainSettings
-from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler, say_once, set_scheduler
+from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler, log_once, set_scheduler
 
 DPM, PNDM, DDIM = "DPMSolverMultistepScheduler", "PNDMScheduler", "DDIMScheduler"
 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(caplog):
-    say_once.cache_clear()
+    log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="facediffuser")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scoring.made import ColourNetwork, save_scorers
+from scoring.small_world import ColourNetwork, save_scorers
 from skimage import data
 
 from facediffuser.scoring.face_detector import FaceDetector

@@ -2,7 +2,7 @@
 
 import pytest
 
-from facediffuser.evaluation.claim import judge, markdown, ordering_holds
+from facediffuser.evaluation.claim import claim_checks, markdown, ordering_holds
 from facediffuser.evaluation.tables import ScoreRow
 
 MEANS = {  # (ip, pc, share with the right number of faces): a table on which everything holds
@@ -24,7 +24,7 @@ def table(counts=(1, 2), **changed: tuple[float, float, float]) -> list[ScoreRow
 
 
 def test_a_table_with_the_papers_ordering_holds_in_every_line():
-    checks = judge(table())
+    checks = claim_checks(table())
     assert len(checks) == 10 and all(check.holds for check in checks) and ordering_holds(checks)
     assert "The paper's ordering holds." in markdown(checks)
 
@@ -39,7 +39,7 @@ def test_a_table_with_the_papers_ordering_holds_in_every_line():
     ],
 )
 def test_each_part_of_the_ordering_can_fail_alone(changed, failing):
-    checks = judge(table(counts=(1,), **changed))
+    checks = claim_checks(table(counts=(1,), **changed))
     assert [check.statement for check in checks if not check.holds] == [f"single: {failing}"]
     assert not ordering_holds(checks)
     assert "**fails**" in markdown(checks) and "does not hold: 1 checks" in markdown(checks)
@@ -47,20 +47,23 @@ def test_each_part_of_the_ordering_can_fail_alone(changed, failing):
 
 def test_several_subjects_are_judged_too():
     rows = [*table(counts=(1,)), *table(counts=(2,), face_diffuser=(0.4, 0.29, 0.95))]
-    assert {check.statement.split(":")[0] for check in judge(rows) if not check.holds} == {"2 subjects"}
+    assert {check.statement.split(":")[0] for check in claim_checks(rows) if not check.holds} == {"2 subjects"}
 
 
 def test_where_no_model_shows_anybody_nothing_is_kept():
     nobody = {name.replace("-", "_"): (0.0, 0.3, 0.0) for name in MEANS}
-    assert [check.holds for check in judge(table(counts=(2,), **nobody)) if "IP" in check.statement] == [False, False]
+    assert [check.holds for check in claim_checks(table(counts=(2,), **nobody)) if "IP" in check.statement] == [
+        False,
+        False,
+    ]
 
 
 def test_too_few_faces_miss_the_goal_and_leave_the_ordering_be():
-    checks = judge(table(face_diffuser=(0.58, 0.29, 0.7)))
+    checks = claim_checks(table(face_diffuser=(0.58, 0.29, 0.7)))
     assert ordering_holds(checks) and "goal missed" in markdown(checks)
 
 
 def test_a_method_that_was_not_evaluated_is_named():
     rows = [row for row in table() if row.method != "fastcomposer"]
     with pytest.raises(ValueError, match="no IP of fastcomposer with 1 subjects"):
-        judge(rows)
+        claim_checks(rows)

@@ -5,7 +5,7 @@ import importlib.metadata
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
-from scoring.made import row, write_dataset
+from scoring.small_world import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import read_added_columns
@@ -111,7 +111,7 @@ def test_two_files_with_one_column_are_refused(dataset):
         read_added_columns(dataset)
 
 
-def test_missing_weights_are_told_before_the_first_image_and_nothing_is_written(dataset, tmp_path, monkeypatch):
+def test_missing_weights_are_reported_before_the_first_image_and_nothing_is_written(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("TASTE_WEIGHTS", str(tmp_path / "taste.bin"))
     given = EvaluateSettings(
         dataset=dataset.url, add="scoring.plugins:NeedsWeights", output=str(tmp_path / "out"), device="cpu"
@@ -130,7 +130,7 @@ def test_missing_weights_are_told_before_the_first_image_and_nothing_is_written(
         ([BRIGHTNESS, "scoring.plugins:Rival"], "both add 'brightness'"),
     ],
 )
-def test_a_scorer_that_cannot_be_used_is_told_by_name(names, says):
+def test_a_scorer_that_cannot_be_used_is_reported_by_name(names, says):
     with pytest.raises(InputError, match=says):
         load_columns(names)
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
-from scoring.made import beside, row, write_dataset
+from scoring.small_world import beside, row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import write_added_columns
@@ -80,7 +80,7 @@ def test_a_copied_training_face_is_flagged_with_the_picture_it_is_in(found):
     assert table[4]["training_nearest"] == "eve.png" and table[4]["training_similarity"] > 0.95
 
 
-def test_a_pasted_reference_is_flagged_and_the_person_made_anew_is_not(found):
+def test_a_pasted_reference_is_flagged_and_the_person_generated_anew_is_not(found):
     values = found[1]["paste_similarity"].to_pylist()
     assert flagged(found[1], "pasted_reference") == [1]
     assert values[1] > 0.95 and values[0] < 0.8
@@ -120,7 +120,7 @@ def test_card_and_evaluate_read_what_was_found(found):
     assert (share.mean, share.n) == (pytest.approx(2 / 6), 6)
 
 
-def test_the_commands_add_their_files_and_tell_what_was_flagged(
+def test_the_commands_add_their_files_and_report_what_was_flagged(
     people, scorers_folder, tmp_path, capsys, prefect_harness
 ):
     ada = beside(people["ada"])
@@ -189,7 +189,7 @@ def test_of_many_vectors_almost_all_nearest_ones_are_found(monkeypatch):
     assert (nearest_neighbours(vectors, noisy, 1)[1][:, 0] == (noisy @ vectors.T).argmax(1)).mean() > 0.95
 
 
-def test_a_thumbnail_knows_a_picture_again_and_tells_two_apart(photograph):
+def test_a_thumbnail_recognises_a_picture_and_distinguishes_two(photograph):
     same = thumbnail(photograph) @ thumbnail(again(photograph))
     assert same > 0.995
     assert thumbnail(photograph) @ thumbnail(ImageOps.mirror(photograph)) < 0.9

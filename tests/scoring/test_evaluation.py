@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from scoring.made import beside, row, write_dataset
+from scoring.small_world import beside, row, write_dataset
 
 from facediffuser.dataset.schema import RUN_KEY
 from facediffuser.errors import InputError

@@ -1,7 +1,7 @@
 """The whole of scoring with everything in a bucket: scorers, dataset, what is added, tables."""
 
 import pytest
-from scoring.made import beside, row, write_dataset
+from scoring.small_world import beside, row, write_dataset
 
 from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
 from facediffuser.evaluation.add_columns import column_stage

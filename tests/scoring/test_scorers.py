@@ -5,7 +5,7 @@ import pytest
 import torch
 from facenet_pytorch import MTCNN, InceptionResnetV1
 from PIL import Image, ImageEnhance
-from scoring.made import beside
+from scoring.small_world import beside
 
 from facediffuser.errors import InputError
 from facediffuser.scoring.identity import face_crop, load_identity, subject_embedding
@@ -153,7 +153,7 @@ def test_scorers_of_a_folder_carry_the_digests_of_their_weights(scorers_folder):
     assert all(len(digest) == 64 for digest in first.digests.values())
 
 
-def test_a_missing_weight_is_told_at_the_start_by_name(scorers_folder, tmp_path, monkeypatch):
+def test_a_missing_weight_is_reported_at_the_start_by_name(scorers_folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such file or folder"):
         load_scorers(str(tmp_path / "none"))
     (tmp_path / "identity").mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.made import prepared_row, write_prepared
+from training.prepared_rows import prepared_row, write_prepared
 
 from facediffuser.miniature.render import render_set
 from facediffuser.training.train_settings import TrainSettings

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training.made import write_prepared
+from training.prepared_rows import write_prepared
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA, SCHEMA_KEY
@@ -142,7 +142,7 @@ def test_an_output_that_holds_another_run_is_refused_with_the_difference(setting
         runs.require_startable(store, settings("sdm", resume=True))
 
 
-def test_a_run_without_a_checkpoint_yet_may_be_gone_on_with_and_only_as_it_was(settings):
+def test_a_run_without_a_checkpoint_yet_may_be_resumed_and_only_as_it_was(settings):
     chosen = settings("tdm", resume=True)
     runs.begin_or_resume_training(open_store(chosen.output), chosen)
     runs.require_startable(open_store(chosen.output), chosen)

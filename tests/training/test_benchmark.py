@@ -29,7 +29,7 @@ def test_the_full_size_is_stable_diffusion_v1_5_and_clip_vit_l_14():
     }  # fmt: skip
 
 
-def test_all_ways_train_a_base_of_that_layout_and_are_told_in_a_table(settings, tmp_path):
+def test_all_ways_train_a_base_of_that_layout_and_are_reported_in_a_table(settings, tmp_path):
     base, data = benchmark.write_base(tmp_path / "base", TINY), benchmark.write_prepared(tmp_path, 6, 64)
     chosen = settings("sdm", base=str(base), data=str(data), cache=None, steps=1000, localization=0.0)
     measured = benchmark.compare(chosen, steps=1, rounds=1, loaders=1, device="cpu")

@@ -7,7 +7,7 @@ from facediffuser.training.loop import train_model
 from tools import curves
 
 
-def test_curves_and_samples_of_a_run_that_was_gone_on_with(settings, tmp_path):
+def test_curves_and_samples_of_a_run_that_was_resumed(settings, tmp_path):
     told: dict[int, float] = {}
     for steps in (2, 5):
         chosen = settings(

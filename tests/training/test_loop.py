@@ -87,7 +87,7 @@ def test_making_the_miniatures_model_folder_of_an_unfinished_run_is_refused_in_o
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["base"]
 
 
-def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
+def test_training_starts_from_a_model_folder_and_refuses_one_of_another_base(settings, base, tmp_path):
     from facediffuser.modelfolder import assemble
 
     for role in ("tdm", "sdm"):
@@ -106,7 +106,7 @@ def test_training_goes_on_from_a_model_folder_and_refuses_one_of_another_base(se
         train_model(settings(base=str(other), start_from=str(models)), lambda numbers: None)
 
 
-def test_the_result_does_not_tell_where_its_base_lay(settings, base, tmp_path):
+def test_the_result_does_not_say_where_its_base_lay(settings, base, tmp_path):
     train_model(settings("sdm", steps=1), lambda numbers: None)
     configs = [path.read_text() for path in (tmp_path / "run" / "final").rglob("config.json")]
     assert len(configs) == 3 and not [text for text in configs if str(base.parent) in text]

@@ -32,7 +32,7 @@ def test_any_number_of_processes_makes_the_same_batches_in_the_same_order(settin
             assert torch.equal(value, _tensors(made)[name]), name
 
 
-def test_a_run_learns_the_same_whoever_makes_its_batches(settings, tmp_path):
+def test_a_run_learns_the_same_whichever_process_makes_its_batches(settings, tmp_path):
     for loaders in (0, 2):
         chosen = settings("sdm", output=str(tmp_path / str(loaders)), accumulate=2)
         train_model(chosen, lambda numbers: None, Worker(loaders=loaders))

@@ -50,9 +50,9 @@ def test_errors_of_the_workers_come_out_as_what_they_are_and_are_not_tried_again
 def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undisturbed_one(
     ray_session, settings, tmp_path, monkeypatch
 ):
-    work, mark = train._work, tmp_path / "killed"
+    original, mark = train._train_in_worker, tmp_path / "killed"
 
-    def work_killed_once(config: dict) -> None:
+    def train_killed_once(config: dict) -> None:
         from facediffuser.training import runs
 
         save = runs.save_checkpoint
@@ -65,13 +65,13 @@ def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undistu
 
         runs.save_checkpoint = save_then_die
         try:
-            work(config)
+            original(config)
         finally:
             runs.save_checkpoint = save
 
     given = dict(steps=6, checkpoint_every=2, workers=1, cpus_per_worker=1)
     train_model(settings("sdm", output=str(tmp_path / "whole"), **given), lambda numbers: None)
-    monkeypatch.setattr(train, "_work", work_killed_once)
+    monkeypatch.setattr(train, "_train_in_worker", train_killed_once)
     result = train_on_ray.fn(settings("sdm", output=str(tmp_path / "run"), **given))
     assert mark.exists() and result["step"] == 6
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))

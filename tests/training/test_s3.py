@@ -19,9 +19,7 @@ def remote(s3_bucket, prepared) -> str:
     return store.url
 
 
-def test_a_run_stopped_and_gone_on_with_in_s3_ends_as_a_local_one(
-    settings, s3_bucket, remote, tmp_path, monkeypatch, base
-):
+def test_a_run_stopped_and_resumed_in_s3_ends_as_a_local_one(settings, s3_bucket, remote, tmp_path, monkeypatch, base):
     from facediffuser.modelfolder import assemble
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "downloads"))

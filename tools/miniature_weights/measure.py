@@ -107,11 +107,11 @@ def measure_base(count: int = 64, steps: int = 25, guidance: float = 2.5) -> dic
         ).images
         images += [np.asarray(image) for image in made]
     rate = detection_rate(images, 1)
-    likeness = told_likeness([one.image for one in drawn], images)
+    likeness = caption_similarity([one.image for one in drawn], images)
     return {"base, photo": rate, f"base, caption first of {count}": caption_recall(images, captions)} | likeness
 
 
-def told_likeness(photographs: Sequence[np.ndarray], images: Sequence[np.ndarray]) -> dict[str, float]:
+def caption_similarity(photographs: Sequence[np.ndarray], images: Sequence[np.ndarray]) -> dict[str, float]:
     """The identity scorer's cosine of each image to the person whose looks it was told, and to the next one; 0 for no face."""
     scorer = load_scorers("miniature", "cpu").identity
 

@@ -18,6 +18,7 @@ from facediffuser.faces import crop_square, face_crop_box
 from facediffuser.miniature.looks import Outfit, Setting
 from facediffuser.miniature.render import person, render
 from facediffuser.modelfolder import resolve_model
+from facediffuser.picture_grid import fit, picture_grid
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.schedulers import SCHEDULER_CLASSES, SchedulerName, set_scheduler
@@ -108,20 +109,15 @@ def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
     """A row per person: the reference, then for each method the prompts of SHOWN."""
     start, end = default_fusion_window(trial.steps)
     columns = {name: trial.images(people, SHOWN, method=name, fusion_start=start, fusion_end=end) for name in METHODS}
-    width = CELL * (1 + len(METHODS) * len(SHOWN)) + 8 * len(METHODS)
-    paper = Image.new("RGB", (width, TITLE + CELL * len(people)), "white")
-    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(14)
-    pen.text((4, 3), "reference", fill="black", font=font)
-    for row, one in enumerate(people):
-        paper.paste(one.face.resize((CELL, CELL), Image.Resampling.BICUBIC), (0, TITLE + CELL * row))
-    for place, (name, images) in enumerate(columns.items()):
-        left = CELL + 8 + place * (CELL * len(SHOWN) + 8)
+    per_row = {"reference": 1} | dict.fromkeys(METHODS, len(SHOWN))
+    columns = {"reference": [one.face for one in people]} | columns
+    paper = Image.new("RGB", (CELL * sum(per_row.values()) + 8 * len(METHODS), TITLE + CELL * len(people)), "white")
+    pen, font, left = ImageDraw.Draw(paper), ImageFont.load_default(14), 0
+    for name, images in columns.items():
+        cells, count = [fit(image, CELL, CELL) for image in images], per_row[name]
         pen.text((left + 4, 3), name, fill="black", font=font)
-        for number, image in enumerate(images):
-            row, column = divmod(number, len(SHOWN))
-            paper.paste(
-                image.resize((CELL, CELL), Image.Resampling.BICUBIC), (left + CELL * column, TITLE + CELL * row)
-            )
+        paper.paste(picture_grid([cells[i : i + count] for i in range(0, len(cells), count)]), (left, TITLE))
+        left += CELL * count + 8
     return paper
 
 

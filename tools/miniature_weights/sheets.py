@@ -9,6 +9,7 @@ from PIL import Image
 
 from facediffuser.miniature.looks import ACTIONS, HATS, SCENES, STYLES, Outfit, Setting
 from facediffuser.miniature.render import person, render
+from facediffuser.picture_grid import picture_grid
 
 FIRST_PERSON = 50_000_000
 SIZE = 128
@@ -17,13 +18,8 @@ OVERLAY = np.array([[0, 0, 0], [235, 70, 60], [60, 110, 235]], np.float32)
 
 def sheet(images: Sequence[np.ndarray], columns: int) -> Image.Image:
     """Pictures of one size side by side, row after row, on white."""
-    height, width = images[0].shape[:2]
-    rows = -(-len(images) // columns)
-    paper = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * height, number % columns * width
-        paper[top : top + height, left : left + width] = image
-    return Image.fromarray(paper)
+    pictures = list(map(Image.fromarray, images))
+    return picture_grid([pictures[start : start + columns] for start in range(0, len(pictures), columns)])
 
 
 def crowd() -> Image.Image:

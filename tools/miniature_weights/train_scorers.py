@@ -50,7 +50,7 @@ def train_identity_embedder(photos: PhotoSet, steps: int, batch_size: int = 128,
     def loss(step: int) -> torch.Tensor:
         crops, people = photos.face_crops(batch_size, margin=0.0, side=64, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = model(worsen(crops, generator))
+            embeddings = model(degrade(crops, generator))
         return head(embeddings.float(), people)
 
     fit(
@@ -96,7 +96,7 @@ def train_clip(
         index = torch.randint(len(photos), (batch_size,), generator=generator)
         full = int(torch.rand(1, generator=generator) < 0.7)
         crops, people = photos.face_crops(batch_size, margin=0.5, side=64, generator=generator)
-        pixels = worsen(torch.cat([photos.pixels(index), crops]), generator)
+        pixels = degrade(torch.cat([photos.pixels(index), crops]), generator)
         ids = torch.cat([captions[index, full], words[people]])
         with torch.autocast("cpu", torch.bfloat16):
             pictures = vision(clip_normalised(pixels)).image_embeds
@@ -155,7 +155,7 @@ def train_prompt_scorer(
     def loss(step: int) -> torch.Tensor:
         index = torch.randint(len(photos), (batch_size,), generator=generator)
         full = int(torch.rand(1, generator=generator) < 0.3)
-        pixels = worsen(photos.pixels(index), generator)
+        pixels = degrade(photos.pixels(index), generator)
         mine = ids[index, full]
         with torch.autocast("cpu", torch.bfloat16):
             pictures = model.visual_projection(model.vision_model(clip_normalised(pixels)).pooler_output)
@@ -174,7 +174,7 @@ def contrast(pictures: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, lo
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def worsen(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blur, dim and soil pictures (n, 3, h, w) a little, a different amount each, as sampling and decoding do."""
     count = len(pixels)
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
