@@ -75,7 +75,12 @@ def convert(base: str | Path, image_encoder: str | Path, sdm: str | Path, tdm: s
 
 
 def released_modules(base: Path, image_encoder: Path) -> dict[str, nn.Module]:
-    """Return the model folder's modules, by component name, built from configurations alone on the meta device."""
+    """Return the model folder's modules by component, built from configurations alone on the meta device.
+
+    Args:
+        base: the base model's folder.
+        image_encoder: the CLIP model's folder.
+    """
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (base / name).is_dir():
             raise InputError(f"{base}: has no {name}; give a Stable Diffusion v1 folder")
@@ -93,7 +98,14 @@ def released_modules(base: Path, image_encoder: Path) -> dict[str, nn.Module]:
 
 
 def read_state(path: Path) -> State:
-    """Return a checkpoint's tensors, mapped from the file where its format allows; InputError when it holds others."""
+    """Return the tensors of a checkpoint by name, mapped from the file where its format allows.
+
+    Args:
+        path: `.safetensors`, or `.bin`, which is read with weights_only.
+
+    Raises:
+        InputError: it holds something else.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the released pytorch_model.bin")
     try:

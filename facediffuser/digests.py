@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def files_digest(paths: Sequence[Path]) -> str:
-    """Return the SHA-256, hexadecimal, over the names and contents of files in the order given."""
+    """Return the SHA-256, hexadecimal, over the names and contents of files.
+
+    Args:
+        paths: the files, in the order that counts.
+    """
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0")

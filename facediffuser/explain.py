@@ -44,10 +44,19 @@ class Frame:
 
 
 def explain(settings: ExplainSettings) -> str:
-    """Return the path or URL of the PNG: strips of TDM response, SDM response, mask and decoded estimate over the steps.
+    """Draw one picture that explains a run: TDM response, SDM response, mask and decoded estimate over the steps.
 
     Responses are the maps Omega that are compared, each scaled to its own largest value; a model that does not run at a
-    step leaves its place empty. Raises InputError, nothing written, for references or prompts that cannot be used.
+    step leaves its place empty.
+
+    Args:
+        settings: models, prompt, references, sampling and output.
+
+    Returns:
+        The path or URL of the PNG.
+
+    Raises:
+        InputError: references or prompt cannot be used. Nothing is written.
     """
     require_marked_words(settings.prompt, "--prompt")
     store, key = store_and_key(settings.output)
@@ -68,7 +77,19 @@ def explain(settings: ExplainSettings) -> str:
 def record(
     pipe: FaceDiffuserPipeline, settings: ExplainSettings, references: list[Image.Image]
 ) -> tuple[list[Frame], Image.Image]:
-    """Return the frames of `settings.columns` steps spread over the run, first and last included, and the result."""
+    """Run the pipeline and keep what the picture shows of some steps.
+
+    Args:
+        pipe: the pipeline.
+        settings: prompt, sampling, and `columns`, the number of steps shown, first and last included.
+        references: the subjects' pictures.
+
+    Returns:
+        The frames and the resulting image.
+
+    Raises:
+        InputError: the models' numbers are not finite.
+    """
     alphas = _alphas(pipe.scheduler)
     start, end = settings.fusion_window
     pipe.scheduler.set_timesteps(settings.steps)
@@ -104,7 +125,14 @@ def record(
 
 
 def draw(frames: list[Frame], references: list[Image.Image], result: Image.Image, title: str) -> Figure:
-    """Return the figure: one row per map, one column per step, references at the left and the result at the right."""
+    """Return the figure: a row per map, a column per step, the references at the left and the result at the right.
+
+    Args:
+        frames: of the steps shown.
+        references: the subjects' pictures.
+        result: the final image.
+        title: above the figure.
+    """
     columns = len(frames) + 2
     figure = Figure(figsize=(_CELL_INCHES * columns, _CELL_INCHES * (len(ROWS) + 0.6)), layout="constrained")
     figure.suptitle(title, fontsize=10)

@@ -23,14 +23,23 @@ class Face:
 
 
 def box_area(box: Sequence[float]) -> float:
-    """Return the area of a box (x1, y1, x2, y2), 0 when it is turned inside out."""
+    """Return the area of a box, 0 when its sides are negative.
+
+    Args:
+        box: (x1, y1, x2, y2).
+    """
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def face_crop_box(box: Sequence[float], margin: float = 0.3) -> tuple[int, int, int, int]:
-    """Return the square (x1, y1, x2, y2), px, around a face box: `margin` times its longer side is added on each side.
+    """Return the square around a face box; it keeps the face's centre, so it may leave the picture (see `crop_square`).
 
-    The square keeps the face's centre, so it may leave the picture; `crop_square` fills what is outside.
+    Args:
+        box: (x1, y1, x2, y2), px.
+        margin: share of the box's longer side that is added on each side.
+
+    Returns:
+        (x1, y1, x2, y2), px.
     """
     side = max(1, round(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin)))
     return _square((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, side)
@@ -42,12 +51,17 @@ def _square(center_x: float, center_y: float, side: int) -> tuple[int, int, int,
 
 
 def ffhq_crop(landmarks: Sequence[Sequence[float]]) -> tuple[tuple[int, int, int, int], float]:
-    """Return FFHQ's square around five landmarks (x1, y1, x2, y2; px) and the degrees it is turned about its centre.
+    """Return FFHQ's crop of a face.
 
     The rule is the data set's (Karras et al. 2019, appendix A): the frame's x axis is the mean of the line between
     the eyes and the normal of the line from eyes to mouth; its half side is the larger of 2 x the eyes' distance and
-    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth. Degrees count
-    clockwise as one looks at the picture.
+    1.8 x the distance from eyes to mouth; its centre lies a tenth of the way from eyes to mouth.
+
+    Args:
+        landmarks: MTCNN's five points (x, y), px.
+
+    Returns:
+        The square (x1, y1, x2, y2), px, and the degrees it is turned about its centre, clockwise as one looks at the picture.
     """
     center, across = _ffhq_frame(landmarks)
     box = _square(center[0], center[1], max(1, round(2 * float(np.hypot(*across)))))
@@ -55,7 +69,15 @@ def ffhq_crop(landmarks: Sequence[Sequence[float]]) -> tuple[tuple[int, int, int
 
 
 def turned_square(box: Sequence[float], degrees: float) -> np.ndarray:
-    """Return the corners (4, 2), px, of a square turned about its centre: upper left, then on along its left side."""
+    """Return the corners of a square that is turned about its centre.
+
+    Args:
+        box: (x1, y1, x2, y2), px.
+        degrees: clockwise as one looks at the picture.
+
+    Returns:
+        (4, 2), px: upper left, then on along its left side.
+    """
     center = np.array([box[0] + box[2], box[1] + box[3]], np.float64) / 2
     half, angle = (box[2] - box[0]) / 2, np.radians(degrees)
     across = half * np.array([np.cos(angle), np.sin(angle)])
@@ -64,9 +86,16 @@ def turned_square(box: Sequence[float], degrees: float) -> np.ndarray:
 
 
 def crop_turned(image: Image.Image, box: Sequence[int], degrees: float, size: int | None = None) -> Image.Image:
-    """Return the square `box` turned by `degrees` about its centre as an upright picture, RGB, of its own or the given size.
+    """Return a turned square of a picture as an upright picture; what lies outside is filled with the nearest edge pixels.
 
-    What lies outside of the picture is filled with its nearest edge pixels.
+    Args:
+        image: the picture.
+        box: (x1, y1, x2, y2), px, before it is turned about its centre.
+        degrees: clockwise as one looks at the picture.
+        size: side of the result, px; the square's own by default.
+
+    Returns:
+        An RGB picture.
     """
     if not degrees:
         return crop_square(image, box, size)
@@ -93,9 +122,15 @@ def _ffhq_frame(landmarks: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.nd
 
 
 def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None) -> Image.Image:
-    """Return the part of a picture inside `box` (x1, y1, x2, y2; px), RGB, resized to (size, size) when given.
+    """Return a square of a picture; what lies outside is filled with the nearest edge pixels.
 
-    What lies outside of the picture is filled with its nearest edge pixels.
+    Args:
+        image: the picture.
+        box: (x1, y1, x2, y2), px.
+        size: side of the result, px; the square's own by default.
+
+    Returns:
+        An RGB picture.
     """
     x1, y1, x2, y2 = (int(value) for value in box)
     pixels = np.asarray(image.convert("RGB"))

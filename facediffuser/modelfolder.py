@@ -53,9 +53,15 @@ _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model: `miniature`, a folder, an s3:// URL (downloaded once), or a hub id.
+    """Return the local folder of a model.
 
-    Raises InputError when it cannot be had or is no model folder (a local one must hold model_index.json).
+    Args:
+        model: `miniature`, a folder with model_index.json, an s3:// URL, which is downloaded once, or an id of the Hugging
+            Face Hub.
+        revision: of a model of the hub: branch, tag or commit.
+
+    Raises:
+        InputError: the model cannot be had, or is no model folder.
     """
     if model == "miniature":
         from facediffuser.shipped import models_folder
@@ -65,7 +71,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 def resolve_base(model: str, revision: str | None = None) -> Path:
-    """Return the local folder of a base model; as `resolve_model`, but `miniature` is the miniature's base."""
+    """Return the local folder of a base model.
+
+    Args:
+        model: as for `resolve_model`, but `miniature` is the miniature's base.
+        revision: of a model of the hub.
+
+    Raises:
+        InputError: the model cannot be had, or is no model folder.
+    """
     if model == "miniature":
         from facediffuser.shipped import base_folder
 
@@ -74,7 +88,15 @@ def resolve_base(model: str, revision: str | None = None) -> Path:
 
 
 def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = None) -> Path:
-    """Return the local folder of a CLIP model or vision tower: a transformers folder, an s3:// URL, or a hub id."""
+    """Return the local folder of a CLIP model or vision tower.
+
+    Args:
+        model: a transformers folder, an s3:// URL, or an id of the Hugging Face Hub.
+        revision: of a model of the hub.
+
+    Raises:
+        InputError: the model cannot be had.
+    """
     if model == "miniature":
         return resolve_base(model) / "image_encoder"
     folder = _local(model, revision, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
@@ -84,7 +106,12 @@ def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = Non
 
 
 def load_image_encoder(folder: Path, dtype: "torch.dtype | None" = None) -> "CLIPVisionModelWithProjection":
-    """Return the vision tower with its projection from a folder that holds it alone or a whole CLIP model (fp32)."""
+    """Return a CLIP vision tower with its projection.
+
+    Args:
+        folder: holds the vision tower alone or a whole CLIP model.
+        dtype: of its weights; float32 by default.
+    """
     import torch
     from transformers import CLIPVisionModelWithProjection
 
@@ -130,6 +157,9 @@ def model_digests(folder: str | Path) -> dict[str, str]:
     """Return the sha256 of each component of a model or base folder, by its name.
 
     A digest covers the component's files, names and contents in name order; hidden files and notes (*.md) are left out.
+
+    Args:
+        folder: the local folder.
     """
     folder = Path(folder)
     return {
@@ -138,7 +168,12 @@ def model_digests(folder: str | Path) -> dict[str, str]:
 
 
 def same_part(theirs: str | None, ours: str | None) -> bool:
-    """Return whether a part with the digest `theirs` may be taken for ours: it is the same, or an earlier one that ours fits."""
+    """Return whether a component is the same as ours, or an earlier one that ours replaces.
+
+    Args:
+        theirs: the sha256 that was recorded, None where none was.
+        ours: the sha256 here.
+    """
     from facediffuser.shipped import EARLIER_PARTS
 
     return theirs == ours or (theirs is not None and EARLIER_PARTS.get(theirs) == ours)
@@ -162,11 +197,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def assemble(base: str | Path, tdm: str, sdm: str, output: str | Path) -> Path:
-    """Return `output`, now a model folder made of a base model and two runs trained from it.
+    """Assemble a model folder from a base model and two runs trained from it, written whole or not at all.
 
-    `tdm` and `sdm` are the URLs the two trainings wrote to. VAE, text encoder, tokenizer and scheduler are the base's.
-    Written whole or not at all. Raises InputError, nothing written, when a run is unfinished or of the other role, when
-    it was trained from another base, when its UNet does not fit, or when the output already holds something.
+    VAE, text encoder, tokenizer and scheduler are the base's.
+
+    Args:
+        base: the base model's folder.
+        tdm: path or URL that the training of the TDM wrote to.
+        sdm: path or URL that the training of the SDM wrote to.
+        output: the folder to write; absent or empty.
+
+    Returns:
+        `output`.
+
+    Raises:
+        InputError: a run is unfinished, of the other role or trained from another base; its UNet does not fit; or the output
+            holds something. Nothing is written.
     """
     base, output = Path(base), Path(output)
     require_free(output)
@@ -188,14 +234,25 @@ def assemble(base: str | Path, tdm: str, sdm: str, output: str | Path) -> Path:
 
 
 def require_free(output: Path) -> None:
-    """Raise InputError unless `output` is absent or an empty folder."""
+    """Check that a folder can be written.
+
+    Args:
+        output: the folder.
+
+    Raises:
+        InputError: it exists and is not empty.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: already holds something; give a new or an empty folder")
 
 
 @contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `output` that becomes `output` when the block ends well, else vanishes."""
+    """Yield a temporary folder that becomes `output` when the block ends without an error, and is removed otherwise.
+
+    Args:
+        output: the folder to write; the temporary one lies beside it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
@@ -208,7 +265,12 @@ def written_whole(output: Path) -> Iterator[Path]:
 
 
 def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's files; weights in a .bin file are read with weights_only and written as safetensors."""
+    """Copy a component's files; weights in a .bin file are read with weights_only and written as safetensors.
+
+    Args:
+        source: the component's folder.
+        target: the folder to write.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -227,9 +289,13 @@ def copy_component(source: Path, target: Path) -> None:
 
 
 def save_component(module: "torch.nn.Module", folder: Path) -> None:
-    """Write a diffusers or transformers model as safetensors, without the place it was once loaded from in its config.
+    """Write a model as safetensors, without the path it was loaded from in its config.
 
     The same weights give the same files, and so the same digest, wherever their base lay.
+
+    Args:
+        module: a diffusers or transformers model.
+        folder: the folder to write.
     """
     module.save_pretrained(folder, safe_serialization=True)
     path = Path(folder) / "config.json"
@@ -239,7 +305,12 @@ def save_component(module: "torch.nn.Module", folder: Path) -> None:
 
 
 def write_model_index(folder: Path, base: Path) -> None:
-    """Write the model_index.json that makes `folder` a FaceDiffuserPipeline, with the base's classes for its parts."""
+    """Write the model_index.json that makes a folder a FaceDiffuserPipeline.
+
+    Args:
+        folder: the model folder.
+        base: the base model's folder, whose classes the parts have.
+    """
     base_index = read_json(base / "model_index.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     classes = dict(PIPELINE_CLASSES, scheduler=["diffusers", scheduler])

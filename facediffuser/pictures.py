@@ -56,13 +56,21 @@ class Rejection(Exception):
 
 
 def is_picture_name(key: str) -> bool:
-    """Return whether a file's name is that of a picture: one of EXTENSIONS, and not hidden."""
+    """Return whether a file's name is that of a picture: one of EXTENSIONS, and not hidden.
+
+    Args:
+        key: a key or path.
+    """
     name = posixpath.basename(key)
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def left_out_line(names: Iterable[str]) -> str:
-    """Return in one line how many files are left out since they are no pictures by name, and the first of them."""
+    """Return one line that says how many files are left out because they are no pictures, and names the first of them.
+
+    Args:
+        names: of the files left out.
+    """
     names = sorted(names)
     # Names of files may hold anything: newlines, and bytes that are no text.
     shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
@@ -77,16 +85,28 @@ def left_out_line(names: Iterable[str]) -> str:
 
 
 def decode_picture(data: bytes) -> Image.Image:
-    """Return the decoded picture of a file's bytes, neither turned nor converted; Rejection when it cannot be used."""
+    """Return the decoded picture of a file, neither turned upright nor converted.
+
+    Args:
+        data: the file's bytes.
+
+    Raises:
+        Rejection: it cannot be used.
+    """
     opened = read_header(data)
     load_pixels(opened)
     return opened
 
 
 def read_header(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
-    """Return the picture of a file's bytes, its pixels not yet decoded.
+    """Return the picture of a file, its pixels not yet decoded.
 
-    Raises Rejection for a file that is empty, none of FORMATS, damaged, or of more than `max_megapixels`.
+    Args:
+        data: the file's bytes.
+        max_megapixels: the largest picture that is accepted, millions of pixels.
+
+    Raises:
+        Rejection: the file is empty, none of FORMATS, damaged or too large.
     """
     if not data:
         raise Rejection("empty file", "0 bytes")
@@ -109,7 +129,14 @@ def read_header(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.I
 
 
 def load_pixels(opened: Image.Image) -> None:
-    """Decode what `read_header` returned; Rejection when it is damaged or moving."""
+    """Decode the pixels of a picture that `read_header` returned.
+
+    Args:
+        opened: the picture.
+
+    Raises:
+        Rejection: it is damaged or has several frames.
+    """
     try:
         # MPO, some cameras' JPEG with further pictures behind it, is opened as JPEG; its first picture counts.
         frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
@@ -123,7 +150,15 @@ def load_pixels(opened: Image.Image) -> None:
 
 
 def rgb_picture(data: bytes, name: str) -> Image.Image:
-    """Return a user's picture from its file's bytes, upright in RGB; InputError, with `name`, when it cannot be used."""
+    """Return a user's picture, upright in 8-bit RGB.
+
+    Args:
+        data: the file's bytes.
+        name: named in the error.
+
+    Raises:
+        InputError: it cannot be used.
+    """
     try:
         return to_rgb(decode_picture(data))
     except Rejection as rejection:
@@ -136,13 +171,29 @@ def rgb_picture(data: bytes, name: str) -> Image.Image:
 
 
 def open_picture(store: Store, key: str) -> tuple[Image.Image, str]:
-    """Return a picture of a store, upright in RGB, and the sha256 of its file; InputError when it cannot be used."""
+    """Return a user's picture, upright in 8-bit RGB, and the sha256 of its file.
+
+    Args:
+        store: where it lies.
+        key: its key.
+
+    Raises:
+        InputError: it is missing or cannot be used.
+    """
     data = read_picture_file(store, key)
     return rgb_picture(data, store.url_of(key)), hashlib.sha256(data).hexdigest()
 
 
 def read_picture_file(store: Store, key: str) -> bytes:
-    """Return a picture's file; InputError when it is missing, may not be read, or is larger than MOST_FILE_BYTES."""
+    """Return the bytes of a picture's file.
+
+    Args:
+        store: where it lies.
+        key: its key.
+
+    Raises:
+        InputError: it is missing, may not be read, or is larger than MOST_FILE_BYTES.
+    """
     name = store.url_of(key)
     try:
         with store.open(key) as file:
@@ -157,7 +208,15 @@ def read_picture_file(store: Store, key: str) -> bytes:
 
 
 def stored_picture(data: bytes, name: str = "picture") -> Image.Image:
-    """Return the RGB picture of a dataset's or prepared data's cell; InputError, with `name`, when it is damaged."""
+    """Return the RGB picture in a cell of a dataset or of prepared data.
+
+    Args:
+        data: the encoded picture.
+        name: named in the error.
+
+    Raises:
+        InputError: it is damaged.
+    """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     except MemoryError:
@@ -167,7 +226,14 @@ def stored_picture(data: bytes, name: str = "picture") -> Image.Image:
 
 
 def stored_ids(data: bytes) -> np.ndarray:
-    """Return the (height, width) integers of a segmentation map's PNG; Pillow's errors when it is damaged."""
+    """Return the segmentation map in a cell of prepared data; raises Pillow's errors when it is damaged.
+
+    Args:
+        data: a PNG file.
+
+    Returns:
+        An array (height, width) of segment ids.
+    """
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
         return np.asarray(image)
 
@@ -176,7 +242,11 @@ def stored_ids(data: bytes) -> np.ndarray:
 
 
 def orientation(image: Image.Image) -> int | None:
-    """Return how EXIF says the picture is to be turned: 1 (as it is) to 8; None when its EXIF block is damaged."""
+    """Return how EXIF says a picture is to be turned, 1 (as it is) to 8; None when its EXIF block is damaged.
+
+    Args:
+        image: a picture as opened.
+    """
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:
@@ -185,21 +255,39 @@ def orientation(image: Image.Image) -> int | None:
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """Return the picture turned as its EXIF says; one whose EXIF is damaged as it is. Its EXIF still says so."""
+    """Return a picture turned as its EXIF says, as it is where EXIF is damaged; the EXIF block itself is left in place.
+
+    Args:
+        image: a picture as opened.
+    """
     turn = orientation(image)
     # Not ImageOps.exif_transpose: it parses and writes the whole block, any damage of which raises.
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image
 
 
 def without_exif(image: Image.Image) -> Image.Image:
-    """Drop what says how the picture is to be turned from `image.info`, so that nobody turns it twice; return it."""
+    """Remove the orientation from `image.info`, so that the picture is not turned twice.
+
+    Args:
+        image: a picture that is upright.
+
+    Returns:
+        The same picture.
+    """
     for key in _EXIF_KEYS:
         image.info.pop(key, None)
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture upright in 8-bit RGB: alpha over white, 16-bit grey scaled down, any other mode converted."""
+    """Return a picture upright in 8-bit RGB: alpha over white, 16-bit grey scaled down, any other mode converted.
+
+    Args:
+        image: a picture of any mode.
+
+    Raises:
+        InputError: it is no PIL.Image, empty, or has values beyond 16 bits.
+    """
     if not isinstance(image, Image.Image):
         raise InputError(f"reference of type {type(image).__name__}; give a PIL.Image")
     if min(image.size) == 0:
@@ -214,7 +302,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, fill: str = "black") -> Image.Image:
-    """Return the picture upright in RGB, centred in the smallest square that holds it (as training pads its crops)."""
+    """Return a picture upright in RGB, centred in the smallest square that holds it, as training pads its crops.
+
+    Args:
+        image: a picture of any mode.
+        fill: colour of the padding.
+    """
     image = to_rgb(image)
     side = max(image.size)
     square = Image.new("RGB", (side, side), fill)

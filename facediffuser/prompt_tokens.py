@@ -26,13 +26,20 @@ class TokenizedPrompts:
 def tokenize_with_markers(
     tokenizer, prompts: Sequence[str], lost: Literal["error", "drop"] = "error"
 ) -> TokenizedPrompts:
-    """Return the prompts' ids, padded or cut to the tokenizer's length, and the places of their subjects.
+    """Return the token ids of prompts, padded or cut to the tokenizer's length, and the positions of their subjects.
 
     The ids are those of the tokenizer with the marker added as a special token, the marker's own ids left out; the
     tokenizer itself is not changed. A prompt that is too long is cut as the tokenizer cuts it, the end token kept, with
-    a warning (the released code loses the end token there, in the fused embedding alone). Raises InputError for a
-    marker at a prompt's start, two markers at one word, and a marker that is cut off; with `lost="drop"` a subject that
-    is cut off is left out instead, and `subject_counts` says how many remain.
+    a warning (the released code loses the end token there, in the fused embedding alone).
+
+    Args:
+        tokenizer: a CLIP tokenizer.
+        prompts: b prompts with markers.
+        lost: what to do about a subject that is cut off: `error`, or `drop`, which leaves it out; `subject_counts` says how
+            many remain.
+
+    Raises:
+        InputError: a marker stands at a prompt's start, two stand at one word, or one is cut off.
     """
     length = max_tokens(tokenizer)
     rows, masks = [], []

@@ -19,27 +19,46 @@ SHOWN_CHARACTERS = 40
 
 
 def without_markers(prompt: str) -> str:
-    """Return the prompt as a reader would write it, without markers: `a man <|image|>, smiling` is `a man, smiling`."""
+    """Return the prompt as a reader would write it: `a man <|image|>, smiling` becomes `a man, smiling`.
+
+    Args:
+        prompt: with or without markers.
+    """
     marker = re.escape(IMAGE_MARKER)
     spaced = re.sub(rf"\s*{marker}(?=\w)", " ", prompt)
     return re.sub(rf"\s*{marker}", "", spaced).strip()
 
 
 def count_markers(prompt: str) -> int:
-    """Return how many subjects the prompt marks."""
+    """Return how many subjects a prompt marks.
+
+    Args:
+        prompt: with or without markers.
+    """
     return prompt.count(IMAGE_MARKER)
 
 
 def ends_in_word(text: str) -> bool:
-    """Return whether a text ends, apart from space, in a letter, a digit or a sign that belongs to one."""
+    """Return whether a text ends, apart from space, in a letter, a digit or a sign that belongs to one.
+
+    Args:
+        text: any text.
+    """
     end = text.rstrip()[-1:]
     return end.isalnum() or unicodedata.category(end or " ").startswith("M")
 
 
 def require_marked_words(prompt: str, where: str = "") -> None:
-    """Raise InputError, with `where`, for a marker that stands behind something else than the end of a word.
+    """Check that every marker of a prompt follows a word.
 
     The marker gives the token before it to the subject: after `a woman, ` that would be the comma.
+
+    Args:
+        prompt: with markers.
+        where: named in the error, such as `prompts.jsonl:3`.
+
+    Raises:
+        InputError: a marker follows something else than the end of a word.
     """
     for number, piece in enumerate(prompt.split(IMAGE_MARKER)[:-1], 1):
         shown = piece.strip()[-SHOWN_CHARACTERS:]
@@ -55,15 +74,28 @@ def require_marked_words(prompt: str, where: str = "") -> None:
 
 
 def ids_and_places(tokenizer, prompt: str, lost: Literal["error", "drop"] = "error") -> tuple[list[int], list[int]]:
-    """Return a prompt's ids, cut to the tokenizer's length but not padded, and the places of its subjects in them.
+    """Return the token ids of a prompt and the positions of its subjects in them; needs no torch.
 
-    Raises InputError as `tokenize_with_markers` does; needs no torch.
+    Args:
+        tokenizer: a CLIP tokenizer.
+        prompt: with markers.
+        lost: as for `tokenize_with_markers`.
+
+    Returns:
+        The ids, cut to the tokenizer's length but not padded, and the index of each subject's token.
+
+    Raises:
+        InputError: as `tokenize_with_markers`.
     """
     return _cut(tokenizer, prompt, *_ids_and_places(tokenizer, prompt), max_tokens(tokenizer), lost)
 
 
 def max_tokens(tokenizer) -> int:
-    """Return how many tokens the text encoder of a tokenizer takes, 77 where the tokenizer names no limit."""
+    """Return how many tokens the text encoder takes.
+
+    Args:
+        tokenizer: of the text encoder; 77 where it names no limit.
+    """
     return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else CLIP_TOKENS
 
 

@@ -51,7 +51,12 @@ def choose_scheduler(named: SchedulerName | None, own: str, steps: int) -> str:
 
 
 def warn_of_few_steps(kind: str, steps: int) -> None:
-    """Warn, once in a process, of a scheduler (diffusers' class) that does not bear so few steps."""
+    """Warn, once in a process, of a scheduler that needs more steps.
+
+    Args:
+        kind: the scheduler's class in diffusers.
+        steps: inference steps.
+    """
     fewest = FEWEST_STEPS.get(kind, 1)
     if steps < fewest:
         other = SCHEDULER_CLASSES[FEW_STEPS_SCHEDULER]
@@ -64,12 +69,22 @@ def warn_of_few_steps(kind: str, steps: int) -> None:
 
 @functools.cache
 def log_once(level: int, text: str) -> None:
-    """Log a text, the first time in this process: input is checked more than once, and a pipeline is called often."""
+    """Log a text once in this process: input is checked more than once, and a pipeline is called often.
+
+    Args:
+        level: of the standard logging module.
+        text: the message.
+    """
     logger.log(level, text)
 
 
 def set_scheduler(pipeline, kind: str) -> None:
-    """Give a pipeline the scheduler of a diffusers class with its own one's configuration, unless it is of that class."""
+    """Give a pipeline a scheduler with the configuration of its own, unless it is of that class already.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        kind: the scheduler's class in diffusers.
+    """
     if type(pipeline.scheduler).__name__ == kind:
         return
     import diffusers

@@ -40,10 +40,16 @@ def guide(baseline: torch.Tensor, conditioned: torch.Tensor, scale: float) -> tu
 
 
 def smooth(maps: torch.Tensor) -> torch.Tensor:
-    """Return (b, c, h, w) maps blurred by a 4 x 4 mean and brought back to their size.
+    """Return maps blurred by a 4 x 4 mean and resized to their former size.
 
     The mean has stride 1 and one cell of zero padding, which counts as cells, so it gives (h - 1) x (w - 1); a bilinear
     resize with antialiasing makes it h x w again.
+
+    Args:
+        maps: (b, c, h, w).
+
+    Returns:
+        (b, c, h, w).
     """
     pooled = F.avg_pool2d(maps, SMOOTHING_WINDOW, stride=1, padding=SMOOTHING_PADDING)
     return F.interpolate(pooled, size=maps.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
@@ -69,12 +75,29 @@ def saliency(response: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 
 def subject_mask(text_saliency: torch.Tensor, subject_saliency: torch.Tensor) -> torch.Tensor:
-    """Return M, (b, 1, h, w) bool: true where the subject model's saliency is the larger; ties go to the TDM."""
+    """Return the mask of the cells that the SDM denoises: those where its saliency is the larger; ties go to the TDM.
+
+    Args:
+        text_saliency: the TDM's, (b, 1, h, w).
+        subject_saliency: the SDM's, (b, 1, h, w).
+
+    Returns:
+        M, (b, 1, h, w) bool.
+    """
     return subject_saliency > text_saliency
 
 
 def fuse(text_noise: torch.Tensor, subject_noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return eps, (b, c, h, w): the SDM's noise where the (b, 1, h, w) mask is true, the TDM's elsewhere."""
+    """Return the fused noise: the SDM's where the mask is true, the TDM's elsewhere.
+
+    Args:
+        text_noise: the TDM's, (b, c, h, w).
+        subject_noise: the SDM's, (b, c, h, w).
+        mask: (b, 1, h, w) bool.
+
+    Returns:
+        eps, (b, c, h, w).
+    """
     return torch.where(mask, subject_noise, text_noise)
 
 

@@ -21,11 +21,20 @@ HUGE = 16
 
 
 def preprocess_references(images: Sequence[Image.Image], size: int) -> torch.Tensor:
-    """Return pictures as the CLIP vision tower reads them, (k, 3, size, size) float32.
+    """Return reference pictures as the CLIP vision tower takes them.
 
-    Each is turned upright (EXIF), made RGB (`to_rgb`), scaled to [0, 1], resized to a square (bilinear, antialiased; a
-    picture that is not square is stretched, see `pad_to_square`), and normalised by CLIP's mean and deviation. Raises
-    InputError for what is no picture.
+    Each is turned upright (EXIF), made RGB (`to_rgb`), scaled to 0..1, resized to a square (bilinear, antialiased; a
+    picture that is not square is stretched, see `pad_to_square`), and normalised by CLIP's mean and deviation.
+
+    Args:
+        images: k pictures of any sizes.
+        size: the tower's side, px.
+
+    Returns:
+        (k, 3, size, size), float32.
+
+    Raises:
+        InputError: something is no picture.
     """
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     pixels = [_resized(to_rgb(image), size) for image in images]
@@ -33,7 +42,15 @@ def preprocess_references(images: Sequence[Image.Image], size: int) -> torch.Ten
 
 
 def encode_references(image_encoder, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return one embedding per picture, (k, d), from a transformers.CLIPVisionModelWithProjection."""
+    """Return one embedding per reference picture.
+
+    Args:
+        image_encoder: a transformers.CLIPVisionModelWithProjection.
+        images: k pictures of any sizes.
+
+    Returns:
+        (k, d).
+    """
     pixels = preprocess_references(images, image_encoder.config.image_size)
     return image_encoder(pixels.to(image_encoder.device, image_encoder.dtype)).image_embeds
 

@@ -2,17 +2,27 @@
 
 
 def default_fusion_window(steps: int) -> tuple[int, int]:
-    """Return (fusion_start, fusion_end) for a number of inference steps: the released 16 and 31 of 50, scaled."""
+    """Return (fusion_start, fusion_end): the released 16 and 31 of 50 steps, scaled.
+
+    Args:
+        steps: inference steps.
+    """
     return round(16 * steps / 50), round(31 * steps / 50)
 
 
 def fusion_window(
     steps: int, start: int | None, end: int | None, default: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """Return first step of both models and first step of the SDM alone; `default` stands for what is None.
+    """Return the first step of both models and the first step of the SDM alone.
 
-    Without `default` it is `default_fusion_window`. Raises ValueError for a window that ends before it begins or lies
-    behind the steps.
+    Args:
+        steps: inference steps.
+        start: first fused step, None for the default.
+        end: first step of the SDM alone, None for the default.
+        default: what stands for None; `default_fusion_window(steps)` where it is left out.
+
+    Raises:
+        ValueError: the window ends before it begins, or lies behind the steps.
     """
     for name, value in (("fusion_start", start), ("fusion_end", end)):
         if value is not None and value > steps:

@@ -36,25 +36,45 @@ class Store(ABC):
     def put(self, key: str, data: bytes, if_absent: bool = False) -> None:
         """Write a whole object with one atomic request: a reader sees all of it or none of it.
 
-        With `if_absent`, raises FileExistsError when the key holds other bytes (the same bytes count as written, so
-        that a request repeated after a lost answer succeeds). Not every S3 server keeps this under a race: use it to
-        avoid work, not as a lock.
+        Args:
+            key: its key.
+            data: its bytes.
+            if_absent: refuse to overwrite other bytes. The same bytes count as written, so that a request repeated after a lost
+                answer succeeds. Not every S3 server keeps this under a race: use it to avoid work, not as a lock.
+
+        Raises:
+            FileExistsError: with `if_absent`, when the key holds other bytes.
         """
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """Return an object's bytes; FileNotFoundError when there is none."""
+        """Return an object's bytes.
+
+        Args:
+            key: its key.
+
+        Raises:
+            FileNotFoundError: the key holds none.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Return whether the key holds an object."""
+        """Return whether a key holds an object.
+
+        Args:
+            key: the key.
+        """
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Return the objects whose keys start with `prefix`, sorted by key; unfinished writes are not among them.
+        """Return the objects whose keys start with a prefix, sorted by key; unfinished writes are not among them.
 
-        Raises InputError naming what in a local folder cannot be listed: a folder without read permission, a link that
-        leads nowhere or back to a folder around it, anything else than regular files.
+        Args:
+            prefix: of keys; all objects by default.
+
+        Raises:
+            InputError: something in a local folder, which is named, cannot be listed: a folder without read permission, a link
+                that leads nowhere or back to a folder around it, anything else than regular files.
         """
 
     @abstractmethod
@@ -63,15 +83,29 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; a key that holds none is no error."""
+        """Remove an object; a key that holds none is no error.
+
+        Args:
+            key: its key.
+        """
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Write an object's bytes to a local file without holding them all in memory."""
+        """Write an object's bytes to a local file without holding all of them in memory.
+
+        Args:
+            key: its key.
+            path: the file to write.
+        """
 
     @contextmanager
     def open(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> Iterator[BinaryIO]:
-        """Yield `reader(key, buffer_bytes)`, closed at the end of the block."""
+        """Yield a seekable reader of an object, closed at the end of the block.
+
+        Args:
+            key: its key.
+            buffer_bytes: read ahead at once.
+        """
         with self.reader(key, buffer_bytes) as file:
             yield file
 
@@ -102,14 +136,29 @@ class Store(ABC):
 
     @abstractmethod
     def require_replaceable(self, key: str) -> None:
-        """Raise InputError when something else than an object stands where the key is to be written."""
+        """Check that a key can be written.
+
+        Args:
+            key: the key.
+
+        Raises:
+            InputError: something else than an object stands there.
+        """
 
     @abstractmethod
     def child(self, prefix: str) -> "Store":
-        """Return the store of the objects below `prefix/`."""
+        """Return the store of the objects below a prefix.
+
+        Args:
+            prefix: without the slash at its end.
+        """
 
     def url_of(self, key: str) -> str:
-        """Return the URL of one object, for messages."""
+        """Return the URL of an object, for messages.
+
+        Args:
+            key: its key.
+        """
         return posixpath.join(self.url, key)
 
     @abstractmethod
@@ -121,7 +170,14 @@ class Store(ABC):
 
 
 def safe_key(key: str) -> str:
-    """Return the key; InputError unless it is names joined by single slashes that cannot leave the store."""
+    """Return the key when it is safe.
+
+    Args:
+        key: names joined by single slashes.
+
+    Raises:
+        InputError: it is something else, or would leave the store.
+    """
     parts = key.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(ord(char) < 32 for char in key):
         raise InputError(f"{key!r}: not a key; use names joined by single slashes, without '.' and '..'")

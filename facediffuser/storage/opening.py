@@ -15,9 +15,13 @@ from facediffuser.storage.local import LocalStore
 
 
 def open_store(url: str | Path) -> Store:
-    """Return the store of a URL: a local folder (a path or file://) or s3://bucket/prefix; InputError for others.
+    """Return the store of a URL; nothing is contacted, read or created yet.
 
-    Nothing is contacted, read or made yet.
+    Args:
+        url: a local folder (path or file://) or s3://bucket/prefix.
+
+    Raises:
+        InputError: it is none of these.
     """
     text = str(url)
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
@@ -43,9 +47,11 @@ def open_store(url: str | Path) -> Store:
 
 
 def lasting_name(name: str, known: Container[str] = ()) -> str:
-    """Return what names the same thing from every working folder: a local path made absolute.
+    """Return a name that means the same from every working folder: a local path is made absolute.
 
-    URLs, names that stand in `known`, and what is no path here, such as a hub id, stay as they are.
+    Args:
+        name: a path, a URL, or another name such as a hub id, which stays as it is.
+        known: names that stay as they are.
     """
     if "://" in name or name in known:
         return name
@@ -54,11 +60,14 @@ def lasting_name(name: str, known: Container[str] = ()) -> str:
 
 
 def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """Return a local file or folder with what stands at `url`: a local path as it is, an s3:// URL downloaded once.
+    """Return a local file or folder with the contents of a URL.
 
-    Downloads go below `cache_dir` (default `$XDG_CACHE_HOME/facediffuser` or `~/.cache/facediffuser`), under a name
-    made of the URL and its listing, so that a source that changed is downloaded again. Raises InputError when
-    there is nothing at the URL.
+    Args:
+        url: a local path, returned as it is, or an s3:// URL, downloaded once; a source that changed is downloaded again.
+        cache_dir: where downloads go (default `$XDG_CACHE_HOME/facediffuser` or `~/.cache/facediffuser`).
+
+    Raises:
+        InputError: there is nothing at the URL.
     """
     store = open_store(url)
     if isinstance(store, LocalStore):

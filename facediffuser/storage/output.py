@@ -36,14 +36,27 @@ def output_folder(url: str | Path, last: str) -> Iterator[Path]:
 
 
 def put_folder(store: Store, folder: Path, last: str) -> None:
-    """Put all files of a local folder into a store, the one called `last` at the end."""
+    """Put all files of a local folder into a store.
+
+    Args:
+        store: where they go.
+        folder: the local folder.
+        last: the name of the file that is put at the end, as the mark of completion.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / last)
     for path in [*paths, folder / last]:
         store.put(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
 def store_and_key(url: str | Path) -> tuple[Store, str]:
-    """Return the store and the key of a file that is to be written to `url`; InputError when that cannot be."""
+    """Return the store and the key of a file that is to be written.
+
+    Args:
+        url: path or URL of the file.
+
+    Raises:
+        InputError: it names no file, is a folder, or cannot be written.
+    """
     text = str(url).rstrip("/")
     parent, _, name = text.rpartition("/")
     if not name or parent.endswith(":/"):
