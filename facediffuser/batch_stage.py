@@ -100,6 +100,7 @@ class Stage:
         with their contents in `data`; the drivers hold only a few at a time.
     limits: when it stops by itself.
     describe: returns a few words on the sums of the counts so far, for the progress line.
+    observe: called with each unit's counts as they arrive, to warn of what they show.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Stage:
     limits: Limits = Limits()
     read: Callable[[], Iterable[Unit]] | None = None
     describe: Callable[[Counts], str] = lambda totals: ""
+    observe: Callable[[Counts], None] = lambda counts: None
 
     @property
     def rows(self) -> int:

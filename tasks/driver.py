@@ -71,6 +71,7 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
         progress.skip(stage.finished)
         for key, counts in execution if rows else ():
             if results.add(key, counts):
+                stage.observe(counts)
                 words = (stage.describe(results.totals), execution.describe(len(rows) - len(results.counts)))
                 progress.advance(rows[key], ", ".join(filter(None, words)))
     missing = rows.keys() - results.counts.keys()

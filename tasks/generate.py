@@ -148,8 +148,9 @@ def generate_shards(
     finished = finished_shards(store, layout, job.fingerprint)
     missing = [shard for shard in range(layout.shards) if shard not in finished]
     logger.info("%d of %d shards are finished, %d to generate", len(finished), layout.shards, len(missing))
+    recorded = _different([one.marks.provenance for one in finished.values()])
     if missing:
-        job = job.with_recorded(_different([one.marks.provenance for one in finished.values()]))
+        job = job.with_recorded(recorded)
 
     def finish(results: Results) -> dict[str, Any]:
         busy, seconds = denoising_share(results.totals), results.totals.get("seconds", {})
@@ -163,7 +164,31 @@ def generate_shards(
             "busy": round(busy, 4),
         }
 
-    return (driver or RayDriver()).run(generate_stage(job, missing, finish, worker))
+    return (driver or RayDriver()).run(
+        generate_stage(job, missing, finish, worker, _HardwareWarning(store.url, recorded))
+    )
+
+
+class _HardwareWarning:
+    """Warns, once, when the first shard arrives that was computed on other hardware than one before.
+
+    Other software is warned of when a run is resumed; which hardware the workers have is known only from their shards.
+    """
+
+    def __init__(self, url: str, recorded: list[dict[str, Any]]):
+        self.url, self.warned = url, False
+        self.first = next((one for one in recorded if "hardware" in one), None)
+
+    def __call__(self, stats: dict[str, Any]) -> None:
+        here = stats.get("computed_with")
+        self.first = self.first or here
+        if self.warned or not here or not self.first:
+            return
+        there, here = ({name: one[name] for name in HARDWARE if name in one} for one in (self.first, here))
+        if found := provenance_differences(there, here):
+            self.warned = True
+            logger.warning("%s: shards are computed on different hardware (%s); the last bits may differ, and the manifest "
+                           "lists them", self.url, shown(found))  # fmt: skip
 
 
 def _different(provenances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -265,12 +290,6 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
     built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with,
                            spent.model_dump() if spent else None)  # fmt: skip
-    # Other software was warned of when the run was resumed; which hardware the workers had is known only now.
-    known = [{name: one.get(name) for name in HARDWARE} for one in built.provenances]
-    found = next((found for one in known[1:] if (found := provenance_differences(known[0], one))), [])
-    if found:
-        logger.warning("%s: its shards were computed on different hardware (%s); the manifest lists them", store.url,
-                       shown(found))  # fmt: skip
     manifest = seal(store, built.model_copy(update={"certificate": certificate}), {SUMMARY_KEY} if certificate else ())
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,

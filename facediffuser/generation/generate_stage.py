@@ -40,13 +40,22 @@ def generate_stage(
     missing: Iterable[int],
     finish: Callable[[Results], Any],
     worker: type[ShardWorker] = ShardWorker,
+    observe: Callable[[Counts], None] = lambda counts: None,
 ) -> Stage:
-    """Return the stage that generates the missing shards of a run."""
+    """Return the stage that generates the missing shards of a run.
+
+    Args:
+        job: the run.
+        missing: numbers of the shards.
+        finish: called with the results at the end.
+        worker: what generates shards.
+        observe: called with each shard's stats as they arrive.
+    """
     units = [Unit(job.layout.shard_key(shard), job.layout.shard_rows(shard), shard) for shard in missing]
     finished = job.layout.rows - sum(unit.rows for unit in units)
     return Stage(
         "Generate", "images", job.run, units, functools.partial(worker, job), finish, finished, job.pool,
-        limits=job.limits, describe=describe_totals,
+        limits=job.limits, describe=describe_totals, observe=observe,
     )  # fmt: skip
 
 

@@ -93,6 +93,21 @@ def test_a_half_finished_one_is_resumed_under_its_own_fingerprint_with_one_warni
     assert (manifest.computed_with(0), manifest.computed_with(1)["threads"]) == (None, 1)
 
 
+def test_other_hardware_is_warned_of_once_as_soon_as_a_shard_shows_it(world, tmp_path, caplog):
+    output = tmp_path / "run"
+    generate(settings(world, output))
+    assert "different hardware" not in caplog.text
+    (output / "manifest.json").unlink()
+    (output / SHARDS[1]).unlink()
+    table = pq.read_table(output / SHARDS[0])
+    there = json.loads(table.schema.metadata[COMPUTED_WITH_KEY]) | {"hardware": "another CPU"}
+    marks = table.schema.metadata | {COMPUTED_WITH_KEY: canonical_json(there).encode()}
+    pq.write_table(table.replace_schema_metadata(marks), output / SHARDS[0])
+    prepared = plan_dataset.fn(settings(world, output), LocalDriver())
+    generate_shards.fn(prepared.job, driver=LocalDriver())
+    assert caplog.text.count("different hardware (hardware another CPU there") == 1
+
+
 def test_one_without_a_named_scheduler_keeps_the_models_own_however_few_the_steps(begun, world):
     result = generate(settings(world, begun, scheduler=None))
     assert (result["kept"], result["made"]) == (1, 1) and verify(str(begun)) == []
