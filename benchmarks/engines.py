@@ -99,7 +99,8 @@ class Bench:
         # Each step's two rows for one model, in the fused steps for both; PNDM has a step more than its number.
         self.rows_per_image = 2 * (steps + 1 + end - start)
 
-    def _inputs(self, images: int) -> tuple[torch.Tensor, ...]:
+    def inputs(self, images: int) -> tuple[torch.Tensor, ...]:
+        """Return null, plain and augmented embeddings (b, n, d) and the noise (b, c, h, w) of so many images."""
         width, channels, side = (
             self.pipe.unet.config[name] for name in ("cross_attention_dim", "in_channels", "sample_size")
         )
@@ -110,7 +111,7 @@ class Bench:
 
     @torch.no_grad()
     def _row_flops(self) -> float:
-        null, _, _, noise = self._inputs(1)
+        null, _, _, noise = self.inputs(1)
         with FlopCounterMode(display=False) as counter:
             self.pipe.unet(noise, torch.tensor(500, device=self.device), null)
         return counter.get_total_flops()
@@ -130,7 +131,7 @@ class Bench:
 
     def sample(self, pipe, images: int, steps: int | None = None, output_type: str = "pil", callback=None):
         """Return what the pipeline makes of so many of the images."""
-        null, text, fused, noise = self._inputs(images)
+        null, text, fused, noise = self.inputs(images)
         names = ("latents", "mask") if callback else ("latents",)
         return pipe(
             prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null, latents=noise,
@@ -146,7 +147,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         pipe = self.build(way)
-        null, text, _, noise = self._inputs(way.images)
+        null, text, _, noise = self.inputs(way.images)
         embeds, rows, t = torch.cat([null, text]), torch.cat([noise, noise]), torch.tensor(500, device=self.device)
 
         def call() -> torch.Tensor:
@@ -236,7 +237,7 @@ class Bench:
     @torch.no_grad()
     def profile(self, pipe: FaceDiffuserPipeline, images: int, most: int = 14) -> Iterator[str]:
         """Yield the kernels of three UNet calls by their share of the time, and the shares of their kinds."""
-        null, text, _, noise = self._inputs(images)
+        null, text, _, noise = self.inputs(images)
         embeds, rows, t = torch.cat([null, text]), torch.cat([noise, noise]), torch.tensor(500, device=self.device)
         assert pipe._engine is not None
         activities = [torch.profiler.ProfilerActivity.CUDA if self.gpu else torch.profiler.ProfilerActivity.CPU]

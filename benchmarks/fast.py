@@ -1,11 +1,20 @@
 """What fast sampling costs and what it loses: each means alone and stacked, against exact mode, on the miniature.
 
     python -m benchmarks.fast [--output out/fast] [--images 40] [--only NAME ...]
+    python -m benchmarks.fast --pairs FAST EXACT
+    python -m benchmarks.fast --full-size [--images 32] [--seconds 600] [--eager] [--small]
 
 Exact mode is 50 steps of PNDM with the released window. Every way makes the same images from the same noise, of people and
 prompts of its own: neither those of `miniature claim` nor any that the models were trained on. Writes `table.md`,
 `quality.png` and, per way, `ways/<name>.json`; run again, it makes only what is missing. Cost is counted in evaluations of
 one row by a whole UNet; a partial evaluation counts the share of its operations.
+
+--pairs compares two datasets that `generate` made of the same rows, one with `--speed fast` and one without; shards that are
+not there yet are left out.
+
+--full-size says nothing of quality: models of Stable Diffusion v1-5's size with random weights, on a GPU, run by the compiled
+engine, and the images a second of exact mode, of each means alone and of `--speed fast`. It prints a way as soon as it is
+measured and leaves out those for which --seconds do not suffice. --small tries the same on small models.
 """
 
 import argparse
@@ -23,15 +32,24 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.engines import Bench as EngineBench
+from benchmarks.engines import Way as EngineWay
+from benchmarks.sampler import full_size_pipeline, say, small_random_pipeline
 from facediffuser.dataset.inputs import read_prompts, read_subjects
 from facediffuser.dataset.plan import Plan, RowSettings
+from facediffuser.dataset.reading import open_dataset
+from facediffuser.engine_options import COMPILED, EAGER
+from facediffuser.errors import InputError
 from facediffuser.evaluation.statistics import Interval, coded, mean_interval
 from facediffuser.fast_sampling import part_shares, plan_steps, row_equivalents
+from facediffuser.generation.certify import similarity
 from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.reference_pictures import prepare_references
+from facediffuser.generation.speed_settings import FAST_MEANS, FAST_SCHEDULER, FAST_STEPS
 from facediffuser.markup import Markdown, markdown_table
 from facediffuser.means import NONE, Means
 from facediffuser.miniature.render import write_subjects
+from facediffuser.pictures import stored_picture
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import without_markers
 from facediffuser.schedulers import SCHEDULER_CLASSES, set_scheduler
@@ -181,6 +199,98 @@ class Bench:
         return self.shares[layers]
 
 
+def pairs_table(fast: str, exact: str) -> Markdown:
+    """Return a Markdown table of paired differences of two datasets' rows, by number of subjects."""
+    columns = ["sample_id", "prompt_id", "subject_ids", "ip", "pc", "face_count", "status", "image"]
+    made = {}
+    for name, url in (("fast", fast), ("exact", exact)):
+        rows = open_dataset(url).to_table(columns).to_pylist()
+        made[name] = {row["sample_id"]: row for row in rows if row["status"] == "ok"}
+    shared = sorted(made["fast"].keys() & made["exact"].keys())
+    if not shared:
+        raise InputError(f"{fast}, {exact}: no row that both have")
+    ssim = {
+        one: similarity(*(np.asarray(stored_picture(made[mode][one]["image"]["bytes"])) for mode in ("fast", "exact")))
+        for one in shared
+    }
+    counts = sorted({len(made["fast"][one]["subject_ids"]) for one in shared})
+    groups = {
+        f"{count} in an image": [one for one in shared if len(made["fast"][one]["subject_ids"]) == count]
+        for count in counts
+    }
+    lines = []
+    for group, names in {**groups, "all": shared}.items():
+        rows = [made["fast"][one] for one in names]
+        levels = [coded([tuple(row["subject_ids"]) for row in rows]), coded([row["prompt_id"] for row in rows])]
+        for metric in METRICS:
+            values = {
+                mode: np.array(
+                    [
+                        float(found[one]["face_count"] == len(found[one]["subject_ids"]))
+                        if metric == "faces"
+                        else found[one][metric]
+                        for one in names
+                    ]
+                )
+                for mode, found in made.items()
+            }
+            change = mean_interval(values["fast"] - values["exact"], levels)
+            base = float(values["exact"].mean())
+            lines.append([
+                group, len(names), metric, f"{base:.4f}", f"{values['fast'].mean():.4f}", _signed(change),
+                f"{100 * change.mean / base:+.2f}% ({100 * change.low / base:+.2f} to {100 * change.high / base:+.2f})",
+                f"{np.mean([ssim[one] for one in names]):.3f}",
+            ])  # fmt: skip
+    head = ["people", "pairs", "score", "exact", "fast", "fast − exact", "of exact", "SSIM"]
+    return markdown_table(head, lines, right=(1, *range(3, len(head))))
+
+
+FULL_SIZE = (
+    Way("exact", 50, "pndm"),
+    Way("fast", FAST_STEPS, FAST_SCHEDULER, FAST_MEANS),
+    Way(f"{FAST_STEPS} steps", FAST_STEPS, FAST_SCHEDULER),
+    Way("no guidance in the SDM's steps", 50, "pndm", Means(unguided_subject=1.0)),
+    Way("guidance kept, every 2nd", 50, "pndm", Means(guidance_every=2)),
+    Way("deep features, every 2nd", 50, "pndm", Means(deep_every=2)),
+    Way("encoder, every 2nd", 50, "pndm", Means(encoder_every=2)),
+    Way("encoder, every 2nd, merged", 50, "pndm", Means(encoder_every=2, merged=True)),
+)
+
+
+def full_size(images: int, seconds: float, eager: bool, small: bool) -> None:
+    """Print what each means brings at full size, a line per way; `seconds`: for all of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    end = time.monotonic() + seconds
+    models = small_random_pipeline() if small else full_size_pipeline(device)
+    models.set_progress_bar_config(disable=True)
+    bench = EngineBench(models, EXACT.steps)
+    pipe = bench.build(EngineWay("engine", EAGER if eager else COMPILED, images))
+    null, text, fused, noise = bench.inputs(images)
+    say(bench.header().splitlines()[0])
+    say(f"{'way':<36}{'UNet rows':>10}{'first s':>9}{'s/image':>9}{'images/s':>10}{'times exact':>12}")
+    base = float("nan")
+    for way in FULL_SIZE:
+        if time.monotonic() > end:
+            say(f"{way.name:<36} left out: --seconds are over")
+            continue
+        set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
+        start, stop = way.window
+
+        def sample(way: Way = way, start: int = start, stop: int = stop) -> None:
+            pipe(
+                prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null, latents=noise,
+                num_inference_steps=way.steps, fusion_start=start, fusion_end=stop, means=way.means,
+            )  # fmt: skip
+
+        first = bench.seconds(sample)  # compiles what is new
+        spent = bench.seconds(sample) / images
+        stages = plan_stages("face-diffuser", pipe.num_timesteps, way.steps, start, stop)
+        shares = part_shares(models.unet, way.means.deep_layers) if way.means.keeps_features else {"whole": 1.0}
+        cost = row_equivalents(plan_steps(stages, way.means), shares)
+        base = spent if way.name == EXACT.name else base
+        say(f"{way.name:<36}{cost:>10.1f}{first:>9.1f}{spent:>9.3f}{1 / spent:>10.2f}{base / spent:>12.2f}")
+
+
 def _evenly(rows: Sequence[dict], count: int) -> list[dict]:
     return [rows[number * len(rows) // count] for number in range(count)]
 
@@ -199,16 +309,17 @@ def table(results: dict[str, dict[str, Any]], rows: Sequence[dict]) -> Markdown:
     """Return the Markdown table: a line per way."""
     exact = results[EXACT.name]
     lines = []
-    for name, made in results.items():
+    for number, (name, made) in enumerate(results.items()):
         found = compare(made, exact, rows)
         flips = f"{100 * found['flips'].mean:.1f}%" if "flips" in found else "–"
         lines.append([
-            name, f"{made['cost']:.1f}", f"{exact['cost'] / made['cost']:.1f}", *(f"{np.mean(made[one]):.3f}" for one in METRICS),
+            number or "–", name, f"{made['cost']:.1f}", f"{exact['cost'] / made['cost']:.1f}",
+            *(f"{np.mean(made[one]):.3f}" for one in METRICS),
             *(_signed(found[one]) if name != EXACT.name else "–" for one in METRICS), flips, f"{made['seconds']:.3f}",
         ])  # fmt: skip
-    head = ["way", "UNet rows", "fewer", "IP", "PC", "right faces", "IP − exact", "PC − exact", "faces − exact",
+    head = ["no.", "way", "UNet rows", "fewer", "IP", "PC", "right faces", "IP − exact", "PC − exact", "faces − exact",
             "mask cells", "s/image"]  # fmt: skip
-    return markdown_table(head, lines, right=range(1, len(head)))
+    return markdown_table(head, lines, right=(0, *range(2, len(head))))
 
 
 def _signed(interval: Interval) -> str:
@@ -264,9 +375,21 @@ def main(argv: list[str] | None = None) -> None:
     """Make what is missing, then write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="out/fast")
-    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--images", type=int, help="images of each way (default: 40; at full size 32, made at once)")
     parser.add_argument("--only", nargs="*", help="names of ways; exact is always among them (default: all)")
+    parser.add_argument("--full-size", action="store_true", help="speed at full size instead, with random weights")
+    parser.add_argument("--seconds", type=float, default=600, help="full size: time for all of it")
+    parser.add_argument("--eager", action="store_true", help="full size: without the compiled engine")
+    parser.add_argument("--small", action="store_true", help="full size: small models instead, to try it")
+    parser.add_argument("--pairs", nargs=2, metavar=("FAST", "EXACT"), help="compare two datasets instead")
     options = parser.parse_args(argv)
+    if options.pairs:
+        sys.stdout.write(pairs_table(*options.pairs))
+        return
+    if options.full_size or options.small:
+        full_size(options.images or 32, options.seconds, options.eager, options.small)
+        return
+    options.images = options.images or 40
     folder = Path(options.output)
     (folder / "ways").mkdir(parents=True, exist_ok=True)
     bench = Bench(folder, options.images)

@@ -10,9 +10,9 @@ from facediffuser.means import NONE, Means
 from facediffuser.schedulers import SchedulerName
 from facediffuser.settings import Sampling
 
-FAST_STEPS = 8
+FAST_STEPS = 7
 FAST_SCHEDULER: SchedulerName = "dpm"
-FAST_MEANS = Means(guidance_every=2)
+FAST_MEANS = Means(unguided_subject=1.0)
 """What `--speed fast` means, chosen by `python -m benchmarks.fast` (docs/speed.md has its table)."""
 
 _NAMES = (
@@ -45,15 +45,20 @@ class SpeedSettings(Sampling):
         None, description=f"noise scheduler of fast mode, where it takes fewer steps (default: {FAST_SCHEDULER})"
     )
     guidance_every: int | None = Field(
-        None, ge=1, le=1000,
-        description="evaluate both rows of the guidance at every n-th step of a stage, and keep their difference between "
-        f"(default for fast: {FAST_MEANS.guidance_every})",
-    )  # fmt: skip
+        None,
+        ge=1,
+        le=1000,
+        description="evaluate both rows of the guidance at every n-th step of a stage, and keep their difference between",
+    )
     unguided_text: float | None = Field(
         None, ge=0, le=1, description="share of the TDM's own steps, the last ones, without guidance"
     )
     unguided_subject: float | None = Field(
-        None, ge=0, le=1, description="share of the SDM's own steps, the last ones, without guidance"
+        None,
+        ge=0,
+        le=1,
+        description="share of the SDM's own steps, the last ones, without guidance (default for fast: "
+        f"{FAST_MEANS.unguided_subject:g})",
     )
     deep_every: int | None = Field(
         None,
