@@ -234,6 +234,18 @@ class Limited(Settings):
         return self
 
 
+class Observed(Settings):
+    """Where others see how a run gets on."""
+
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="serve metrics for Prometheus at this port while the run works (0: a free one)",
+    )
+    metrics_address: str = Field("127.0.0.1", description="address that the metrics are served at; 0.0.0.0: all")
+
+
 class GenerateWorkers(Workers):
     """How many processes make images, and on how many cores each."""
 

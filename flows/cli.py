@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import (
     App,
@@ -28,6 +28,7 @@ from facediffuser.errors import InputError, LimitReached, RunError, Stopped
 from facediffuser.extras import missing_extra
 from facediffuser.flows import commands
 from facediffuser.flows.terminal import Verbosity, shown
+from facediffuser.json_log import FORMAT_VARIABLE
 from facediffuser.redaction import redacted
 
 SHOWN = 200
@@ -117,6 +118,7 @@ def _run(
     config: Annotated[Path | None, Parameter(group=Group("Options of every command", sort_key=0))] = None,
     quiet: Annotated[bool, Parameter(negative=(), group="Options of every command", show_default=False)] = False,
     verbose: Annotated[bool, Parameter(negative=(), group="Options of every command", show_default=False)] = False,
+    log_format: Annotated[Literal["text", "json"], Parameter(group="Options of every command")] = "text",
 ) -> int:
     """Run a command with the options of every command.
 
@@ -124,10 +126,14 @@ def _run(
         config: YAML or TOML file with options of the command; options on the command line win.
         quiet: show warnings and errors only, and the result.
         verbose: show the messages of Prefect, Ray and other libraries, too.
+        log_format: how log lines are written; json: one object a line, with run, shard and worker.
     """
     names = app.parse_commands(words)[0]
     prog = " ".join(("facediffuser", *names))
     file = _ConfigFile(config) if config else None
+    before = os.environ.get(FORMAT_VARIABLE)
+    if log_format == "json":
+        os.environ[FORMAT_VARIABLE] = log_format  # Ray's processes, started later, inherit it
     verbosity = Verbosity.VERBOSE if verbose else Verbosity.QUIET if quiet else Verbosity.NORMAL
     with shown(verbosity):
         try:
@@ -140,6 +146,8 @@ def _run(
             return EXIT_INTERRUPTED
         finally:
             app.config = ()
+            if before is None:
+                os.environ.pop(FORMAT_VARIABLE, None)
 
 
 def _fail(prog: str, error: Exception, file: "_ConfigFile | None" = None) -> int:
@@ -196,7 +204,7 @@ class _ConfigFile:
     def __call__(self, app: App, names: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Give the options that the command line leaves open; cyclopts calls this."""
         options = self._read()
-        for key in options.keys() & {"config", "quiet", "verbose"}:
+        for key in options.keys() & {"config", "quiet", "verbose", "log-format", "log_format"}:
             raise InputError(
                 f"{self.path}: key {key!r} is not an option of the command; give --{key} on the command line"
             )

@@ -23,6 +23,7 @@ from facediffuser.tasks.generate import (
     generate_shards,
     plan_dataset,
 )
+from facediffuser.tasks.metrics import metrics_served
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
 
     Run again with the same settings it keeps finished shards; an output that holds another run is refused.
     """
-    prepared = plan_dataset(settings)
-    if settings.dry_run:
-        return describe(prepared) | estimate_run(settings, prepared)
-    run = generate_shards(prepared.job)
-    finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
+    with metrics_served(settings.metrics_port, settings.metrics_address):
+        prepared = plan_dataset(settings)
+        if settings.dry_run:
+            return describe(prepared) | estimate_run(settings, prepared)
+        run = generate_shards(prepared.job)
+        finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
     table = markdown(finished.table)
     create_markdown_artifact(
         _summary(prepared.job.store(), finished, run, table),

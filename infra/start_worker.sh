@@ -4,4 +4,4 @@
 set -euo pipefail
 
 ray start --address="$RAY_HEAD" --num-cpus=0 --num-gpus=0
-exec prefect worker start --pool face-diffuser --type process
+exec prefect worker start --pool face-diffuser --type process --with-healthcheck

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from facediffuser.batch_stage import Counts, Limits, Results, Stage
 from facediffuser.errors import LimitReached, Stopped
+from facediffuser.json_log import about
+from facediffuser.runs import fingerprint_of
+from facediffuser.tasks.metrics import STAGES
 from facediffuser.tasks.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -63,7 +66,23 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
     """Follow the units of a stage to the end and finish it; see `Driver.run`."""
     results, started = Results(), time.monotonic()
     rows = {unit.key: unit.rows for unit in stage.units}
+    state: dict[str, Any] = {"rows": 0, "progress_at": time.time(), "ended": None}
+
+    def read() -> dict[str, Any]:
+        left = len(rows) - len(results.counts)
+        return {
+            **state,
+            "workers": execution.workers,
+            "queued": max(0, left - execution.workers),
+            "seconds": (state["ended"] or time.monotonic()) - started,
+            "totals": dict(results.totals),
+            "running": state["ended"] is None,
+        }
+
+    STAGES.follow(stage, read)
     with (
+        about(run=fingerprint_of(stage.identity)[:12]),
+        _ending(state),
         Progress(stage.rows, stage.noun, stage.name) as progress,
         sigterm_calls(execution.stop, stage.limits.grace_s),
         _limited(stage.limits, execution) as limited,
@@ -74,6 +93,7 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
                 stage.observe(counts)
                 words = (stage.describe(results.totals), execution.describe(len(rows) - len(results.counts)))
                 progress.advance(rows[key], ", ".join(filter(None, words)))
+                state |= {"rows": state["rows"] + rows[key], "progress_at": time.time()}
     missing = rows.keys() - results.counts.keys()
     if missing and execution.stopping:
         left = f"the units in hand finished, {len(missing)} left; run the same command again to resume"
@@ -84,6 +104,14 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
         raise RuntimeError(f"{len(missing)} units did not come back, {min(missing)} first")
     results.seconds = time.monotonic() - started
     return stage.finish(results)
+
+
+@contextmanager
+def _ending(state: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        state["ended"] = time.monotonic()
 
 
 class _Limited:

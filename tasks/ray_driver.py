@@ -13,6 +13,7 @@ import ray
 
 from facediffuser.batch_stage import Counts, Stage
 from facediffuser.errors import InputError
+from facediffuser.runs import fingerprint_of
 from facediffuser.tasks.driver import run_stage
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 from facediffuser.tasks.stage_actor import Gate, StageActor, read_units
@@ -121,7 +122,11 @@ class _Execution:
         ray.data.DataContext.get_current().enable_progress_bars = False
         return self._units().map(
             StageActor,
-            fn_constructor_kwargs={"worker": stage.worker, "gate": self._gate},
+            fn_constructor_kwargs={
+                "worker": stage.worker,
+                "gate": self._gate,
+                "run": fingerprint_of(stage.identity)[:12],
+            },
             # One unit in the hands of each: what waits can go to whoever is free, and a stop need not wait for it.
             compute=ray.data.ActorPoolStrategy(
                 min_size=self.fewest, max_size=self.most, max_tasks_in_flight_per_actor=1

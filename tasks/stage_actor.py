@@ -3,6 +3,7 @@
 Prefect is not imported here: a worker starts seconds earlier without.
 """
 
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,6 +12,9 @@ import ray
 
 from facediffuser.batch_stage import Counts, Unit
 from facediffuser.errors import InputError
+from facediffuser.json_log import about, json_is_asked_for, log_json
+
+logger = logging.getLogger(__name__)
 
 
 class Gate:
@@ -39,8 +43,11 @@ class Gate:
 class StageActor:
     """A worker of the pool. What it returns is one row of Ray Data: the unit's key, its counts or an error."""
 
-    def __init__(self, worker: Callable[[], Callable[[Unit], Counts]], gate: Any):
+    def __init__(self, worker: Callable[[], Callable[[Unit], Counts]], gate: Any, run: str = ""):
         self.gate = gate
+        self.names = {"run": run, "worker": ray.get_runtime_context().get_actor_id()[:12]}
+        if json_is_asked_for():
+            log_json(logging.getLogger("facediffuser"))
         self.error: Exception | None = None
         try:
             self.worker = worker()
@@ -57,7 +64,10 @@ class StageActor:
         if self.error is not None:
             return _row(unit.key, error=_portable(self.error))
         try:
-            return _row(unit.key, counts=pickle.dumps(self.worker(unit)))
+            with about(**self.names, shard=unit.key):
+                counts = self.worker(unit)
+                logger.info("%s: done", unit.key)
+            return _row(unit.key, counts=pickle.dumps(counts))
         except (InputError, OSError) as error:
             return _row(unit.key, error=_portable(error))
 

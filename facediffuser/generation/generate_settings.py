@@ -17,6 +17,7 @@ from facediffuser.settings import (
     Limited,
     Method,
     Moved,
+    Observed,
     Repeats,
     Seeded,
     Settings,
@@ -72,7 +73,7 @@ class PlanSettings(Settings):
         return self.prompts
 
 
-class GenerateSettings(Exact, Limited, GenerateWorkers, SpeedSettings, Seeded, Repeats, PlanSettings):
+class GenerateSettings(Exact, Limited, Observed, GenerateWorkers, SpeedSettings, Seeded, Repeats, PlanSettings):
     """Subjects x prompts x images to a scored image dataset; run again, it resumes where it stopped."""
 
     height: int | None = Field(None, ge=8, le=4096, description="image height, px (default: the model's)")

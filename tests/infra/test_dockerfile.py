@@ -79,11 +79,21 @@ def test_the_image_runs_as_an_ordinary_user(commands):
     assert any(f"--uid {user}" in " ".join(value) for value in _values(commands, "RUN"))
 
 
-def test_the_image_has_the_python_that_the_project_asks_for(commands):
-    images = [value[0] for value in _values(commands, "FROM")]
-    assert len(set(images)) == 1, "the environment is copied from one stage to the next: both need the same Python"
-    major, minor = images[0].removeprefix("python:").split("-")[0].split(".")[:2]
+def test_the_base_is_a_parameter_and_has_the_python_that_the_project_asks_for(commands):
+    (base,) = [value[0].removeprefix("BASE_IMAGE=") for value in _values(commands, "ARG")]
+    stages = [value[-1] for value in _values(commands, "FROM")]
+    outer = [value[0] for value in _values(commands, "FROM") if value[0] not in stages]
+    assert outer == ["${BASE_IMAGE}"], "the environment is copied from one stage to the next: both need the same Python"
+    major, minor = base.removeprefix("python:").split("-")[0].split(".")[:2]
     assert (int(major), int(minor)) >= (3, 11)
+
+
+def test_both_images_run_as_an_ordinary_user_and_say_whether_they_are_healthy(commands):
+    kinds = [command.cmd.upper() for command in commands]
+    ends = [place for place, kind in enumerate(kinds) if kind == "CMD"]
+    for name, end in zip(("reader", "run"), ends, strict=True):
+        (start,) = [place for place, one in enumerate(commands) if one.cmd.upper() == "FROM" and one.value[-1] == name]
+        assert {"USER", "HEALTHCHECK"} <= set(kinds[start:end])
 
 
 def test_what_is_copied_installs_with_everything_the_commands_need(commands, tmp_path):

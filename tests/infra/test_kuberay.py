@@ -185,7 +185,7 @@ def test_the_prefect_worker_joins_the_pool_and_finds_ray(cluster):
 
 
 def test_pods_run_as_the_images_user(cluster):
-    (user,) = re.findall(r"^USER (\d+)$", (ROOT / "infra" / "Dockerfile").read_text(), re.MULTILINE)
+    (user,) = set(re.findall(r"^USER (\d+)$", (ROOT / "infra" / "Dockerfile").read_text(), re.MULTILINE))
     for group in _groups(cluster).values():
         assert group["template"]["spec"]["securityContext"]["runAsUser"] == int(user)
 

@@ -54,7 +54,7 @@ def test_start_worker_joins_ray_first_and_then_becomes_the_prefect_worker(record
     joined, worker = recorded.read_text().splitlines()
     assert _ray_options(joined)["address"] == "ray-head:6379"
     assert _ray_options(joined)["num_cpus"] == 0
-    assert worker == "prefect worker start --pool face-diffuser --type process"
+    assert worker == "prefect worker start --pool face-diffuser --type process --with-healthcheck"
 
 
 def test_start_worker_ends_when_ray_cannot_be_joined(recorded, monkeypatch):

@@ -1,0 +1,60 @@
+"""Log lines as JSON, one object a line, with the run, the shard and the worker that they are about."""
+
+import contextvars
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TextIO
+
+from facediffuser.redaction import redacted
+
+FORMAT_VARIABLE = "FACEDIFFUSER_LOG_FORMAT"
+"""Set to `json`, it asks every process of a run for JSON; `--log-format json` sets it."""
+
+_about: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("about", default={})  # noqa: B039  # never changed
+
+
+@contextmanager
+def about(**names: str) -> Iterator[None]:
+    """Within it the lines of this thread carry these names, for example `run`, `shard`, `worker`."""
+    token = _about.set(_about.get() | names)
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def json_is_asked_for() -> bool:
+    """Return whether the environment asks for JSON."""
+    return os.environ.get(FORMAT_VARIABLE) == "json"
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as JSON: time (UTC, ISO 8601), level, logger, message, traceback if any, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": redacted(record.getMessage()),
+            **_about.get(),
+        }
+        if record.exc_info:
+            line["traceback"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_json(logger: logging.Logger, stream: TextIO | None = None) -> None:
+    """Let a logger write JSON to a stream (default: stderr); a second call changes nothing."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logger.handlers):
+        return
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
