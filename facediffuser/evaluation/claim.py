@@ -23,11 +23,17 @@ class Check:
 
 
 def claim_checks(table: Sequence[ScoreRow]) -> list[Check]:
-    """Return the checks of the claim for each number of subjects in the table; ValueError when a method is missing.
+    """Return the checks of the paper's claim for each number of subjects in a table.
 
     The ordering, on means over all categories: face-diffuser keeps 95% of the SDM's IP and 95% of the TDM's PC (of
     nothing, 0, nothing is kept), and has more of both than FastComposer. The goal: MTCNN finds the right number of
     faces in 90% of its images.
+
+    Args:
+        table: rows of the methods face-diffuser, sdm, tdm and fastcomposer.
+
+    Raises:
+        ValueError: a method is missing.
     """
     values, checks = overall(table), []
     for count in sorted({row.subjects for row in table}):
@@ -60,12 +66,20 @@ def claim_checks(table: Sequence[ScoreRow]) -> list[Check]:
 
 
 def ordering_holds(checks: Sequence[Check]) -> bool:
-    """Return whether every check but the goals holds."""
+    """Return whether every check but the goals holds.
+
+    Args:
+        checks: of `claim_checks`.
+    """
     return all(check.holds for check in checks if not check.goal)
 
 
 def markdown(checks: Sequence[Check]) -> Markdown:
-    """Return the checks as a Markdown table and, in one sentence, whether the paper's ordering holds."""
+    """Return the checks as a Markdown table and, in one sentence, whether the paper's ordering holds.
+
+    Args:
+        checks: of `claim_checks`.
+    """
     rows = []
     for check in checks:
         verdict = "holds" if check.holds else "goal missed" if check.goal else bold("fails")

@@ -13,10 +13,18 @@ POINTS_PER_CLUSTER = 39  # training points of each cluster that faiss asks for
 
 
 def nearest_neighbours(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cosines (q, count), highest first, and places (q, count) of the `vectors` nearest to `queries`.
+    """Return the vectors that are nearest to each query.
 
-    All rows are unit vectors. Exact up to 50,000 vectors; of more, faiss searches the nearest clusters, which
-    finds almost all of what an exact search would. A place is -1 where there are fewer vectors.
+    Exact up to 50,000 vectors; of more, faiss searches the nearest clusters, which finds almost all of what an exact search
+    would.
+
+    Args:
+        vectors: unit vectors (n, d).
+        queries: unit vectors (q, d).
+        count: how many for each query.
+
+    Returns:
+        Cosines (q, count), highest first, and indices into `vectors` (q, count), -1 where there are fewer vectors.
     """
     import faiss
 
@@ -34,19 +42,33 @@ def nearest_neighbours(vectors: np.ndarray, queries: np.ndarray, count: int) -> 
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """Return what two pictures are compared by: 16 x 16 pixels less each channel's mean, as a unit vector (768,).
+    """Return what two pictures are compared by: 16 x 16 pixels less each channel's mean.
 
-    Another size, another encoding, another brightness or contrast change it hardly.
+    Another size, another encoding, another brightness or contrast hardly changes it.
+
+    Args:
+        picture: a picture of any size.
+
+    Returns:
+        A unit vector (768,).
     """
     small = picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return _unit(np.asarray(small, np.float32).transpose(2, 0, 1))
 
 
 def pixel_similarity(picture: Image.Image, box: Sequence[float], faces: Sequence[np.ndarray]) -> float:
-    """Return how similar the pixels of the face in `box` are to those of any reference's face (24, 24, 3) of `faces`, 0..1.
+    """Return how similar the pixels of a face are to those of the most similar reference face.
 
-    It is the highest correlation over the shifts and sizes by which two finds of one face differ; a person drawn anew
+    It is the highest correlation over the shifts and sizes by which two detections of one face differ; a person drawn anew
     in another light and turn stays well below a pasted one.
+
+    Args:
+        picture: the picture.
+        box: of the face, (x1, y1, x2, y2), px.
+        faces: reference faces (24, 24, 3), uint8.
+
+    Returns:
+        0..1.
     """
     wanted = np.stack([_unit(face.astype(np.float32).transpose(2, 0, 1)) for face in faces])
     around, best = _expanded_box(box, SEARCH_MARGIN), 0.0
@@ -61,7 +83,15 @@ def pixel_similarity(picture: Image.Image, box: Sequence[float], faces: Sequence
 
 
 def face_pixels(picture: Image.Image, box: Sequence[float]) -> np.ndarray:
-    """Return the picture inside a face box as (24, 24, 3) uint8."""
+    """Return the picture inside a face box.
+
+    Args:
+        picture: the picture.
+        box: (x1, y1, x2, y2), px.
+
+    Returns:
+        (24, 24, 3), uint8.
+    """
     return np.asarray(_resized_crop(picture, box, FACE_SIDE))
 
 

@@ -24,15 +24,19 @@ class Interval:
 
 
 def mean_interval(values: np.ndarray, factors: Sequence[np.ndarray] = (), seed: int = 0) -> Interval:
-    """Return the mean of `values` with its 95% interval: percentiles of the means of 2,000 resamples.
+    """Return the mean of values with its 95% interval: percentiles of the means of 2,000 resamples.
 
-    `factors`, an array of codes per factor, say which subjects and which prompt a value belongs to. Images of one person
-    are alike, and so are those of one prompt: what is resampled then are the people and the prompts, each for
-    themselves, and a value counts as often as both of its own were drawn (the pigeonhole bootstrap, Owen 2007). A factor of
-    which there is only one level is left out; without any, the values themselves are resampled.
+    Images of one person are alike, and so are those of one prompt: with factors, what is resampled are the people and the
+    prompts, each for themselves, and a value counts as often as both of its own were drawn (the pigeonhole bootstrap,
+    Owen 2007). A factor of which there is only one level is left out; without any, the values themselves are resampled.
 
     The same values and seed give the same interval. From 20,000 values on, the resampled means' limit is taken (mean
     plus and minus 1.96 standard errors), which differs by less than what is printed. One value has no width.
+
+    Args:
+        values: (n,), NaN for one that is missing.
+        factors: for each factor the codes (n,) of its levels: which subjects, which prompt a value belongs to.
+        seed: of the resampling.
     """
     running = RunningMean(len(factors), seed)
     running.add(values, [np.unique(np.asarray(factor), return_inverse=True)[1] for factor in factors])
@@ -55,7 +59,12 @@ class RunningMean:
         self._held = 0
 
     def add(self, values: np.ndarray, codes: Sequence[np.ndarray] = ()) -> None:
-        """Take values (n,), NaN for one that is missing, and for each factor the numbers (n,) of their levels, from 0 on."""
+        """Take values.
+
+        Args:
+            values: (n,), NaN for one that is missing.
+            codes: for each factor the numbers (n,) of their levels, from 0 on.
+        """
         values = np.asarray(values, np.float64)
         known = ~np.isnan(values)
         self._pieces.append((values[known], *(code[known] for code in codes)))
@@ -124,7 +133,14 @@ def _resampled_means(values: np.ndarray, codes: Sequence[np.ndarray], seed: int)
 
 
 def coded(levels: Sequence[Hashable]) -> np.ndarray:
-    """Return a number for each level, equal for equal ones, counted from 0 in their order."""
+    """Return a number for each level, equal for equal ones, counted from 0 in their order.
+
+    Args:
+        levels: n levels.
+
+    Returns:
+        (n,), int64.
+    """
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(level, len(numbers)) for level in levels], np.int64)
 
@@ -135,9 +151,13 @@ def paired_difference(
     factors: Sequence[Callable[[Key], Hashable]] = (),
     seed: int = 0,
 ) -> Interval:
-    """Return the mean of `ours - theirs` over the rows both have (keys of the two), with its 95% interval.
+    """Return the mean of `ours - theirs` over the rows both have, with its 95% interval.
 
-    `factors` tell a key's level of each factor of `mean_interval`.
+    Args:
+        ours: values by row.
+        theirs: values by row.
+        factors: functions from a row's key to its level of each factor of `mean_interval`.
+        seed: of the resampling.
     """
     shared = sorted(set(ours) & set(theirs), key=repr)
     levels = [coded([factor(key) for key in shared]) for factor in factors]

@@ -1,6 +1,6 @@
 """Who a person is: the identity, how it is drawn from a seed, and how it is said in words."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -66,10 +66,6 @@ class Identity:
     @property
     def hair_colour(self) -> np.ndarray:
         return np.clip(np.asarray(HAIRS[self.hair], np.float32) + self.hair_shift, 6, 250).astype(np.float32)
-
-    def as_dict(self) -> dict:
-        """The identity as plain values, for JSON."""
-        return asdict(self)
 
 
 def sample_identity(rng: np.random.Generator) -> Identity:

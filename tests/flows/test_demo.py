@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pyarrow as pa
+import pytest
 
 from facediffuser.dataset.manifest import read_manifest
 from facediffuser.dataset.reading import read_columns
@@ -17,6 +18,7 @@ SMALLEST = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(1200)
 def test_the_demo_generates_a_dataset_on_s3_and_computes_nothing_twice(
     s3_bucket, tmp_path, prefect_harness, ray_session, capsys
 ):
@@ -28,7 +30,7 @@ def test_the_demo_generates_a_dataset_on_s3_and_computes_nothing_twice(
         [sys.executable, "-m", "facediffuser.flows.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
         env=outside | {"PREFECT_HOME": str(tmp_path / "prefect")},
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
