@@ -19,6 +19,8 @@ EXTRAS = {
         "torchvision",
         "transformers",
     ),
+    "export": ("duckdb", "lmdb"),
+    "stores": ("obstore",),
     "all": ("faiss", "fastapi", "ijson", "prefect", "ray", "sqlalchemy", "tensorboard", "tqdm"),
 }
 

@@ -9,6 +9,13 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 
 
+ALIGNED_SIDE = 112
+# Where the landmarks lie in the 112 px crops that most face recognisers are trained on (published with ArcFace).
+ALIGNED_LANDMARKS = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+
+
 @dataclass(frozen=True)
 class Face:
     """A face found in a picture.
@@ -138,3 +145,34 @@ def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None)
     columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, pixels.shape[1] - 1)
     crop = Image.fromarray(pixels[rows[:, None], columns[None, :]])
     return crop if size is None else crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def aligned_crop(
+    image: Image.Image,
+    landmarks: Sequence[Sequence[float]],
+    template: np.ndarray = ALIGNED_LANDMARKS,
+    side: int = ALIGNED_SIDE,
+) -> Image.Image:
+    """Return the face turned, moved and scaled (not sheared) so that its landmarks lie nearest to those of a template.
+
+    Args:
+        image: the picture.
+        landmarks: five (x, y), px of the picture.
+        template: where they are to lie, (5, 2), px of the crop.
+        side: px of the square crop.
+
+    Returns:
+        RGB, (side, side); black where it reaches over the picture's edge. Pixels that fall together are averaged.
+    """
+    points = np.asarray(landmarks, np.float64)
+    # From crop to picture, as complex numbers: p = a t + b in least squares.
+    ours, theirs = (values[:, 0] + 1j * values[:, 1] for values in (np.asarray(template, np.float64), points))
+    centred = ours - ours.mean()
+    a = np.vdot(centred, theirs - theirs.mean()) / np.vdot(centred, centred).real
+    b = theirs.mean() - a * ours.mean()
+    reduced = max(1, int(abs(a)))
+    if reduced > 1:
+        image = image.convert("RGB").reduce(reduced)
+        a, b = a / reduced, b / reduced
+    matrix = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+    return image.convert("RGB").transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)

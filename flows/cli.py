@@ -80,6 +80,10 @@ ORDER: tuple[Callable[..., Any], ...] = (
     commands.repair,
     commands.retry_failed,
     commands.remake,
+    commands.merge,
+    commands.retract,
+    commands.export,
+    commands.publish,
     commands.card,
     commands.explain,
 )

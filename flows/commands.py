@@ -11,6 +11,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from facediffuser.curation.curation_settings import (
+    ExportSettings,
+    MergeSettings,
+    PublishSettings,
+    RetractSettings,
+    VerifySettings,
+)
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.explain_settings import ExplainSettings
@@ -218,11 +225,12 @@ def copies(settings: Annotated[CopySettings, FIELDS]) -> None:
     _print_fields(flow(settings))
 
 
-def verify(settings: Annotated[Dataset, FIELDS]) -> int:
+def verify(settings: Annotated[VerifySettings, FIELDS]) -> int:
     """Check every object of a dataset against its manifest; exit with 1 when something is wrong.
 
     ```
     facediffuser verify s3://bucket/dataset
+    facediffuser verify out/mine --absent ada
     ```
     """
     logger.info("Verifying %s", settings.url)
@@ -233,7 +241,86 @@ def verify(settings: Annotated[Dataset, FIELDS]) -> int:
         print(line)
     count = len(found.problems)
     print(f"{settings.url}: {count} problems" if count else f"{settings.url}: every object is as the manifest says")
-    return 1 if count else 0
+    if settings.absent is None:
+        return 1 if count else 0
+    from facediffuser.dataset.mentions import find_mentions
+    from facediffuser.storage import open_store
+
+    absence = find_mentions(open_store(settings.url), settings.absent)
+    for line in [*absence.mentions, *absence.notes]:
+        print(line)
+    read = f"{absence.objects} objects, {absence.bytes} bytes read"
+    print(f"{settings.url}: {len(absence.mentions)} mentions of {settings.absent!r} ({read})" if absence.mentions
+          else f"{settings.url}: nothing of {settings.absent!r} is left ({read})")  # fmt: skip
+    return 1 if count or absence.mentions else 0
+
+
+def merge(settings: Annotated[MergeSettings, FIELDS]) -> None:
+    """Join finished datasets as one, by copying; run it again to resume.
+
+    ```
+    facediffuser merge out/mine s3://bucket/theirs --output s3://bucket/both
+    ```
+    """
+    with _starting("Merging %s in %s", ", ".join(settings.urls), settings.output):
+        from facediffuser.curation.curation_check import check_merge
+
+        check_merge(settings)
+    from facediffuser.flows.curate import merge as flow
+
+    _print_fields(flow(settings))
+
+
+def retract(settings: Annotated[RetractSettings, FIELDS]) -> None:
+    """Take a person out of a dataset: every row that shows them, and all that was made of them.
+
+    ```
+    facediffuser retract s3://bucket/dataset --subject ada
+    ```
+    """
+    with _starting("Taking a subject out of %s", settings.url):
+        from facediffuser.curation.curation_check import check_retract
+
+        check_retract(settings)
+    from facediffuser.flows.curate import retract as flow
+
+    _print_fields(flow(settings))
+    print(f"Now `facediffuser verify {settings.url} --absent SUBJECT` proves it; take the person out of the folder of "
+          "subjects, too, or `generate --extend` adds them.")  # fmt: skip
+
+
+def export(settings: Annotated[ExportSettings, FIELDS]) -> None:
+    """Write a subset of a dataset in the format of a trainer; run it again to resume.
+
+    ```
+    facediffuser export out/mine --to webdataset --where "ip > 0.5 and pc > 0.2" --output out/subset
+    facediffuser export s3://bucket/dataset --to faces --test-share 0.1 --output s3://bucket/faces
+    ```
+    """
+    with _starting("Exporting %s in %s", settings.url, settings.output, extra="export"):
+        from facediffuser.curation.curation_check import check_export
+
+        require_extra("all")
+        check_export(settings)
+    from facediffuser.flows.curate import export as flow
+
+    _print_fields(flow(settings))
+
+
+def publish(settings: Annotated[PublishSettings, FIELDS]) -> None:
+    """Put a finished dataset on the Hugging Face Hub; run it again to resume.
+
+    ```
+    facediffuser publish out/mine hf://datasets/ORG/NAME
+    ```
+    """
+    with _starting("Publishing %s at %s", settings.dataset, settings.target):
+        from facediffuser.curation.curation_check import check_publish
+
+        check_publish(settings)
+    from facediffuser.flows.curate import publish as flow
+
+    _print_fields(flow(settings))
 
 
 def repair(settings: Annotated[RepairSettings, FIELDS]) -> int:

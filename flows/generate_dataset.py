@@ -34,14 +34,21 @@ EXAMPLES = 3
 def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     """Plan, make what is missing, finish; return counts, where the dataset is, and the table of IP and PC.
 
-    Run again with the same settings it keeps finished shards; an output that holds another run is refused.
+    Run again with the same settings it keeps finished shards; an output that holds another run is refused. With
+    `extend` rows are added to a finished dataset, after an extension that was interrupted is finished.
     """
     with metrics_served(settings.metrics_port, settings.metrics_address):
         prepared = plan_dataset(settings)
         if settings.dry_run:
-            return describe(prepared) | estimate_run(settings, prepared)
+            described = describe(prepared)
+            return described | (estimate_run(settings, prepared) if prepared.job.layout.rows else {})
         run = generate_shards(prepared.job)
         finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
+        while prepared.resumes:
+            prepared = plan_dataset(settings)
+            later = generate_shards(prepared.job)
+            run = {**later, "made": run["made"] + later["made"], "kept": run["kept"] + later["kept"]}
+            finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
     table = markdown(finished.table)
     create_markdown_artifact(
         _summary(prepared.job.store(), finished, run, table),
@@ -86,7 +93,8 @@ def _summary(store: Store, finished: Finished, run: dict[str, Any], table: str) 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """Return what a run would make: counts and a few example rows; also logged."""
     job, plan = prepared.job, prepared.plan
-    examples = next(plan.tables(EXAMPLES)).select(["sample_id", "prompt", "subject_ids", "seed"]).to_pylist()
+    first = next((prepared.rows or plan).tables(EXAMPLES), None)
+    examples = first.select(["sample_id", "prompt", "subject_ids", "seed"]).to_pylist() if first else []
     for row in examples:
         logger.info("example: %s: %s (subjects %s, seed %d)", row["sample_id"], row["prompt"],
                     ", ".join(row["subject_ids"]), row["seed"])  # fmt: skip

@@ -12,21 +12,26 @@ from prefect import task
 
 from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
 from facediffuser.cards.card_facts import spent_lines
-from facediffuser.cards.dataset_card import write_card
+from facediffuser.cards.dataset_card import rewrite_card, write_card
 from facediffuser.dataset.certificate import CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate, stats_key
+from facediffuser.dataset.extension import UNFINISHED_REFERENCES, add_references, finished_part, read_references
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     Counts,
-    ObjectEntry,
+    Manifest,
+    Part,
     build_manifest,
-    object_entries,
+    build_part,
+    object_entry,
     read_sound_manifest,
     shard_entry,
 )
 from facediffuser.dataset.other_run import require_same_run
-from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.plan import Layout, part_names
 from facediffuser.dataset.reading import read_columns
+from facediffuser.dataset.references import encode_references, references_marks
+from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
 from facediffuser.dataset.seal import KEPT_ENTRIES, seal
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.spending import Spent, add_up, read_spent, write_spent
@@ -77,8 +82,13 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
     if prepared.free_shard_size:
         prepared = _with_measured_shards(settings, prepared, driver)
     layout = prepared.job.layout
-    logger.info("%s: %d images of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
-                layout.rows, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
+    if settings.extend and not layout.rows:
+        logger.info("%s: has all rows of %d subjects and %d prompts", prepared.job.output, len(prepared.plan.subjects),
+                    len(prepared.plan.prompts))  # fmt: skip
+        return prepared
+    new = "new " if layout.name else ""
+    logger.info("%s: %d %simages of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
+                layout.rows, new, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
                 prepared.job.fingerprint[:12])  # fmt: skip
     logger.info("%s", class_words_line(prepared.plan.subjects))
     if not settings.dry_run:
@@ -110,7 +120,7 @@ def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Rat
     if settings.measured_by:
         return rate_of_dataset(settings.measured_by)
     job = prepared.job
-    rows = next(prepared.plan.tables(job.batch_size)).to_pylist()
+    rows = next((prepared.rows or prepared.plan).tables(job.batch_size)).to_pylist()
     stage = Stage(
         "Sample", "images", job.run, [Unit("sample", len(rows))],
         functools.partial(_SampleWorker, job, rows, prepared.references),
@@ -164,6 +174,8 @@ def generate_shards(
             "busy": round(busy, 4),
         }
 
+    if not layout.rows:
+        return {"kept": 0, "made": 0, "seconds": 0.0, "busy": 0.0}
     return (driver or RayDriver()).run(
         generate_stage(job, missing, finish, worker, _HardwareWarning(store.url, recorded))
     )
@@ -195,16 +207,15 @@ def _different(provenances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for number, one in enumerate(provenances) if one and one not in provenances[:number]]
 
 
-def _added_before(store: Store) -> list[ObjectEntry]:
-    """The entries of columns added to a dataset that is finished once more: later damage to them is still found."""
+def _manifest_before(store: Store) -> Manifest | None:
+    """The manifest of a dataset that is finished once more; None where there is none, or a damaged one."""
     if not store.exists(MANIFEST_KEY):
-        return []
+        return None
     try:
-        objects = read_sound_manifest(store).objects
+        return read_sound_manifest(store)
     except InputError as error:
         logger.warning("%s; written anew, its digests of scores/ are lost", error)
-        return []
-    return [entry for entry in objects if entry.key.startswith(KEPT_ENTRIES)]
+        return None
 
 
 @task(name="certify-dataset", cache_policy=None, persist_result=False, **RETRIES)
@@ -239,16 +250,40 @@ def certify_dataset(
     return summary
 
 
+def _other_parts(store: Store, name: str, before: Manifest | None) -> list[Part]:
+    """The finished parts of a dataset but for one: as the manifest has them, or made of plans and shards."""
+    listed = {part.name: part for part in before.parts} if before else {}
+    found = []
+    for other in part_names(info.key for info in store.list("plan/")):
+        if other != name:
+            part = listed.get(other) or finished_part(store, other)
+            found += [part] if part else []
+    return found
+
+
+def _keep_references(job: GenerationJob, parts: list[Part]) -> None:
+    """Put the references of a part that was added together with those that are there."""
+    store = job.store()
+    fingerprints = [part.fingerprint for part in parts]
+    if job.references_key == SUBJECTS_KEY or set(fingerprints) <= set(references_marks(store)):
+        return
+    table = add_references(read_references(store), read_references(store, job.references_key))
+    marked = with_marks(table.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)
+    store.put(SUBJECTS_KEY, encode_references(table, marked, fingerprints))
+
+
 def _spent(job: GenerationJob, store: Store) -> Spent | None:
     """What the run took, put beside the stats; what is there of the whole run stays, whatever is made again later."""
-    before, price = read_spent(store), job.limits.hour_price
+    added = bool(job.layout.name)
+    before, price = None if added else read_spent(store), job.limits.hour_price
     if before and before.images == job.layout.rows and price in (None, before.hour_price):
         return before
     if price is None and before:
         price = before.hour_price
     spent = add_up(_stats(store, job.layout), "gpu" if job.device == "cuda" else "cpu", price)
     if spent:
-        write_spent(store, spent)
+        if not added:  # what an extension took stands in the manifest, with its part
+            write_spent(store, spent)
         logger.info("took %s", "; ".join(f"{name}: {value}" for name, value in spent_lines(spent)))
     return spent
 
@@ -274,7 +309,10 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     Raises when shards are missing, too many rows failed, or the certificate says that fast mode lost too much.
     """
     layout, store = job.layout, job.store()
-    require_same_run(store, Run(job.run, job.fingerprint))
+    if not layout.rows:  # nothing was added
+        table = rewrite_card(store)
+        return Finished(read_sound_manifest(store).counts, table)
+    require_same_run(store, Run(job.run, job.fingerprint), name=layout.name)
     finished = finished_shards(store, layout, job.fingerprint)
     missing = sorted(set(range(layout.shards)) - finished.keys())
     if missing:
@@ -285,18 +323,34 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
     spent = _spent(job, store)
-    table = write_card(store)
-    objects = [*object_entries(store, layout), *_added_before(store)]
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
-    built = build_manifest(job.fingerprint, job.run, layout, entries, objects, places, computed_with,
-                           spent.model_dump() if spent else None)  # fmt: skip
-    manifest = seal(store, built.model_copy(update={"certificate": certificate}), {SUMMARY_KEY} if certificate else ())
+    part = build_part(
+        job.fingerprint, job.run, layout, entries, places, computed_with, spent.model_dump() if spent else None
+    )
+    part = part.model_copy(update={"certificate": certificate})
+    before = _manifest_before(store)
+    parts = sorted([part, *_other_parts(store, layout.name, before)], key=lambda one: one.name)
+    _keep_references(job, parts)
+    table = write_card(store)
+    built = build_manifest(parts, retractions=before.retractions if before else ())
+    known_entries = {entry.key: entry for entry in before.objects} if before else {}
+    own = {*layout.part_keys(), SUBJECTS_KEY}
+    objects = [
+        known_entries[key] if key in known_entries and key not in own else object_entry(key, store.get(key))
+        for key in built.planned_keys()
+    ]
+    # Columns added before keep their entries: later damage to them is still found.
+    objects += [entry for entry in known_entries.values() if entry.key.startswith(KEPT_ENTRIES)]
+    built = built.model_copy(update={"objects": objects})
+    manifest = seal(store, built, {SUMMARY_KEY} if certificate else ())
+    for info in store.list(UNFINISHED_REFERENCES):
+        store.delete(info.key)
     counts = manifest.counts
     logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
                 counts.shards)  # fmt: skip
-    if counts.failed > job.max_failed * counts.rows:
+    if part.failed > job.max_failed * part.rows:
         raise FailedRowsError(
-            f"{store.url}: {counts.failed} of {counts.rows} rows failed, more than --max-failed "
+            f"{store.url}: {part.failed} of {part.rows} rows failed, more than --max-failed "
             f"{job.max_failed:g}; their errors are in the column `error`"
         )
     lost = failure(certificate) if certificate else None

@@ -7,7 +7,7 @@ from prefect import task
 
 from facediffuser.cards.dataset_card import rewrite_card, write_card
 from facediffuser.dataset.added_columns import ADDED_PREFIX
-from facediffuser.dataset.manifest import ENTRY_NAMES, Manifest, build_manifest, read_manifest, read_sound_manifest
+from facediffuser.dataset.manifest import ENTRY_NAMES, Manifest, Part, build_part, read_manifest, read_sound_manifest
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
 from facediffuser.generation.generate_check import check_repair
@@ -55,17 +55,19 @@ def repair_damage(
         store.delete(key)
     left += [f"{problem}; `score` and `copies` write their columns again" if problem.key.startswith(ADDED_PREFIX)
              else str(problem) for problem in damage.others]  # fmt: skip
-    if damage.shards:
-        wanted = {shard: {"listed": _listed(manifest, shard), "changed": settings.accept} for shard in damage.shards}
-        made = replace_shards(settings, manifest, wanted, "Repair", driver)
-        changed = {shard: stats for shard, stats in made.items() if stats["sha256"] != manifest.shards[shard].sha256}
+    for number in sorted({number for number, _ in damage.shards}):
+        part, shards = manifest.parts[number], [shard for of, shard in damage.shards if of == number]
+        wanted = {shard: {"listed": _listed(part, shard), "changed": settings.accept} for shard in shards}
+        made = replace_shards(settings, part, wanted, "Repair", driver)
+        changed = {shard: stats for shard, stats in made.items() if stats["sha256"] != part.shards[shard].sha256}
         if settings.accept and changed:
-            manifest = update_manifest(settings.url, manifest, changed)
-        for shard in damage.shards:
-            entry = manifest.shards[shard]
-            left += [f"{entry.key}: {what}" for what in check_shard(store, manifest, shard, entry)]
+            manifest = update_manifest(settings.url, manifest, {number: changed})
+            part = manifest.parts[number]
+        for shard in shards:
+            key = part.shards[shard].key
+            left += [f"{key}: {what}" for what in check_shard(store, part, shard)]
             if shard in changed and not settings.accept:
-                left.append(f"{entry.key}: comes out with other bytes here ({made[shard]['sha256'][:12]}); repair it "
+                left.append(f"{key}: comes out with other bytes here ({made[shard]['sha256'][:12]}); repair it "
                             "where it was made, or keep the new bytes with --accept")  # fmt: skip
     if damage.card:
         rewrite_card(store)
@@ -78,20 +80,23 @@ def retry_failed_rows(settings: RetrySettings, driver: Driver | None = None) -> 
     check_repair(settings)
     store = open_store(settings.url)
     manifest = read_sound_manifest(store)
-    wanted = {shard: {"fewer_failed_than": entry.failed} for shard, entry in enumerate(manifest.shards) if entry.failed}
-    if not wanted:
-        return manifest
-    made = replace_shards(settings, manifest, wanted, "Retry", driver)
-    return update_manifest(settings.url, manifest, {shard: stats for shard, stats in made.items() if stats["put"]})
+    replaced = {}
+    for number, part in enumerate(manifest.parts):
+        failed = {shard: entry.failed for shard, entry in enumerate(part.shards) if entry.failed}
+        if failed:
+            wanted = {shard: {"fewer_failed_than": count} for shard, count in failed.items()}
+            made = replace_shards(settings, part, wanted, "Retry", driver)
+            replaced[number] = {shard: stats for shard, stats in made.items() if stats["put"]}
+    return update_manifest(settings.url, manifest, replaced)
 
 
-def _listed(manifest: Manifest, shard: int) -> Listed:
-    return Listed(manifest.shards[shard].sha256, manifest.computed_with(shard))
+def _listed(part: Part, shard: int) -> Listed:
+    return Listed(part.shards[shard].sha256, part.computed_with(shard))
 
 
 def replace_shards(
     settings: RepairSettings | RetrySettings,
-    manifest: Manifest,
+    part: Part,
     wanted: dict[int, dict[str, Any]],
     name: str,
     driver: Driver | None,
@@ -100,41 +105,39 @@ def replace_shards(
 
     Args:
         settings: where the dataset, its models and scorers are.
-        manifest: the dataset's.
+        part: the part of the dataset that they belong to.
         wanted: the arguments of `ShardGenerator.replace` by shard.
         name: the stage's name in the progress.
         driver: runs the stage; None: Ray.
     """
     driver = driver or RayDriver()
     job = job_of_dataset(
-        open_store(settings.url), manifest, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
+        open_store(settings.url), part, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
         settings.exact,
     )  # fmt: skip
     return driver.run(replacement_stage(job, name, wanted))
 
 
-def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[str, Any]]) -> Manifest:
-    """Write card and manifest with the stats of shards that were replaced, and return the manifest."""
+def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[int, dict[str, Any]]]) -> Manifest:
+    """Write card and manifest with the stats of shards that were replaced, and return the manifest.
+
+    `replaced`: the stats by the number of the part, from 0, and that of the shard in it.
+    """
+    if not any(replaced.values()):
+        return manifest
+    store = open_store(url)
+    parts = [_with_stats(part, replaced.get(number, {})) for number, part in enumerate(manifest.parts)]
+    write_card(store)
+    return seal(store, manifest.with_parts(parts))
+
+
+def _with_stats(part: Part, replaced: dict[int, dict[str, Any]]) -> Part:
     entries = [
         entry.model_copy(update={name: replaced[shard][name] for name in ENTRY_NAMES}) if shard in replaced else entry
-        for shard, entry in enumerate(manifest.shards)
+        for shard, entry in enumerate(part.shards)
     ]
     computed_with = [
-        replaced[shard]["computed_with"] if shard in replaced else manifest.computed_with(shard)
+        replaced[shard]["computed_with"] if shard in replaced else part.computed_with(shard)
         for shard in range(len(entries))
     ]
-    store = open_store(url)
-    updated = build_manifest(
-        manifest.fingerprint,
-        manifest.run,
-        manifest.layout,
-        entries,
-        manifest.objects,
-        manifest.made_from,
-        computed_with,
-        manifest.spent,
-    )
-    if not replaced:
-        return updated
-    write_card(store)
-    return seal(store, updated)
+    return build_part(part.fingerprint, part.run, part.layout, entries, part.made_from, computed_with, part.spent)

@@ -46,6 +46,10 @@ WORK = {
     "repair": "facediffuser.flows.repair_dataset.repair_dataset",
     "retry-failed": "facediffuser.flows.repair_dataset.retry_failed",
     "remake": "facediffuser.generation.repair.remake",
+    "merge": "facediffuser.flows.curate.merge",
+    "retract": "facediffuser.flows.curate.retract",
+    "export": "facediffuser.flows.curate.export",
+    "publish": "facediffuser.flows.curate.publish",
     "explain": "facediffuser.explain.explain",
     "assemble": "facediffuser.modelfolder.written_whole",
     "convert": "facediffuser.checkpoints.written_whole",
@@ -74,6 +78,7 @@ def make_templates(root: Path) -> None:
     photo.resize((64, 64)).save(root / "theirs" / "subject_0000_prompt_0000_instance_0000.png")
     (root / "index.csv").write_text("image,subject_ids,prompt_id\nsubject_0000_prompt_0000_instance_0000.png,ada,p\n")
     finish_dataset(root / "dataset")
+    finish_dataset(root / "other", names=("cyd",))
     shutil.copytree(root / "people" / "ada", root / "photos")
     _make_prepared(root / "prepared")
     settings = train_settings(root)
@@ -191,6 +196,10 @@ READS = {
     "repair": ["dataset"],
     "retry-failed": ["dataset"],
     "remake": ["dataset"],
+    "merge": ["dataset", "other"],
+    "retract": ["dataset"],
+    "export": ["dataset"],
+    "publish": ["dataset"],
     "card": ["dataset"],
     "explain": ["people", "models"],
     "miniature render": [],
@@ -274,6 +283,10 @@ BASE: dict[str, dict[str, str]] = {
     "repair": {"url": "dataset"},
     "retry-failed": {"url": "dataset"},
     "remake": {"sample_id": "ada~p0~0", "dataset": "dataset"},
+    "merge": {"urls": "dataset,other", "output": "out"},
+    "retract": {"url": "dataset", "subject": "ada"},
+    "export": {"url": "dataset", "to": "lmdb", "output": "out", "where": "ip > 0"},
+    "publish": {"places": "dataset,hf://datasets/org/name"},
     "card": {"url": "dataset"},
     "explain": {"models": "miniature", "prompt": "a woman <|image|> on the beach", "reference": "people/ada/1.png",
                 "output": "out/explain.png"},

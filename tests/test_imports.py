@@ -28,7 +28,7 @@ import hashlib
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.cards.prepared_card import write_card as write_prepared_card
 from facediffuser.dataset import added_columns, image_files, inputs, other_run, references, shards, suites
-from facediffuser.dataset.manifest import build_manifest, object_entries, shard_entry
+from facediffuser.dataset.manifest import build_manifest, build_part, object_entries, shard_entry
 from facediffuser.dataset.plan import Layout, Plan, RowSettings, read_shard_rows, write_plan
 from facediffuser.dataset.reading import count_rows, list_shards
 from facediffuser.dataset.schema import DATASET_SCHEMA, PLAN_SCHEMA, SUBJECTS_SCHEMA, canonical_json, with_marks
@@ -58,7 +58,8 @@ infos = list_shards(store)
 entries = [shard_entry(store, layout, shard, info) for shard, info in enumerate(infos)]
 store.put("subjects.parquet", references.encode_references(SUBJECTS_SCHEMA.empty_table(), SUBJECTS_SCHEMA))
 table = write_card(store)
-seal(store, build_manifest(fingerprint, run, layout, entries, object_entries(store, layout)))
+part = build_part(fingerprint, run, layout, entries)
+seal(store, build_manifest([part], object_entries(store, [*layout.part_keys(), "subjects.parquet"])))
 loaded = sorted(HEAVY & {name.partition(".")[0] for name in sys.modules})
 print(json.dumps({"problems": verify(sys.argv[2]), "rows": count_rows(store), "table": len(table), "loaded": loaded}))
 """

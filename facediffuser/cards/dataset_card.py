@@ -14,6 +14,7 @@ from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.certificate import dataset_certificate
+from facediffuser.dataset.consent import consent_facts
 from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.dataset.spending import read_spent
@@ -61,7 +62,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         store.require_replaceable(key)
     for key, data in pictures.items():
         store.put(key, data)
-    facts, settings = summary(card), run_lines(card.run)
+    facts, settings = [*summary(card), *consent_facts(store)], run_lines(card.run)
     store.put("card/index.html", card_page(card, pictures, facts, settings).encode())
     store.put("README.md", readme(card, facts, settings).encode())
     logger.info("%s: card of %d rows written", store.url, card.rows)

@@ -1,5 +1,6 @@
 """What a user brings to `generate`: subjects with reference pictures, prompts with places for subjects."""
 
+import datetime
 import logging
 import posixpath
 import re
@@ -30,7 +31,9 @@ SUBJECTS_TABLE = "subjects.csv"
 # These separate the parts of a sample_id, so that it is unique and can be a file name everywhere.
 RESERVED = "+~/\\"
 PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
-SUBJECT_COLUMNS = ("subject_id", "class_word")
+# What a person agreed to; optional columns of subjects.csv.
+TERMS = ("consent", "licence", "source", "expires")
+SUBJECT_COLUMNS = ("subject_id", "class_word", *TERMS)
 MOST_SHOWN = 16
 SHOWN_NAMES = 5
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -39,11 +42,15 @@ _SUBJECT_NAME = re.compile(r"subject(?:_([1-9][0-9]{0,8}))?")
 
 @dataclass(frozen=True)
 class Subject:
-    """A person: id, the word prompts use for them, and the keys of their reference pictures, at least one."""
+    """A person: id, the word prompts use for them, and the keys of their reference pictures, at least one.
+
+    `terms`: what they agreed to, as (column of TERMS, text); nothing of it decides an image.
+    """
 
     subject_id: str
     class_word: str
     references: tuple[str, ...]
+    terms: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def read_subjects(url: str) -> list[Subject]:
             others.append(info.key)
     if not folders:
         raise InputError(f"{url}: no subjects there; give a folder of <subject_id>/*.jpg")
-    words = _class_words(store)
+    words, terms = _subjects_table(store)
     folder_of: dict[str, str] = {}
     for folder in sorted(folders):
         identifier = normalised(folder)
@@ -124,15 +131,18 @@ def read_subjects(url: str) -> list[Subject]:
         if name not in pictures:
             raise InputError(f"{store.url_of(SUBJECTS_TABLE)}: subject {name!r} has no folder; add it or the row goes")
     return [
-        Subject(name, words.get(name, DEFAULT_CLASS_WORD), tuple(sorted(pictures[name]))) for name in sorted(pictures)
+        Subject(name, words.get(name, DEFAULT_CLASS_WORD), tuple(sorted(pictures[name])), terms.get(name, ()))
+        for name in sorted(pictures)
     ]
 
 
-def _class_words(store: Store) -> dict[str, str]:
+def _subjects_table(store: Store) -> tuple[dict[str, str], dict[str, tuple[tuple[str, str], ...]]]:
+    """Return the class words and the terms in subjects.csv."""
     if not store.exists(SUBJECTS_TABLE):
-        return {}
+        return {}, {}
     name = store.url_of(SUBJECTS_TABLE)
     words: dict[str, str] = {}
+    terms: dict[str, tuple[tuple[str, str], ...]] = {}
     for number, row in csv_rows(read_table_file(store, SUBJECTS_TABLE), name, SUBJECT_COLUMNS):
         require_columns(row, SUBJECT_COLUMNS, ("subject_id",), name)
         identifier, word = normalised((row["subject_id"] or "").strip()), (row.get("class_word") or "").strip()
@@ -142,7 +152,21 @@ def _class_words(store: Store) -> dict[str, str]:
         if IMAGE_MARKER in word or any(char in word for char in "{}\n") or (word and not ends_in_word(word)):
             raise InputError(f"{name} row {number}: class word {word!r}; give a plain word such as man or woman")
         words[identifier] = word or DEFAULT_CLASS_WORD
-    return words
+        terms[identifier] = _terms(row, f"{name} row {number}")
+    return words, terms
+
+
+def _terms(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    found = tuple((column, text) for column in TERMS if (text := (row.get(column) or "").strip()))
+    for column, text in found:
+        require_text(text, where, column)
+        if column == "expires" and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII):
+            raise InputError(f"{where}: expires {shown_value(text)} is no date; write it as 2027-12-31")
+        try:
+            datetime.date.fromisoformat(text if column == "expires" else "2000-01-01")
+        except ValueError:
+            raise InputError(f"{where}: expires {shown_value(text)} is no day of the calendar; correct it") from None
+    return found
 
 
 def class_words_line(subjects: Sequence[Subject]) -> str:
@@ -158,7 +182,7 @@ def class_words_line(subjects: Sequence[Subject]) -> str:
     if DEFAULT_CLASS_WORD in of_word:
         line += (
             f"; {DEFAULT_CLASS_WORD!r} is for subjects without an entry in subjects.csv, to give one add a line such as "
-            f"{of_word[DEFAULT_CLASS_WORD][0]},woman below its head {','.join(SUBJECT_COLUMNS)}"
+            f"{of_word[DEFAULT_CLASS_WORD][0]},woman below its head subject_id,class_word"
         )
     return line
 

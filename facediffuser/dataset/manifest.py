@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.plan import Layout, find_sample
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
 from facediffuser.errors import InputError
@@ -22,18 +23,26 @@ UNLISTED = ("stats/",)
 # What manifests had before they carried a digest.
 EARLIER_FIELDS = frozenset({"schema_version", "fingerprint", "counts", "scorers", "models", "run", "rows", "shard_size",
                             "made_from", "objects", "shards"})  # fmt: skip
+# Fields that stand in a manifest only where they say something.
+OPTIONAL_FIELDS = ("name", "kept", "certificate", "more_parts", "retractions", "retracting")
+# The order of a manifest's fields, as it has been from the first version on.
+_ORDER = (
+    "digest", "schema_version", "fingerprint", "counts", "scorers", "models", "run", "rows", "shard_size", "kept", "made_from",
+    "objects", "unlisted", "provenances", "spent", "certificate", "shards", "more_parts", "retractions", "retracting",
+)  # fmt: skip
+PART_NAME = re.compile(r"^(p\d{4,6})?$")
 # About two million shards; a larger file is not read.
 MOST_BYTES = 512 << 20
 
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
+class _Entry(BaseModel):
     # Strict: "24" or 24.0 in the place of 24 is a changed manifest.
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class ShardEntry(_Part):
+class ShardEntry(_Entry):
     """One shard as the manifest lists it.
 
     computed_with: the place in `Manifest.provenances` of what its footer says of libraries, threads and hardware; None
@@ -49,7 +58,7 @@ class ShardEntry(_Part):
     computed_with: int | None = None
 
 
-class ObjectEntry(_Part):
+class ObjectEntry(_Entry):
     """An object beside the shards as the manifest lists it: a part of the plan, the references, the card, a score."""
 
     key: str
@@ -57,7 +66,7 @@ class ObjectEntry(_Part):
     sha256: str
 
 
-class Counts(_Part):
+class Counts(_Entry):
     """Rows and shards of a dataset."""
 
     rows: Count
@@ -66,39 +75,43 @@ class Counts(_Part):
     shards: Count
 
 
-class Manifest(_Part):
-    """What a finished dataset holds.
+class Retraction(_Entry):
+    """That people were taken out of a dataset; it says nothing of who they were."""
 
-    digest: the sha256 of the manifest's own bytes with this value empty; empty in manifests of earlier versions, which
-        list plan, references and shards only.
+    subjects: Count
+    rows: Count
+
+
+class Part(_Entry):
+    """What one run made of a dataset: its identity, its plan and its shards. Most datasets have one part.
+
+    name: "" for the first part; stands in the keys of the others, see `Layout`.
     run: the document the fingerprint is the sha256 of: settings, digests of models and scorers, plan, subjects.
+    rows: how many it has now.
+    kept: where rows were removed, how many each shard has.
     made_from: where models and scorers were at `generate`; it decides nothing, `repair` looks there first.
-    objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
     spent: hours of workers, energy and money that the run took; None where its stats did not say.
     certificate: what the certificate of a run in fast mode says (see `facediffuser.dataset.certificate`); None for others.
     provenances: what the shards were computed with (code, libraries, threads, hardware), and how many `shards` each.
     """
 
-    digest: str = ""
-    schema_version: str = SCHEMA_VERSION
+    name: str = Field("", pattern=PART_NAME.pattern)
     fingerprint: str
-    counts: Counts
     scorers: dict[str, str]
     models: dict[str, str]
     run: dict[str, Any]
     rows: Count
     shard_size: int = Field(ge=1)
+    kept: list[Count] = []
     made_from: dict[str, str] = {}
-    objects: list[ObjectEntry] = []
-    unlisted: list[str] = []
     provenances: list[dict[str, Any]] = []
     spent: dict[str, Any] | None = None
     certificate: dict[str, Any] | None = None
     shards: list[ShardEntry]
 
     @model_validator(mode="after")
-    def _lists_what_is_planned(self) -> "Manifest":
-        # Whatever walks over shards and plan parts is then bounded by the length of the file.
+    def _lists_what_is_planned(self) -> Self:
+        # Whatever walks over shards and plan files is then bounded by the length of the file.
         if len(self.shards) != self.layout.shards:
             raise ValueError(
                 f"{self.rows} rows in shards of {self.shard_size} are {self.layout.shards} shards, "
@@ -107,8 +120,13 @@ class Manifest(_Part):
         return self
 
     @property
+    def failed(self) -> int:
+        """How many of the rows failed."""
+        return sum(entry.failed for entry in self.shards)
+
+    @property
     def layout(self) -> Layout:
-        return Layout(self.rows, self.shard_size)
+        return Layout(self.rows, self.shard_size, self.name, tuple(self.kept))
 
     def computed_with(self, shard: int) -> dict[str, Any] | None:
         """Return the provenance in a shard's footer, None for a shard of an earlier version."""
@@ -123,23 +141,69 @@ class Manifest(_Part):
         return found or [one for one in [provenance_of(self.run)] if one]
 
 
-def build_manifest(
+class Manifest(Part):
+    """What a finished dataset holds: its first part, which earlier versions of this code read alone, and the others.
+
+    digest: the sha256 of the manifest's own bytes with this value empty; empty in manifests of earlier versions, which
+        list plan, references and shards only.
+    counts: of all parts.
+    objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
+    more_parts: the parts after the first.
+    retractions: people that were taken out, in the order in which they were.
+    retracting: not empty where a retraction was begun and is not finished; it tells only whether another is the same.
+    """
+
+    digest: str = ""
+    schema_version: str = SCHEMA_VERSION
+    counts: Counts
+    objects: list[ObjectEntry] = []
+    unlisted: list[str] = []
+    more_parts: list[Part] = []
+    retractions: list[Retraction] = []
+    retracting: str = ""
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, the first one, which the manifest itself is, included."""
+        return [self, *self.more_parts]
+
+    @property
+    def every_shard(self) -> list[ShardEntry]:
+        """The entries of all parts' shards, part by part."""
+        return [entry for part in self.parts for entry in part.shards]
+
+    def planned_keys(self) -> list[str]:
+        """Return the keys of all parts' plans and of the references."""
+        return [*(key for part in self.parts for key in part.layout.part_keys()), SUBJECTS_KEY]
+
+    def with_parts(self, parts: Sequence[Part]) -> "Manifest":
+        """Return the manifest with other parts, and counts of them."""
+        first = {name: getattr(parts[0], name) for name in Part.model_fields}
+        return self.model_copy(update=first | {"more_parts": list(parts[1:]), "counts": count_parts(parts)})
+
+
+def count_parts(parts: Sequence[Part]) -> Counts:
+    """Return the rows and shards of parts."""
+    shards = [entry for part in parts for entry in part.shards]
+    ok, failed = sum(entry.ok for entry in shards), sum(entry.failed for entry in shards)
+    return Counts(rows=ok + failed, ok=ok, failed=failed, shards=len(shards))
+
+
+def build_part(
     fingerprint: str,
     run: dict[str, Any],
     layout: Layout,
     shards: list[ShardEntry],
-    objects: list[ObjectEntry] | None = None,
     made_from: dict[str, str] | None = None,
     computed_with: Sequence[dict[str, Any] | None] = (),
     spent: dict[str, Any] | None = None,
-) -> Manifest:
-    """Return the manifest of a dataset all of whose shards are there.
+) -> Part:
+    """Return the part of a dataset that a run made, all of whose shards are there.
 
     Args:
         fingerprint, run: the run.
         layout: how rows lie in shards.
         shards: an entry for each shard, in order; `computed_with` in them is filled in here.
-        objects: the entries of plan and references.
         made_from: where models and scorers were.
         computed_with: the provenance in each shard's footer, None where it has none; by default none has.
         spent: what the run took.
@@ -147,10 +211,9 @@ def build_manifest(
     Raises:
         RuntimeError: shards or rows are missing.
     """
-    ok, failed = sum(shard.ok for shard in shards), sum(shard.failed for shard in shards)
-    counts = Counts(rows=ok + failed, ok=ok, failed=failed, shards=len(shards))
-    if len(shards) != layout.shards or counts.rows != layout.rows:
-        raise RuntimeError(f"{counts.rows} rows in {len(shards)} shards; planned are {layout.rows} in {layout.shards}")
+    rows = sum(shard.ok + shard.failed for shard in shards)
+    if len(shards) != layout.shards or rows != layout.rows:
+        raise RuntimeError(f"{rows} rows in {len(shards)} shards; planned are {layout.rows} in {layout.shards}")
     each = list(computed_with) or [None] * len(shards)
     provenances = count_provenances([one or provenance_of(run) for one in each], SHARDS)
     places = {canonical_json({k: v for k, v in one.items() if k != SHARDS}): n for n, one in enumerate(provenances)}
@@ -158,18 +221,33 @@ def build_manifest(
         entry.model_copy(update={"computed_with": None if one is None else places[canonical_json(one)]})
         for entry, one in zip(shards, each, strict=True)
     ]
+    return Part(
+        name=layout.name, fingerprint=fingerprint, scorers=run["scorers"], models=run["models"], run=run,
+        rows=layout.rows, shard_size=layout.shard_size, kept=list(layout.kept), made_from=made_from or {},
+        provenances=provenances, spent=spent, shards=shards,
+    )  # fmt: skip
+
+
+def build_manifest(
+    parts: Sequence[Part], objects: list[ObjectEntry] | None = None, retractions: Sequence[Retraction] = ()
+) -> Manifest:
+    """Return the manifest of a dataset of these parts; `objects`: the entries of plans and references."""
+    first = {name: getattr(parts[0], name) for name in Part.model_fields}
     return Manifest(
-        fingerprint=fingerprint, counts=counts, scorers=run["scorers"], models=run["models"], run=run,
-        rows=layout.rows, shard_size=layout.shard_size, made_from=made_from or {}, objects=objects or [],
-        unlisted=list(UNLISTED), provenances=provenances, spent=spent, shards=shards,
+        **first, counts=count_parts(parts), objects=objects or [], unlisted=list(UNLISTED), more_parts=list(parts[1:]),
+        retractions=list(retractions),
     )  # fmt: skip
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Put the manifest with its digest; the same dataset gives the same bytes."""
-    document = manifest.model_dump() | {"digest": ""}
-    if manifest.certificate is None:
-        del document["certificate"]  # as manifests were before there were certificates
+    every = manifest.model_dump()
+    # A dataset that was made at once and left as it is has the manifest that it always had.
+    for document in (every, *every["more_parts"]):
+        for name in OPTIONAL_FIELDS:
+            if not document.get(name, True):
+                del document[name]
+    document = {name: every[name] for name in _ORDER if name in every} | {"digest": ""}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     store.put(MANIFEST_KEY, text.replace('"digest": ""', f'"digest": "{digest}"', 1).encode())
@@ -236,27 +314,18 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
             yield f"has no digest, but {sorted(unknown)[0]!r}, which no manifest of an earlier version has"
     if manifest.schema_version != SCHEMA_VERSION:
         yield f"has schema version {manifest.schema_version!r}; this code reads {SCHEMA_VERSION!r}"
-    if _fingerprint(manifest.run) != manifest.fingerprint:
-        yield "its run is not the one of its fingerprint"
-    for name in ("models", "scorers"):
-        if getattr(manifest, name) != manifest.run.get(name):
-            yield f"its {name} are not those of its run"
-    layout = manifest.layout
-    planned = (layout.shard_key(shard) for shard in range(layout.shards))
-    for key, entry in zip(planned, manifest.shards, strict=True):
-        if entry.key != key:
-            yield f"lists {entry.key!r} where {key} is planned"
-            break
-    for shard, entry in enumerate(manifest.shards):
-        if entry.rows != layout.shard_rows(shard) or entry.rows != entry.ok + entry.failed:
-            yield f"lists {entry.rows} rows ({entry.ok} ok, {entry.failed} failed) of {entry.key}, {layout.shard_rows(shard)} are planned"
-            break
-    if manifest.counts.shards != layout.shards:
-        yield f"counts {manifest.counts.shards} shards, {layout.shards} are planned"
-    if manifest.counts.rows != layout.rows:
-        yield f"counts {manifest.counts.rows} rows, {layout.rows} are planned"
+    for part in manifest.parts:
+        yield from _part_problems(part)
+    names = [part.name for part in manifest.parts]
+    if names[0] or len(set(names)) != len(names):
+        yield "names a part twice, or its first one"
+    shards, rows = (sum(getattr(part.layout, name) for part in manifest.parts) for name in ("shards", "rows"))
+    if manifest.counts.shards != shards:
+        yield f"counts {manifest.counts.shards} shards, {shards} are planned"
+    if manifest.counts.rows != rows:
+        yield f"counts {manifest.counts.rows} rows, {rows} are planned"
     for name in ("rows", "ok", "failed"):
-        total = sum(getattr(entry, name) for entry in manifest.shards)
+        total = sum(getattr(entry, name) for entry in manifest.every_shard)
         if total != getattr(manifest.counts, name):
             yield f"counts {getattr(manifest.counts, name)} {name}, its shards {total}"
     if manifest.objects or manifest.digest:
@@ -264,9 +333,32 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         there = set(listed)
         if len(there) != len(listed):
             yield "lists an object twice"
-        for key in planned_keys(layout):
+        for key in manifest.planned_keys():
             if key not in there:
                 yield f"does not list {key}"
+    if manifest.retracting:
+        yield "a subject is being taken out, and that was interrupted; run `facediffuser retract` with it again"
+
+
+def _part_problems(part: Part) -> Iterator[str]:
+    """Yield what is wrong with a part taken by itself."""
+    layout = part.layout
+    if _fingerprint(part.run) != part.fingerprint:
+        yield "its run is not the one of its fingerprint"
+    for name in ("models", "scorers"):
+        if getattr(part, name) != part.run.get(name):
+            yield f"its {name} are not those of its run"
+    if part.kept and sum(part.kept) != part.rows:
+        yield f"keeps {sum(part.kept)} rows, it says {part.rows}"
+    planned = (layout.shard_key(shard) for shard in range(layout.shards))
+    for key, entry in zip(planned, part.shards, strict=True):
+        if entry.key != key:
+            yield f"lists {entry.key!r} where {key} is planned"
+            break
+    for shard, entry in enumerate(part.shards):
+        if entry.rows != layout.shard_rows(shard) or entry.rows != entry.ok + entry.failed:
+            yield f"lists {entry.rows} rows ({entry.ok} ok, {entry.failed} failed) of {entry.key}, {layout.shard_rows(shard)} are planned"
+            break
 
 
 def _fingerprint(run: dict[str, Any]) -> str:
@@ -276,14 +368,17 @@ def _fingerprint(run: dict[str, Any]) -> str:
         return ""
 
 
-def planned_keys(layout: Layout) -> list[str]:
-    """Return the keys of the plan's parts and of the references."""
-    return [*(layout.part_key(part) for part in range(layout.parts)), SUBJECTS_KEY]
+def object_entries(store: Store, keys: Iterable[str]) -> list[ObjectEntry]:
+    """Return the entries of objects, read now."""
+    return [object_entry(key, store.get(key)) for key in keys]
 
 
-def object_entries(store: Store, layout: Layout) -> list[ObjectEntry]:
-    """Return the entries of the plan's parts and the references."""
-    return [object_entry(key, store.get(key)) for key in planned_keys(layout)]
+def find_row(store: Store, manifest: Manifest, sample_id: str) -> tuple[Part, int, int]:
+    """Return the part, the shard and the place in it of a row; InputError when the dataset has no such row."""
+    for part in manifest.parts:
+        if found := find_sample(store, part.layout, sample_id):
+            return part, *found
+    raise InputError(f"{store.url}: no row {sample_id!r}; look in column sample_id of its plan")
 
 
 def object_entry(key: str, data: bytes) -> ObjectEntry:

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facediffuser.dataset.inputs import Subject
-from facediffuser.dataset.plan import Plan
+from facediffuser.dataset.inputs import Prompt, Subject
+from facediffuser.dataset.plan import Plan, part_names
 from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
 from facediffuser.errors import InputError
@@ -33,9 +33,10 @@ class PlannedPrompt:
     subject_ids: tuple[str, ...]
 
 
-def run_there(store: Store) -> Run | None:
-    """Return the run that the output holds, None when it holds none."""
-    plans = [info.key for info in store.list("plan/")]
+def run_there(store: Store, name: str = "") -> Run | None:
+    """Return the run that the output holds, None when it holds none; `name`: of the part that it made."""
+    every = [info.key for info in store.list("plan/")]
+    plans = [key for key in every if part_names([key]) == [name]] or (every if not name else [])
     if not plans:
         return None
     try:
@@ -68,9 +69,11 @@ def begin_or_resume_dataset(
     _refuse(store, identity_of(there.document), identity, plan, references)
 
 
-def require_same_run(store: Store, run: Run, plan: Plan | None = None, references: pa.Table | None = None) -> None:
-    """Raise InputError, with the differences in words, unless the output holds this very run or none yet."""
-    there = run_there(store)
+def require_same_run(
+    store: Store, run: Run, plan: Plan | None = None, references: pa.Table | None = None, name: str = ""
+) -> None:
+    """Raise InputError, with the differences in words, unless the output, or a part of it, is this very run's or none's."""
+    there = run_there(store, name)
     if there is not None and there.fingerprint != run.fingerprint:
         _refuse(store, identity_of(there.document), identity_of(run.document), plan, references)
 
@@ -155,12 +158,7 @@ def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mappin
     """
     here = plan.prompts_in_order()
     for number, (one, two) in enumerate(zip_longest(there, here), 1):  # noqa: B007, used after the loop
-        if one is None or two is None or (one.prompt_id, one.category) != (two.prompt_id, two.category):
-            break
-        people = tuple(sorted(one.subject_ids))
-        if len(people) != two.subjects or two.subjects_in_order(people) != one.subject_ids:
-            break
-        if two.text([words.get(name, "") for name in people]) != one.text:
+        if one is None or two is None or not _same_prompt(one, two, words):
             break
     else:
         return []
@@ -170,6 +168,27 @@ def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mappin
         sides.append(f"{two.prompt_id} {_shown(text)}{_in_category(two.category)} here")
     only = "the first only" if one is None or two is None else f"number {number}, the first that differs,"
     return [f"prompts differ ({_counts(there, here)}): {only} is {', '.join(sides)}"]
+
+
+def _same_prompt(one: PlannedPrompt, two: Prompt, words: Mapping[str, str]) -> bool:
+    if (one.prompt_id, one.category) != (two.prompt_id, two.category):
+        return False
+    people = tuple(sorted(one.subject_ids))
+    if len(people) != two.subjects or two.subjects_in_order(people) != one.subject_ids:
+        return False
+    return two.text([words.get(name, "") for name in people]) == one.text
+
+
+def conflicting_prompts(store: Store, plan: Plan, words: Mapping[str, str]) -> list[str]:
+    """Return a phrase for the first prompt of `plan` that the output has with the same id and another text."""
+    there = {one.prompt_id: one for one in planned_prompts(store)}
+    for two in plan.prompts_in_order():
+        one = there.get(two.prompt_id)
+        if one is not None and not _same_prompt(one, two, words):
+            text = two.text([words[subject.subject_id] for subject in plan.subjects[: two.subjects]])
+            return [f"prompt {two.prompt_id} is {_shown(one.text)}{_in_category(one.category)} there, "
+                    f"{_shown(text)}{_in_category(two.category)} here"]  # fmt: skip
+    return []
 
 
 def _in_category(category: str | None) -> str:

@@ -2,15 +2,17 @@
 
 import functools
 import hashlib
+import io
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.encoding import parquet_bytes
@@ -23,6 +25,7 @@ from facediffuser.storage import Store
 
 ROWS_PER_PART = 100_000
 GROUPS_PER_PART = 256
+_PART_KEY = re.compile(r"(?:data/shard|plan/part)-(?:(p\d{4,6})-)?\d+-of-\d+\.parquet")
 
 
 class RowSettings(BaseModel):
@@ -42,17 +45,24 @@ class RowSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows lie in shards and plan parts; a function of the two numbers, not of workers.
+    """How the rows of a run lie in shards and plan files; a function of the numbers, not of workers.
 
-    A shard is one row group of a plan part, so a worker reads just its own rows.
+    A shard is one row group of a plan file, so a worker reads just its own rows.
+
+    rows: how many.
+    shard_size: rows of a shard.
+    name: "" for a dataset's first part, `p0002` and so on for those that were added; stands in the keys.
+    kept: where rows were removed since, how many each shard has now; a shard without rows has no row group.
     """
 
     rows: int
     shard_size: int
+    name: str = ""
+    kept: tuple[int, ...] = ()
 
     @property
     def shards(self) -> int:
-        return -(-self.rows // self.shard_size)  # whole numbers: exact however many rows
+        return len(self.kept) or -(-self.rows // self.shard_size)  # whole numbers: exact however many rows
 
     @property
     def shards_per_part(self) -> int:
@@ -64,20 +74,39 @@ class Layout:
 
     def shard_rows(self, shard: int) -> int:
         """Return how many rows a shard has: `shard_size`, the last one what remains."""
-        return min(self.shard_size, self.rows - shard * self.shard_size)
+        return self.kept[shard] if self.kept else min(self.shard_size, self.rows - shard * self.shard_size)
+
+    def row_group(self, shard: int) -> tuple[int, int]:
+        """Return the number of the plan file, and of the row group in it, that hold a shard's rows."""
+        part, place = divmod(shard, self.shards_per_part)
+        empty = self.kept[shard - place : shard].count(0)
+        return part, place - empty
+
+    def shards_of_part(self, part: int) -> range:
+        """Return the numbers of the shards that a plan file has the rows of."""
+        first = part * self.shards_per_part
+        return range(first, min(first + self.shards_per_part, self.shards))
 
     def part_key(self, part: int) -> str:
-        return f"plan/part-{part:05d}-of-{self.parts:05d}.parquet"
+        return f"plan/part-{self._infix}{part:05d}-of-{self.parts:05d}.parquet"
+
+    def part_keys(self) -> list[str]:
+        """Return the keys of all plan files."""
+        return [self.part_key(part) for part in range(self.parts)]
 
     def shard_key(self, shard: int) -> str:
-        return f"data/shard-{shard:05d}-of-{self.shards:05d}.parquet"
+        return f"data/shard-{self._infix}{shard:05d}-of-{self.shards:05d}.parquet"
 
     def stats_key(self, shard: int) -> str:
-        return f"stats/shard-{shard:05d}.json"
+        return f"stats/shard-{self._infix}{shard:05d}.json"
+
+    @property
+    def _infix(self) -> str:
+        return f"{self.name}-" if self.name else ""
 
     def shard_of_key(self, key: str) -> int | None:
         """Return the number of a shard of this layout by its key, None for any other key."""
-        match = re.fullmatch(r"data/shard-(\d+)-of-(\d+)\.parquet", key)
+        match = re.fullmatch(rf"data/shard-{self._infix}(\d+)-of-(\d+)\.parquet", key)
         number = int(match[1]) if match else -1
         return number if 0 <= number < self.shards and self.shard_key(number) == key else None
 
@@ -202,7 +231,21 @@ def row_seed(run_seed: int, sample_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> int:
+def part_names(keys: Iterable[str]) -> list[str]:
+    """Return the names of the parts that plan files and shards belong to by their keys, sorted; others have none."""
+    matches = (_PART_KEY.fullmatch(key) for key in keys)
+    return sorted({match[1] or "" for match in matches if match})
+
+
+class Rows(Protocol):
+    """Planned rows: a whole `Plan`, or what an extension adds."""
+
+    def __len__(self) -> int: ...
+
+    def tables(self, rows_per_table: int) -> Iterator[pa.Table]: ...
+
+
+def write_plan(store: Store, plan: Rows, layout: Layout, schema: pa.Schema) -> int:
     """Write the plan's missing parts and return how many were written; memory holds one part at a time.
 
     `schema` is PLAN_SCHEMA with the run's marks. The first part is put only where none is: it settles which of two runs
@@ -210,7 +253,7 @@ def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> i
     is finished.
     """
     there = {info.key for info in store.list("plan/")}
-    if all(layout.part_key(part) in there for part in range(layout.parts)):
+    if there.issuperset(layout.part_keys()):
         return 0
     written = 0
     for part, table in enumerate(plan.tables(layout.shards_per_part * layout.shard_size)):
@@ -222,26 +265,39 @@ def write_plan(store: Store, plan: Plan, layout: Layout, schema: pa.Schema) -> i
 
 
 def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
-    """Return the Parquet of a plan part; the same rows give the same bytes."""
+    """Return the Parquet of a plan file; the same rows give the same bytes."""
     return parquet_bytes(rows.replace_schema_metadata(schema.metadata), row_group_size=layout.shard_size)
+
+
+def encode_groups(groups: Iterable[pa.Table], schema: pa.Schema) -> bytes:
+    """Return the Parquet of a plan file whose row groups, one a shard, differ in size; empty ones are left out."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_index=True) as writer:
+        for rows in groups:
+            if rows.num_rows:
+                writer.write_table(
+                    rows.cast(schema).replace_schema_metadata(schema.metadata), row_group_size=rows.num_rows
+                )
+    return sink.getvalue()
 
 
 def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:
     """Return the planned rows of one shard; with `fingerprint`, InputError when the plan is another run's."""
-    part, group = divmod(shard, layout.shards_per_part)
+    part, group = layout.row_group(shard)
     with open_parquet(store, layout.part_key(part)) as file:
         mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
         if fingerprint is not None and mark != fingerprint:
             raise InputError(f"{store.url}: another run took this output (its plan is {mark[:12]}'s); give another")
-        return file.read_row_group(group).to_pylist()
+        return file.read_row_group(group).to_pylist() if layout.shard_rows(shard) else []
 
 
 def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
     """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only."""
     for part in range(layout.parts):
         with open_parquet(store, layout.part_key(part)) as file:
-            for group in range(file.num_row_groups):
-                place = pc.index(file.read_row_group(group, columns=["sample_id"])["sample_id"], sample_id).as_py()
+            for shard in filter(layout.shard_rows, layout.shards_of_part(part)):
+                ids = file.read_row_group(layout.row_group(shard)[1], columns=["sample_id"])["sample_id"]
+                place = pc.index(ids, sample_id).as_py()
                 if place >= 0:
-                    return part * layout.shards_per_part + group, place
+                    return shard, place
     return None

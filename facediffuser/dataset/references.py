@@ -1,7 +1,8 @@
 """The reference pictures of a run: checked, cropped, measured once, and kept with the dataset in subjects.parquet."""
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,14 @@ from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.dataset.reading import readable_parquet
-from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.dataset.schema import FINGERPRINT_KEY, SUBJECTS_KEY
 from facediffuser.pictures import stored_picture
+from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
 
 ROWS_PER_GROUP = 16
+# The runs of a dataset of several parts, in the footer of its references.
+PARTS_KEY = b"facediffuser_parts"
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,37 @@ def references_digest(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def encode_references(table: pa.Table, schema: pa.Schema) -> bytes:
-    """Return subjects.parquet; `schema` carries the run's marks."""
-    return parquet_bytes(table.replace_schema_metadata(schema.metadata), row_group_size=ROWS_PER_GROUP)
+def encode_references(table: pa.Table, schema: pa.Schema, parts: Sequence[str] = ()) -> bytes:
+    """Return subjects.parquet; `schema` carries the run's marks, `parts` the fingerprints of several runs."""
+    marks = dict(schema.metadata)
+    if len(parts) > 1:
+        marks[PARTS_KEY] = canonical_json(list(parts)).encode()
+    return parquet_bytes(table.replace_schema_metadata(marks), row_group_size=ROWS_PER_GROUP)
 
 
-def load_references(store: Store, subject_ids: Iterable[str]) -> dict[str, References]:
-    """Return the references of the named subjects from a dataset's subjects.parquet, in the order of their names."""
+def references_marks(store: Store, key: str = SUBJECTS_KEY) -> list[str]:
+    """Return the fingerprints of the runs whose references a file holds; none when it is missing or not whole."""
+    try:
+        with store.open(key) as source:
+            metadata = pq.read_metadata(source).metadata or {}
+    except (pa.ArrowInvalid, FileNotFoundError):
+        return []
+    first = metadata.get(FINGERPRINT_KEY, b"").decode()
+    return [*json.loads(metadata.get(PARTS_KEY, b"[]")), *([first] if first else [])]
+
+
+def load_references(store: Store, subject_ids: Iterable[str], key: str = SUBJECTS_KEY) -> dict[str, References]:
+    """Return the references of the named subjects from a file of a dataset's references, in the order of their names."""
     wanted = sorted(set(subject_ids))
     if not wanted:
         return {}
-    with readable_parquet(store, SUBJECTS_KEY), store.open(SUBJECTS_KEY) as source:
+    with readable_parquet(store, key), store.open(key) as source:
         chosen = pc.field("subject_id").isin(wanted)
         table = pq.read_table(source, columns=["subject_id", "image", "identity"], filters=chosen)
     found = references_of(table, wanted)
     for name in wanted:
         if name not in found:
-            raise ValueError(f"{store.url_of(SUBJECTS_KEY)}: no subject {name!r}")
+            raise ValueError(f"{store.url_of(key)}: no subject {name!r}")
     return found
 
 

@@ -12,7 +12,6 @@ from facediffuser.dataset.manifest import (
     ObjectEntry,
     object_entries,
     object_entry,
-    planned_keys,
     read_sound_manifest,
     write_manifest,
 )
@@ -51,8 +50,8 @@ def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Man
         written: the keys below scores/ that were written since. Others keep the digest they are listed with, so that
             damage to them is still found.
     """
-    planned = set(planned_keys(manifest.layout))
-    kept = [entry for entry in manifest.objects if entry.key in planned] or object_entries(store, manifest.layout)
+    planned = manifest.planned_keys()
+    kept = [entry for entry in manifest.objects if entry.key in set(planned)] or object_entries(store, planned)
     objects = kept + beside_entries(store, manifest.objects, written)
     sealed = manifest.model_copy(update={"objects": objects, "unlisted": list(UNLISTED)})
     write_manifest(store, sealed)

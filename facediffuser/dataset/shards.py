@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.schema import COMPUTED_WITH_KEY, DATASET_SCHEMA, FINGERPRINT_KEY, RUN_KEY
+from facediffuser.dataset.schema import COMPUTED_WITH_KEY, FINGERPRINT_KEY, RUN_KEY
 from facediffuser.runs import provenance_of
 from facediffuser.storage import ObjectInfo, Store
 
@@ -50,8 +50,12 @@ def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
 
     `schema` is DATASET_SCHEMA with the run's marks. The same rows give the same bytes.
     """
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    others = [path for path in column_paths(DATASET_SCHEMA) if path != IMAGE_BYTES]
+    return encode_table(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Return the Parquet of a shard's table, whose schema carries the marks; see `encode_shard`."""
+    others = [path for path in column_paths(table.schema.remove_metadata()) if path != IMAGE_BYTES]
     return parquet_bytes(
         table,
         row_group_size=ROWS_PER_GROUP,

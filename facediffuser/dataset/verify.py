@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,19 +13,21 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate
+from facediffuser.dataset.consent import expired_subjects
 from facediffuser.dataset.manifest import (
     ENTRY_NAMES,
     MANIFEST_KEY,
     Manifest,
     ObjectEntry,
+    Part,
     ShardEntry,
     manifest_problems,
     read_manifest,
     read_manifest_bytes,
 )
-from facediffuser.dataset.plan import Layout, read_shard_rows
+from facediffuser.dataset.plan import Layout, part_names, read_shard_rows
 from facediffuser.dataset.reading import DATA_PREFIX
-from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA
+from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA, SUBJECTS_KEY
 from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import ObjectInfo, Store, open_store
@@ -42,13 +44,14 @@ _EARLIER = (
 class Problem:
     """What is wrong with one object.
 
-    `shard`: its number when the object is, or should be, a shard of the dataset; `foreign`: below data/ and none;
-    `unlisted`: elsewhere and not in the manifest; `stats`: a worker's stats of a shard.
+    `shard`: its number when the object is, or should be, a shard of the dataset, and `part` the number of its part, from
+    0; `foreign`: below data/ and none; `unlisted`: elsewhere and not in the manifest; `stats`: a worker's stats of a shard.
     """
 
     key: str
     what: str
     shard: int | None = None
+    part: int = 0
     foreign: bool = False
     unlisted: bool = False
     stats: bool = False
@@ -77,27 +80,41 @@ def verify(url: str) -> list[str]:
 
 
 def inspect(url: str) -> Findings:
-    """Return what `verify` finds and, for a dataset of an earlier version, what its manifest does not cover."""
+    """Return what `verify` finds, and notes: whose consent has expired, what an earlier version's manifest leaves out."""
     store = open_store(url)
     manifest = read_manifest(store)
-    return Findings(find_problems(store, manifest), [] if manifest.digest else [_EARLIER.format(url=store.url)])
+    problems = find_problems(store, manifest)
+    expired = [] if any(problem.key == SUBJECTS_KEY for problem in problems) else expired_subjects(store)
+    return Findings(problems, [*([] if manifest.digest else [_EARLIER.format(url=store.url)]), *expired])
 
 
 def find_problems(store: Store, manifest: Manifest) -> list[Problem]:
     """Return what is wrong with a dataset."""
-    layout = manifest.layout
     present = {info.key: info for info in store.list()}
     problems = [Problem(MANIFEST_KEY, what) for what in manifest_problems(manifest, read_manifest_bytes(store))]
+    listed = {entry.key for entry in manifest.every_shard}
+    begun = _parts_begun(manifest, present)
+    for name in begun:
+        problems.append(Problem(f"plan/part-{name}-*.parquet", "rows are being added, and that is not finished; run "
+                                "`facediffuser generate --extend` again", unlisted=True))  # fmt: skip
     for key in present:
-        if key.startswith(DATA_PREFIX) and layout.shard_of_key(key) is None:
+        if key.startswith(DATA_PREFIX) and key not in listed and not set(part_names([key])) & set(begun):
             problems.append(Problem(key, "not a shard of this dataset; remove it", foreign=True))
     problems += _objects(store, manifest, present)
-    problems += _stats(store, manifest, present)
+    places = [(number, shard) for number, part in enumerate(manifest.parts) for shard in range(part.layout.shards)]
+    for number, part in enumerate(manifest.parts):
+        problems += _stats(store, part, present, number)
     with ThreadPoolExecutor(READERS) as pool:
-        checks = pool.map(lambda pair: check_shard(store, manifest, *pair), enumerate(manifest.shards))
-        for shard, found in enumerate(checks):
-            problems += [Problem(manifest.shards[shard].key, what, shard) for what in found]
+        checks = pool.map(lambda place: check_shard(store, manifest.parts[place[0]], place[1]), places)
+        for (number, shard), found in zip(places, checks, strict=True):
+            problems += [Problem(manifest.parts[number].shards[shard].key, what, shard, number) for what in found]
     return problems
+
+
+def _parts_begun(manifest: Manifest, keys: Iterable[str]) -> list[str]:
+    """The names of the parts that have a plan among the keys and are not in the manifest."""
+    listed = {part.name for part in manifest.parts}
+    return [name for name in part_names(key for key in keys if key.startswith("plan/")) if name not in listed]
 
 
 def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
@@ -112,7 +129,7 @@ def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -
     listed = {entry.key for entry in manifest.objects}
     for key in sorted(present.keys() - listed - {MANIFEST_KEY}):
         hidden = any(part.startswith(".") for part in key.split("/"))  # of a file manager, a hub's client, git
-        if not hidden and not key.startswith((DATA_PREFIX, *manifest.unlisted)):
+        if not hidden and not _parts_begun(manifest, [key]) and not key.startswith((DATA_PREFIX, *manifest.unlisted)):
             yield Problem(key, "not listed in the manifest; " + _ways_out(key), unlisted=True)
 
 
@@ -147,10 +164,10 @@ def _ways_out(key: str) -> str:
     return "`facediffuser card` lists it, or remove it" if ours else "remove it"
 
 
-def _stats(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
+def _stats(store: Store, part: Part, present: dict[str, ObjectInfo], number: int) -> Iterator[Problem]:
     """What the workers' stats say of their shards must be what the manifest says; timings are theirs alone."""
-    layout = manifest.layout
-    for shard, entry in enumerate(manifest.shards):
+    layout = part.layout
+    for shard, entry in enumerate(part.shards):
         key = layout.stats_key(shard)
         if key not in present:
             continue
@@ -158,10 +175,10 @@ def _stats(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> 
             stats = json.loads(store.get(key))
             same = all(stats[name] == getattr(entry, name) for name in ENTRY_NAMES)
         except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
-            yield Problem(key, "not a shard's stats; remove it", stats=True)
+            yield Problem(key, "not a shard's stats; remove it", part=number, stats=True)
         else:
             if not same:
-                yield Problem(key, f"says other than the manifest of {entry.key}; remove it", stats=True)
+                yield Problem(key, f"says other than the manifest of {entry.key}; remove it", part=number, stats=True)
 
 
 def _read(store: Store, entry: ObjectEntry | ShardEntry) -> tuple[bytes, str | None]:
@@ -181,8 +198,9 @@ def _read(store: Store, entry: ObjectEntry | ShardEntry) -> tuple[bytes, str | N
     return data, None
 
 
-def check_shard(store: Store, manifest: Manifest, shard: int, entry: ShardEntry) -> list[str]:
-    """Return what is wrong with one shard, one line each."""
+def check_shard(store: Store, part: Part, shard: int) -> list[str]:
+    """Return what is wrong with one shard of a part, one line each."""
+    entry = part.shards[shard]
     data, what = _read(store, entry)
     if what:
         return [what]
@@ -192,9 +210,9 @@ def check_shard(store: Store, manifest: Manifest, shard: int, entry: ShardEntry)
             return ["its columns are not a dataset's"]
         problems = []
         mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")
-        if mark != manifest.fingerprint:
+        if mark != part.fingerprint:
             problems.append(f"made by another run (fingerprint {mark[:12]})")
-        problems += _rows_as_planned(store, manifest.layout, shard, entry, table)
+        problems += _rows_as_planned(store, part.layout, shard, entry, table)
         problems += _images(table)
     except StorageError:
         raise

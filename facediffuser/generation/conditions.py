@@ -8,9 +8,8 @@ import pyarrow as pa
 import torch
 from cachetools import LRUCache
 
-from facediffuser.dataset.references import References, load_references, references_of
+from facediffuser.dataset.references import References, load_references, references_marks, references_of
 from facediffuser.dataset.schema import SUBJECTS_KEY
-from facediffuser.dataset.shards import shard_mark
 from facediffuser.errors import InputError
 from facediffuser.scoring.identity import subject_embedding
 from facediffuser.storage import Store
@@ -33,9 +32,10 @@ class ConditionCache:
         with_subjects: bool,
         references: pa.Table | None = None,
         negative_prompt: str = "",
+        references_key: str = SUBJECTS_KEY,
     ):
         self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
-        self.given = references
+        self.given, self.references_key = references, references_key
         self.null = pipeline.encode_prompt(negative_prompt)
         self._texts: LRUCache[str, torch.Tensor] = LRUCache(MAX_ENTRIES)
         self._fused: LRUCache[tuple, torch.Tensor] = LRUCache(MAX_ENTRIES)
@@ -53,14 +53,14 @@ class ConditionCache:
         if self.given is not None:
             return references_of(self.given, names)
         if not self._checked:
-            mark = shard_mark(self.store, SUBJECTS_KEY)
-            if mark != self.fingerprint:
+            marks = references_marks(self.store, self.references_key)
+            if self.fingerprint not in marks:
                 raise InputError(
-                    f"{self.store.url_of(SUBJECTS_KEY)}: of another run ({(mark or 'none')[:12]}), which took this "
+                    f"{self.store.url_of(self.references_key)}: of another run ({(marks or ['none'])[0][:12]}), which took this "
                     "output; give another"
                 )
             self._checked = True
-        return load_references(self.store, names)
+        return load_references(self.store, names, self.references_key)
 
     def embeddings(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return the rows' plain text (b, n, d), subject-augmented text (b, n, d) or None, and null (1, n, d)."""

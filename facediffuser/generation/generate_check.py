@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from facediffuser.dataset.consent import require_consent
+from facediffuser.dataset.extension import Standing, last_run, require_extendable, standing
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
-from facediffuser.dataset.manifest import planned_keys, read_sound_manifest
+from facediffuser.dataset.manifest import find_row, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run, run_there
-from facediffuser.dataset.plan import Plan, RowSettings, find_sample
+from facediffuser.dataset.plan import Plan, RowSettings
 from facediffuser.dataset.reading import read_footer
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
@@ -60,7 +62,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Checked:
-    """Checked input: the output, the model folder's facts, and the plan of all images.
+    """Checked input: the output, the model folder's facts, and the plan of all images, and what the output holds.
 
     shard_size: rows of a shard: as given, as the run in the output has it, or a default.
     free_shard_size: whether it may be another: none was given, and no run has begun.
@@ -71,6 +73,7 @@ class Checked:
     plan: Plan
     shard_size: int
     free_shard_size: bool
+    there: Standing
 
 
 def check_generate(settings: GenerateSettings) -> Checked:
@@ -84,6 +87,8 @@ def check_generate(settings: GenerateSettings) -> Checked:
     require_empty_or_dataset(store)
     model = model_facts(settings, _scheduler_begun_with(store))
     subjects = read_subjects(settings.subjects)
+    if settings.require_consent:
+        require_consent(subjects, settings.subjects)
     if settings.subjects_per_image and len(subjects) < settings.subjects_per_image:
         raise InputError(
             f"{settings.subjects}: {len(subjects)} subjects for {settings.subjects_per_image} subjects an image; add "
@@ -102,12 +107,20 @@ def check_generate(settings: GenerateSettings) -> Checked:
         ),
         settings.subject_sets,
     )  # fmt: skip
-    there = run_there(store)
-    begun_with = there.document.get("settings", {}).get("shard_size") if there else None
+    begun = run_there(store)
+    begun_with = begun.document.get("settings", {}).get("shard_size") if begun else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
     known = settings_document(settings, plan, shard_size, model.exact_scheduler)
-    require_like_run(store, known, OF_THE_DEVICE, plan)
-    return Checked(store, model, plan, shard_size, settings.shard_size is None and there is None)
+    there = standing(store)
+    recorded = last_run(store, there) if settings.extend else None
+    if recorded is not None:
+        require_extendable(store, there.manifest, recorded.document, known, plan, undecided=OF_THE_DEVICE)
+    else:
+        require_like_run(store, known, OF_THE_DEVICE, plan)
+        if there.manifest is not None and there.manifest.retractions:
+            raise InputError(f"{store.url}: a subject was taken out of this dataset, so its first run is not repeated; "
+                             "--extend adds to it")  # fmt: skip
+    return Checked(store, model, plan, shard_size, settings.shard_size is None and begun is None, there)
 
 
 def check_models(name: str) -> None:
@@ -129,13 +142,11 @@ def check_remake(settings: RemakeSettings) -> None:
     store = open_store(settings.dataset)
     manifest = read_sound_manifest(store)
     _check_places(settings, manifest.made_from)
-    for key in planned_keys(manifest.layout):
+    for key in manifest.planned_keys():
         if not store.exists(key):
             raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
-    found = find_sample(store, manifest.layout, settings.sample_id)
-    if found is None:
-        raise InputError(f"{store.url}: no row {settings.sample_id!r}; look in column sample_id of its plan")
-    key = manifest.layout.shard_key(found[0])
+    part, shard, _ = find_row(store, manifest, settings.sample_id)
+    key = part.layout.shard_key(shard)
     if not store.exists(key):
         raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
     read_footer(store, key)

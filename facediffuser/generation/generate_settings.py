@@ -120,6 +120,14 @@ class GenerateSettings(Exact, Limited, Observed, GenerateWorkers, SpeedSettings,
     )
     max_failed: float = Field(0.01, ge=0, le=1, description="share of failed rows above which the run fails")
     provenance: bool = Field(True, description="mark images and Parquet as synthetic")
+    require_consent: bool = Field(
+        False, description="refuse subjects whose `consent` in subjects.csv is empty, or whose `expires` has passed"
+    )
+    extend: bool = Field(
+        False,
+        description="add to a finished dataset what the subjects, prompts and images per prompt have more of; rows that "
+        "are there stay as they are, other settings are refused",
+    )
     dry_run: bool = Field(
         False,
         description="check the input, make one batch in memory, say what a run would make and take, write nothing",

@@ -9,20 +9,28 @@ from typing import Any
 import pyarrow as pa
 
 from facediffuser.batch_stage import Limits, WorkerPool
+from facediffuser.dataset.extension import (
+    NewRows,
+    SampleIds,
+    last_run,
+    part_of_plan,
+    planned_ids,
+    references_key,
+    require_extendable,
+)
 from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_there
-from facediffuser.dataset.plan import Layout, Plan, write_plan
-from facediffuser.dataset.references import encode_references, references_digest
+from facediffuser.dataset.plan import Layout, Plan, Rows, write_plan
+from facediffuser.dataset.references import encode_references, references_digest, references_marks
 from facediffuser.dataset.schema import (
     DATASET_SCHEMA,
     PLAN_SCHEMA,
     SUBJECTS_KEY,
-    SUBJECTS_SCHEMA,
     with_marks,
 )
 from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.engine_options import COMPILED, EngineOptions, choose_engine
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import check_generate, settings_document
+from facediffuser.generation.generate_check import Checked, check_generate, settings_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.means import Means
@@ -65,6 +73,7 @@ class GenerationJob:
     max_failed: share of failed rows above which the run fails.
     max_loss: IP or PC that a run in fast mode may lose.
     exact: refuse to go on with another provenance than that of the shards that are there.
+    references_key: where the references of the subjects lie in the output.
     required: with `exact`, the provenances of those shards.
     compiled_code: where compiled code is kept and found; None: in this machine's cache.
     limits: when it stops by itself.
@@ -84,6 +93,7 @@ class GenerationJob:
     required: tuple[dict[str, Any], ...] = ()
     compiled_code: str | None = None
     limits: Limits = Limits()
+    references_key: str = SUBJECTS_KEY
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,12 +154,17 @@ class Prepared:
     """A checked run with what is written before its pixels: the plan and the references.
 
     free_shard_size: whether its shards may have another size: none was given, and no run has begun in the output.
+    plan: all that the inputs stand for.
+    rows: what of it is to be made; another thing than `plan` where a dataset is extended.
+    resumes: the run is an earlier one whose inputs were fewer; its plan and references are in the output.
     """
 
     job: GenerationJob
     plan: Plan
     references: pa.Table = field(repr=False)
     free_shard_size: bool = False
+    rows: Rows | None = None
+    resumes: bool = False
 
     def with_shard_size(self, rows: int) -> "Prepared":
         """Return the run with shards of so many rows; nothing of it must have been written."""
@@ -165,20 +180,28 @@ class Prepared:
         Raises InputError when another run took the output since it was looked at.
         """
         job, store = self.job, self.job.store()
-        run = Run(job.run, job.fingerprint)
-        require_same_run(store, run, self.plan, self.references)
+        if self.resumes or not job.layout.rows:
+            return 0
+        run, name = Run(job.run, job.fingerprint), job.layout.name
+        require_same_run(store, run, self.plan, self.references, name)
         plan_schema, subjects_schema = (
-            with_marks(schema, job.fingerprint, job.run, synthetic=False) for schema in (PLAN_SCHEMA, SUBJECTS_SCHEMA)
+            with_marks(schema, job.fingerprint, job.run, synthetic=False)
+            for schema in (PLAN_SCHEMA, self.references.schema.remove_metadata())
         )
+        written = 0
+        if name and shard_mark(store, job.references_key) != job.fingerprint:
+            # Before the plan: a part whose plan is there can be finished without the inputs that it was made of.
+            store.put(job.references_key, encode_references(self.references, subjects_schema))
+            written += 1
         try:
-            written = write_plan(store, self.plan, job.layout, plan_schema)
+            written += write_plan(store, self.rows or self.plan, job.layout, plan_schema)
         except FileExistsError:
             raise InputError(f"{store.url}: another run has just begun there; give another output") from None
-        if shard_mark(store, SUBJECTS_KEY) != job.fingerprint:
-            store.put(SUBJECTS_KEY, encode_references(self.references, subjects_schema))
+        if job.fingerprint not in references_marks(store, job.references_key):
+            store.put(job.references_key, encode_references(self.references, subjects_schema))
             written += 1
         # Where a server lets both of two conditional puts win, one of the two runs finds the other's mark here.
-        require_same_run(store, run, self.plan, self.references)
+        require_same_run(store, run, self.plan, self.references, name)
         return written
 
 
@@ -228,15 +251,54 @@ def prepare(
             "engine": engine,
             "engine_options": begun.get("engine_options", COMPILED.as_document()),
         }
-    run = begin_or_resume_dataset(store, identity, plan, references)
+    part = _part(settings, checked, identity, references)
+    run = part.run
     threads = None if gpu else settings.cpus_per_worker or _threads_there(store) or threads or _torch_threads()
     job = GenerationJob(
-        store.url, run.fingerprint, dict(run.document), Layout(len(plan), checked.shard_size), settings.models,
+        store.url, run.fingerprint, dict(run.document), part.layout, settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
         settings.exact, compiled_code=settings.compiled_code,
         limits=settings.limits,
+        references_key=references_key(part.layout.name, run.fingerprint),
     )  # fmt: skip
-    return Prepared(job, plan, references, checked.free_shard_size)
+    return Prepared(job, plan, references, checked.free_shard_size, part.rows, part.resumes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a run makes of a dataset: all of it, or what is added to it."""
+
+    run: Run
+    layout: Layout
+    rows: Rows
+    resumes: bool = False
+
+
+def _part(settings: GenerateSettings, checked: Checked, identity: dict[str, Any], references: pa.Table) -> _Part:
+    """Return what is to be made now: the whole plan, an earlier run that was interrupted, or the rows that are new."""
+    store, plan, there = checked.store, checked.plan, checked.there
+    recorded = last_run(store, there) if settings.extend else None
+    if recorded is None:
+        run = begin_or_resume_dataset(store, identity, plan, references)
+        return _Part(run, Layout(len(plan), checked.shard_size), plan)
+    require_extendable(store, there.manifest, recorded.document, identity, plan, references)
+    if there.begun and (resumable := part_of_plan(store, there.begun[0])):
+        run, layout = resumable
+        if run.fingerprint in references_marks(store, references_key(layout.name, run.fingerprint)):
+            logger.info("%s: rows that were begun earlier are made first", store.url)
+            return _Part(run, layout, plan, resumes=True)
+    if there.manifest is None:
+        # Not even the plan of the first run is whole: only its own inputs can complete it.
+        return _Part(
+            begin_or_resume_dataset(store, identity, plan, references), Layout(len(plan), checked.shard_size), plan
+        )
+    rows = NewRows(plan, SampleIds(planned_ids(store, (part.name for part in there.manifest.parts))))
+    document = {**identity, "plan": rows.digest()}
+    run, name = Run(document, fingerprint_of(document)), there.begun[0] if there.begun else there.next_name
+    if there.begun and run.fingerprint != recorded.fingerprint:
+        raise InputError(f"{store.url}: other rows were begun and their plan is not whole; finish them with the subjects "
+                         f"and prompts they were begun with, or remove plan/part-{name}-*")  # fmt: skip
+    return _Part(run, Layout(len(rows), checked.shard_size, name), rows)
 
 
 def run_identity(

@@ -8,8 +8,8 @@ from typing import Literal
 import pyarrow as pa
 from PIL import Image
 
+from facediffuser.dataset.consent import subjects_schema
 from facediffuser.dataset.inputs import Subject
-from facediffuser.dataset.schema import SUBJECTS_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.faces import crop_square, face_crop_box
 from facediffuser.pictures import open_picture
@@ -25,7 +25,7 @@ LONGEST_SIDE = 512
 def prepare_references(
     store: Store, subjects: Sequence[Subject], scorers, crop: ReferenceCrop, margin: float
 ) -> pa.Table:
-    """Return the subjects' references as a table of SUBJECTS_SCHEMA.
+    """Return the subjects' references as a table of SUBJECTS_SCHEMA, with their terms where they have any.
 
     `crop` "face": the square around the picture's first (largest) face, `margin` times its longer side wider on each
     side; "whole": the picture. Identity is measured on the picture before cropping. `scorers.identity` finds and embeds
@@ -33,7 +33,7 @@ def prepare_references(
     """
     rows = [_row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references]
     logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))
-    return pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=subjects_schema(subjects))
 
 
 def _row(store: Store, subject: Subject, key: str, scorers, crop: ReferenceCrop, margin: float) -> dict:
@@ -57,4 +57,5 @@ def _row(store: Store, subject: Subject, key: str, scorers, crop: ReferenceCrop,
         "face_box": list(face.box),
         "face_prob": face.prob,
         "identity": found.vectors[0].tolist(),
+        **dict(subject.terms),
     }

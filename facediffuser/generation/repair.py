@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.added_columns import ADDED_PREFIX
-from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, object_entry, read_sound_manifest
-from facediffuser.dataset.plan import encode_part, find_sample, read_shard_rows
+from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, Part, find_row, object_entry, read_sound_manifest
+from facediffuser.dataset.plan import encode_groups, encode_part, read_shard_rows
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def job_of_dataset(
     store: Store,
-    manifest: Manifest,
+    manifest: Part,
     models: str | None,
     scorers: str | None,
     gpu: bool,
@@ -41,7 +41,8 @@ def job_of_dataset(
     Another provenance here than the shards' is one warning in the log: the last bits of images may depend on it.
 
     Args:
-        store, manifest: the dataset.
+        store: the dataset.
+        manifest: its manifest, or one of the manifest's parts.
         models, scorers: where they are now; None: where they were then.
         gpu: whether workers have a GPU.
         workers: how many; None: one per GPU, or 1.
@@ -87,9 +88,12 @@ def _naming_option(option: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Damage:
-    """What `verify` found, sorted by what can be done about it; `others`: nothing but by the user's hand."""
+    """What `verify` found, sorted by what can be done about it; `others`: nothing but by the user's hand.
 
-    shards: list[int]
+    `shards`: (number of the part, number of the shard in it).
+    """
+
+    shards: list[tuple[int, int]]
     plan_parts: list[str]
     foreign: list[str]
     references: bool
@@ -100,23 +104,29 @@ class Damage:
 
 def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Damage:
     """Return the damage; InputError for what cannot be made again from the dataset itself."""
-    layout = manifest.layout
     for problem in problems:
+        if problem.key == MANIFEST_KEY and manifest.retracting:
+            raise InputError(f"{store.url}/{problem}")
         if problem.key == MANIFEST_KEY:
             raise InputError(f"{store.url}/{problem}; remove it and let `generate`, with its options, write it again")
     keys = {problem.key for problem in problems}
-    parts = [key for part in range(layout.parts) if (key := layout.part_key(part)) in keys]
+    layouts = [part.layout for part in manifest.parts]
+    parts = [key for layout in layouts for key in layout.part_keys() if key in keys]
+
+    def plan_of(part: int, shard: int) -> str:
+        return layouts[part].part_key(layouts[part].row_group(shard)[0])
+
     of_plan = ("its plan cannot be read", "its rows are not those planned")
     shards = sorted({
-        problem.shard for problem in problems
+        (problem.part, problem.shard) for problem in problems
         if problem.shard is not None
-        and not (layout.part_key(problem.shard // layout.shards_per_part) in parts and problem.what.startswith(of_plan))
+        and not (plan_of(problem.part, problem.shard) in parts and problem.what.startswith(of_plan))
     })  # fmt: skip
-    for shard in shards:
-        key = layout.part_key(shard // layout.shards_per_part)
+    for part, shard in shards:
+        key = plan_of(part, shard)
         if key in parts:
             raise InputError(
-                f"{store.url}: {key} and {layout.shard_key(shard)} are both damaged; remove both and run `generate` "
+                f"{store.url}: {key} and {layouts[part].shard_key(shard)} are both damaged; remove both and run `generate` "
                 "again with its options"
             )
     if SUBJECTS_KEY in keys and shards:
@@ -140,13 +150,18 @@ def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Da
 
 def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:
     """Put a part of the plan again, made of its shards' columns; return whether it is the manifest's, else put none."""
-    layout = manifest.layout
-    part = next(number for number in range(layout.parts) if layout.part_key(number) == key)
-    first = part * layout.shards_per_part
-    shards = range(first, min(first + layout.shards_per_part, layout.shards))
-    rows = pa.concat_tables([read_columns(store, layout.shard_key(shard), PLAN_SCHEMA.names) for shard in shards])
-    marked = with_marks(PLAN_SCHEMA, manifest.fingerprint, manifest.run, False)
-    data = encode_part(rows.cast(PLAN_SCHEMA).combine_chunks(), layout, marked)
+    run, layout, number = next(
+        (part, part.layout, number)
+        for part in manifest.parts
+        for number, own in enumerate(part.layout.part_keys())
+        if own == key
+    )
+    groups = [read_columns(store, layout.shard_key(n), PLAN_SCHEMA.names) for n in layout.shards_of_part(number)]
+    marked = with_marks(PLAN_SCHEMA, run.fingerprint, run.run, False)
+    if layout.kept:
+        data = encode_groups(groups, marked)
+    else:
+        data = encode_part(pa.concat_tables(groups).cast(PLAN_SCHEMA).combine_chunks(), layout, marked)
     if object_entry(key, data) not in manifest.objects:
         return False
     store.put(key, data)
@@ -186,11 +201,8 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
 
     store = open_store(settings.dataset)
     manifest = read_sound_manifest(store)
-    job = job_of_dataset(store, manifest, settings.models, settings.scorers, gpu)
-    found = find_sample(store, job.layout, settings.sample_id)
-    if found is None:
-        raise InputError(f"{store.url}: no row {settings.sample_id!r}; look in column sample_id of its plan")
-    shard, place = found
+    part, shard, place = find_row(store, manifest, settings.sample_id)
+    job = job_of_dataset(store, part, settings.models, settings.scorers, gpu)
     planned = read_shard_rows(store, job.layout, shard, job.fingerprint)
     names = ["sample_id", *(field.name for field in RESULT_FIELDS)]
     table = read_columns(store, job.layout.shard_key(shard), names)

@@ -78,6 +78,7 @@ class ShardGenerator:
             with_subjects=job.settings["method"] != "tdm",
             references=references,
             negative_prompt=job.settings.get("negative_prompt", ""),
+            references_key=job.references_key,
         )
 
     def __call__(self, shard: int) -> dict[str, Any]:

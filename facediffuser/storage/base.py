@@ -3,7 +3,7 @@
 import builtins
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,15 @@ class ObjectInfo:
     key: str
     size: int
     version: str = ""
+
+
+@dataclass(frozen=True)
+class OldVersion:
+    """A version of an object that a bucket keeps after it was replaced or deleted; `read` returns its bytes."""
+
+    key: str
+    version: str
+    read: Callable[[], bytes]
 
 
 class Store(ABC):
@@ -88,6 +97,23 @@ class Store(ABC):
         Args:
             key: its key.
         """
+
+    def copy_from(self, source: "Store", source_key: str, key: str) -> bytes | None:
+        """Copy an object of another store to `key` whole; return its bytes, None where the server copied it by itself."""
+        data = source.get(source_key)
+        self.put(key, data)
+        return data
+
+    def delete_leftovers(self) -> int:
+        """Remove what writes that were interrupted left behind; return how many. To be called when nobody writes."""
+        return 0
+
+    def old_versions(self) -> "builtins.list[OldVersion] | None":
+        """Return the versions of objects that the store keeps although they were replaced or deleted.
+
+        None where the store cannot tell.
+        """
+        return []
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:

@@ -104,6 +104,12 @@ class LocalStore(Store):
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
+    def delete_leftovers(self) -> int:
+        found = list(self.root.rglob(f".*{TEMPORARY_SUFFIX}"))
+        for path in found:
+            path.unlink(missing_ok=True)
+        return len(found)
+
     def download(self, key: str, path: Path) -> None:
         with self.open(key) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)

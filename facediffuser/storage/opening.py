@@ -18,7 +18,7 @@ def open_store(url: str | Path) -> Store:
     """Return the store of a URL; nothing is contacted, read or created yet.
 
     Args:
-        url: a local folder (path or file://) or s3://bucket/prefix.
+        url: a local folder (path or file://), or s3://, gs:// or az://bucket/prefix.
 
     Raises:
         InputError: it is none of these.
@@ -34,6 +34,15 @@ def open_store(url: str | Path) -> Store:
         from facediffuser.storage.s3 import S3Store
 
         return S3Store(bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
+    if scheme in ("gs", "az"):
+        bucket, _, prefix = text[len(f"{scheme}://") :].partition("/")
+        if "@" in bucket or has_credentials(text):
+            raise InputError(f"a {scheme}:// URL cannot carry credentials; the environment holds them")
+        if not bucket:
+            raise InputError(f"{text}: no bucket named; give {scheme}://bucket/prefix")
+        from facediffuser.storage.cloud import CloudStore
+
+        return CloudStore(scheme, bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
     if scheme == "file":
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
@@ -63,7 +72,7 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return a local file or folder with the contents of a URL.
 
     Args:
-        url: a local path, returned as it is, or an s3:// URL, downloaded once; a source that changed is downloaded again.
+        url: a local path, returned as it is, or a bucket's URL, downloaded once; a source that changed is downloaded again.
         cache_dir: where downloads go (default `$XDG_CACHE_HOME/facediffuser` or `~/.cache/facediffuser`).
 
     Raises:
@@ -74,11 +83,12 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
         if not store.root.exists():
             raise InputError(f"{url}: no such file or folder; check the path")
         return store.root
+    from facediffuser.storage.cloud import CloudStore
     from facediffuser.storage.s3 import S3Store
 
-    assert isinstance(store, S3Store)  # there is no third kind
+    assert isinstance(store, S3Store | CloudStore)  # there is no fourth kind
     store.require_readable()
-    bucket = S3Store(store.bucket)
+    bucket = store.whole()
     inside = [info for info in bucket.list(store.prefix) if _is_at(info.key, store.prefix)]
     if not inside:
         raise InputError(f"{url}: nothing there; check the bucket and the prefix")

@@ -7,16 +7,18 @@ what a server answered is shown by its error code only.
 
 import builtins
 import errno
+import functools
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
 from facediffuser.errors import InputError, UnreachableError
-from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, OldVersion, StorageError, Store, safe_key
+from facediffuser.storage.ranges import RangedObject
 
 _REQUEST_TIMEOUT_S = 60
 # With the waits between them about a minute of an outage is waited out; then the run ends and can be resumed.
@@ -122,6 +124,33 @@ class S3Store(Store):
         with self._translated_errors(key):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
+    def copy_from(self, source: Store, source_key: str, key: str) -> bytes | None:
+        if not isinstance(source, S3Store):
+            return super().copy_from(source, source_key, key)
+        place = {"Bucket": source.bucket, "Key": source._key(source_key)}
+        with self._translated_errors(key):
+            self._client.copy_object(Bucket=self.bucket, Key=self._key(key), CopySource=place)
+        return None
+
+    def old_versions(self) -> builtins.list[OldVersion] | None:
+        base = f"{self.prefix}/" if self.prefix else ""
+        found = []
+        try:
+            with self._translated_errors(""):
+                pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=base)
+                for page in pages:
+                    for item in page.get("Versions", ()):
+                        if not item["IsLatest"]:
+                            read = functools.partial(self._get_version, item["Key"], item["VersionId"])
+                            found.append(OldVersion(item["Key"][len(base) :], item["VersionId"], read))
+        except StorageError:
+            return None  # a server without versions
+        return found
+
+    def _get_version(self, name: str, version: str) -> bytes:
+        with self._translated_errors(name):
+            return self._client.get_object(Bucket=self.bucket, Key=name, VersionId=version)["Body"].read()
+
     def download(self, key: str, path: Path) -> None:
         with self._translated_errors(key):
             self._client.download_file(self.bucket, self._key(key), str(path))
@@ -136,7 +165,7 @@ class S3Store(Store):
             except FileExistsError:  # the precondition: the object is no longer the one that was opened
                 raise StorageError(f"{self.url_of(key)}: replaced while it was read; run again") from None
 
-        return io.BufferedReader(_RangedObject(head["ContentLength"], read), buffer_bytes)
+        return io.BufferedReader(RangedObject(head["ContentLength"], read), buffer_bytes)
 
     def require_readable(self) -> None:
         # Listing, not HeadBucket: only an answer with a body tells a wrong key from a missing bucket.
@@ -150,6 +179,10 @@ class S3Store(Store):
 
     def require_replaceable(self, key: str) -> None:
         """Raise nothing: in a bucket no folder stands in a key's place."""
+
+    def whole(self) -> "S3Store":
+        """Return the store of the whole bucket."""
+        return S3Store(self.bucket)
 
     def child(self, prefix: str) -> "S3Store":
         return S3Store(self.bucket, self._key(prefix.strip("/")))
@@ -240,36 +273,6 @@ class S3Store(Store):
         if status is None:
             return StorageError(f"{url}: {self._endpoint} did not answer as it should ({code})")
         return StorageError(f"{url}: S3 answered {status} ({code})")
-
-
-class _RangedObject(io.RawIOBase):
-    """An object as a raw file: each read is one request for a range of its bytes."""
-
-    def __init__(self, size: int, read: Callable[[int, int], bytes]):
-        self._size, self._read, self._position = size, read, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
-            return 0
-        data = self._read(self._position, end)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):

@@ -75,6 +75,10 @@ def cases(root: Path) -> dict[str, tuple[list[str], str]]:
         "copies": (["copies", str(root / "people")], "no data/*.parquet there"),
         "repair": (["repair", nowhere], "no such folder"),
         "retry-failed": (["retry-failed", str(root / "photos")], "manifest.json"),
+        "merge": (["merge", str(root / "photos"), str(root / "people"), *out], "manifest.json"),
+        "retract": (["retract", nowhere, "--subject", "ada"], "no such folder"),
+        "export": (["export", str(root / "photos"), "--to", "lmdb", *out], "manifest.json"),
+        "publish": (["publish", str(root / "photos"), "hf://datasets/org"], "give hf://datasets/ORG/NAME"),
         "miniature claim": (["miniature", "claim", "--models", nowhere, *out], "no such folder"),
     }  # fmt: skip
 

@@ -28,6 +28,10 @@ NEEDED = {
     "miniature render": "--count 1 --output o",
     **dict.fromkeys(("score", "copies", "verify", "repair", "retry-failed", "card"), "url"),
     "remake": "a~b~0 --dataset d",
+    "merge": "one two --output o",
+    "retract": "url --subject s",
+    "export": "url --to lmdb --output o",
+    "publish": "one hf://datasets/a/b",
 }
 SPECIAL = {
     ("generate", "benchmark"): ("--models m --subjects s --output o", "pairs-20"),
@@ -37,6 +41,8 @@ SPECIAL = {
     ("generate", "merged"): (NEEDED["generate"] + " --encoder-every 2", True),
     ("generate", "max_cost"): (NEEDED["generate"] + " --gpu-hour-price 2", 9.0),
     ("miniature claim", "fusion_end"): ("", 12),
+    ("merge", "urls"): ("--output o", ["one", "two"]),
+    ("publish", "places"): ("", ["one", "hf://datasets/a/b"]),
     **{(name, "device"): (NEEDED[name], "cuda:1") for name in ("evaluate", "score", "copies", "explain")},
     **{(name, "fusion_end"): (NEEDED[name], 40) for name in ("generate", "evaluate", "explain")},
 }

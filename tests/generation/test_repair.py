@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from facediffuser.cards.dataset_card import write_card
-from facediffuser.dataset.manifest import build_manifest, object_entries, read_manifest, shard_entry
+from facediffuser.dataset.manifest import build_manifest, build_part, object_entries, read_manifest, shard_entry
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.shards import encode_shard, finished_shards
@@ -29,9 +29,10 @@ def finish(store, job) -> None:
     entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in sorted(infos)]
     marks = [infos[shard].marks.computed_with for shard in sorted(infos)]
     places = {"models": job.models, "scorers": job.scorers}
-    objects = object_entries(store, job.layout)
+    objects = object_entries(store, [*job.layout.part_keys(), SUBJECTS_KEY])
     write_card(store)
-    seal(store, build_manifest(job.fingerprint, job.run, job.layout, entries, objects, places, marks))
+    part = build_part(job.fingerprint, job.run, job.layout, entries, places, marks)
+    seal(store, build_manifest([part], objects))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from world import PROMPTS, save_prompts
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.image_files import encode_image
-from facediffuser.dataset.manifest import build_manifest, object_entries, shard_entry, write_manifest
+from facediffuser.dataset.manifest import build_manifest, build_part, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import DATASET_SCHEMA, DIGITAL_SOURCE_TYPE, PROVENANCE_KEY
 from facediffuser.dataset.shards import finished_shards
@@ -284,6 +284,12 @@ def test_a_shard_of_another_run_or_cut_short_is_not_taken_for_finished(made, wor
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
+def manifest_of(store, job, entries):
+    """Return the manifest of a dataset with these shards."""
+    part = build_part(job.fingerprint, job.run, job.layout, entries)
+    return build_manifest([part], object_entries(store, [*job.layout.part_keys(), "subjects.parquet"]))
+
+
 @pytest.fixture
 def finished(made, tmp_path):
     """A copy of the finished dataset with its manifest."""
@@ -296,7 +302,8 @@ def finished(made, tmp_path):
     infos = finished_shards(store, job.layout, job.fingerprint)
     entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in sorted(infos)]
     write_manifest(
-        store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
+        store,
+        manifest_of(store, job, entries),
     )
     return job, store
 
@@ -346,7 +353,8 @@ def test_verify_finds_rows_that_are_not_those_planned(finished):
     store.delete(job.layout.stats_key(0))
     entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in range(4)]
     write_manifest(
-        store, build_manifest(job.fingerprint, job.run, job.layout, entries, object_entries(store, job.layout))
+        store,
+        manifest_of(store, job, entries),
     )
     assert verify(store.url) == [f"{job.layout.shard_key(0)}: its rows are not those planned"]
 

@@ -1,0 +1,223 @@
+"""Finished datasets joined as one: shards and plans are copied as they are, references and added columns are put together."""
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
+from facediffuser.cards.dataset_card import write_card
+from facediffuser.curation.curation_settings import MergeSettings
+from facediffuser.dataset.added_columns import ADDED_PREFIX, KEY, read_added_columns, write_added_columns
+from facediffuser.dataset.extension import SampleIds, add_references, part_name, planned_ids, read_references, standing
+from facediffuser.dataset.manifest import (
+    MANIFEST_KEY,
+    Manifest,
+    ObjectEntry,
+    Part,
+    build_manifest,
+    object_entry,
+    read_sound_manifest,
+)
+from facediffuser.dataset.references import encode_references
+from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
+from facediffuser.dataset.seal import seal
+from facediffuser.errors import InputError
+from facediffuser.runs import canonical_json, fingerprint_of
+from facediffuser.storage import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+MARK_KEY = "stats/merge.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that is merged, and the names that its parts have in the result."""
+
+    store: Store
+    manifest: Manifest
+    names: tuple[str, ...]
+
+    def renamed(self) -> list[tuple[Part, Part]]:
+        """Return each part as it is here and as it is in the result."""
+        return [(part, _renamed(part, name)) for part, name in zip(self.manifest.parts, self.names, strict=True)]
+
+    def copies(self) -> list[Unit]:
+        """Return the objects that are copied: the key in the result, the rows, and (URL, key here, bytes, SHA-256)."""
+        units = []
+        listed = {entry.key: entry for entry in self.manifest.objects}
+        for part, new in self.renamed():
+            for key, entry in zip(
+                new.layout.part_keys(), [listed[key] for key in part.layout.part_keys()], strict=True
+            ):
+                units.append(Unit(key, 0, (self.store.url, entry.key, entry.bytes, entry.sha256)))
+            for one, two in zip(part.shards, new.shards, strict=True):
+                units.append(Unit(two.key, one.rows, (self.store.url, one.key, one.bytes, one.sha256)))
+        return units
+
+
+def _renamed(part: Part, name: str) -> Part:
+    # A certificate is of a dataset as it was made.
+    fields = {field: getattr(part, field) for field in Part.model_fields} | {"name": name, "certificate": None}
+    layout = Part(**fields).layout
+    shards = [entry.model_copy(update={"key": layout.shard_key(n)}) for n, entry in enumerate(part.shards)]
+    return Part(**fields | {"shards": shards})
+
+
+def open_sources(urls: Sequence[str]) -> list[Source]:
+    """Return the datasets to merge.
+
+    Raises:
+        InputError: one is not finished or damaged, is named twice, or has another schema than the first.
+    """
+    sources: list[Source] = []
+    number = 1
+    for url in urls:
+        store = open_store(url)
+        if store.url in [source.store.url for source in sources]:
+            raise InputError(f"{url}: named twice; name each dataset once")
+        manifest = read_sound_manifest(store)
+        if sources and manifest.schema_version != sources[0].manifest.schema_version:
+            raise InputError(f"{url}: has schema version {manifest.schema_version!r}, {sources[0].store.url} has "
+                             f"{sources[0].manifest.schema_version!r}; merge datasets of one version")  # fmt: skip
+        if standing(store).begun:
+            raise InputError(f"{url}: rows are being added to it; finish that with `facediffuser generate --extend`")
+        if manifest.certificate is not None:
+            logger.warning("%s: its certificate of fast mode stays there", url)
+        names = tuple(part_name(number + place) for place in range(len(manifest.parts)))
+        number += len(names)
+        sources.append(Source(store, manifest, names))
+    return sources
+
+
+def require_mergeable(sources: Sequence[Source]) -> None:
+    """Raise InputError for a sample id that two datasets have, and for one subject id of different people."""
+    known: list[tuple[Source, SampleIds]] = []
+    for source in sources:
+        ids = list(planned_ids(source.store, [part.name for part in source.manifest.parts]))
+        for other, there in known:
+            clash = there.contain(ids)
+            if clash.any():
+                raise InputError(f"{other.store.url} and {source.store.url}: both have the row {ids[int(clash.argmax())]!r}"
+                                 f" ({int(clash.sum())} rows in all); merge datasets of different rows")  # fmt: skip
+        known.append((source, SampleIds(ids)))
+    people: dict[str, tuple[Source, tuple]] = {}
+    for source in sources:
+        for name, looks in _looks(read_references(source.store)).items():
+            other, known_looks = people.setdefault(name, (source, looks))
+            if known_looks != looks:
+                raise InputError(f"{other.store.url} and {source.store.url}: subject {name!r} has other pictures or another "
+                                 "class word in each; generate one of them under another id")  # fmt: skip
+    merged_columns(sources)
+
+
+def _looks(references: pa.Table) -> dict[str, tuple]:
+    """What tells people apart: the class word and the pictures' digests of each subject."""
+    found: dict[str, list] = {}
+    for row in references.select(["subject_id", "class_word", "source_sha256"]).to_pylist():
+        found.setdefault(row["subject_id"], []).append((row["class_word"], row["source_sha256"]))
+    return {name: tuple(sorted(set(values))) for name, values in found.items()}
+
+
+def merged_columns(sources: Sequence[Source]) -> dict[str, pa.Table]:
+    """Return the added columns of all datasets together, by the name of their file; InputError where they do not fit."""
+    tables: dict[str, list[pa.Table]] = {}
+    for source in sources:
+        for url, table in read_added_columns(source.store).tables.items():
+            tables.setdefault(url.rsplit("/", 1)[1].removesuffix(".parquet"), []).append(table)
+    for name, found in tables.items():
+        for other in found[1:]:
+            if not other.schema.equals(found[0].schema, check_metadata=True):
+                raise InputError(f"{ADDED_PREFIX}{name}.parquet: was added by different scorers or has different columns in the "
+                                 "datasets; add it to all of them with one scorer")  # fmt: skip
+        if len(found) < len(sources):
+            logger.warning("%s%s.parquet: only %d of %d datasets have it; null for rows of the others", ADDED_PREFIX, name,
+                           len(found), len(sources))  # fmt: skip
+    return {name: pa.concat_tables(found).combine_chunks() for name, found in tables.items()}
+
+
+def merge_identity(sources: Sequence[Source]) -> dict[str, Any]:
+    """Return what decides the result: the datasets' manifests, in their order."""
+    return {"merge": [hashlib.sha256(source.store.get(MANIFEST_KEY)).hexdigest() for source in sources]}
+
+
+def require_output(store: Store, identity: dict[str, Any]) -> None:
+    """Raise InputError unless the output is empty or holds this very merge, finished or not."""
+    store.require_writable()
+    try:
+        there = json.loads(store.get(MARK_KEY))
+    except (FileNotFoundError, ValueError):
+        there = None
+        if present := store.list():
+            raise InputError(f"{store.url}: holds {present[0].key!r}; give an empty output") from None
+    if there is not None and there != {"fingerprint": fingerprint_of(identity)}:
+        raise InputError(f"{store.url}: holds a merge of other datasets, or of these before they changed; give an empty "
+                         "output")  # fmt: skip
+
+
+class CopyWorker:
+    """Copies one object after another to the output, in the store where it can."""
+
+    def __init__(self, output: str):
+        self.store = open_store(output)
+
+    def __call__(self, unit: Unit) -> Counts:
+        url, key, size, digest = unit.data
+        source = open_store(url)
+        data = self.store.copy_from(source, key, unit.key)
+        if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != digest):
+            self.store.delete(unit.key)
+            raise InputError(f"{source.url_of(key)}: is not as its manifest says; run `facediffuser repair {url}`")
+        return {"copied": 1, "rows": unit.rows}
+
+
+def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stage:
+    """Return the stage that merges datasets; its result is the manifest of the merged one.
+
+    Raises:
+        InputError: see `open_sources`, `require_mergeable`, `require_output`.
+    """
+    sources, store = open_sources(settings.urls), open_store(settings.output)
+    identity = merge_identity(sources)
+    require_output(store, identity)
+    if not store.exists(MARK_KEY):
+        require_mergeable(sources)
+        store.put(MARK_KEY, canonical_json({"fingerprint": fingerprint_of(identity)}).encode(), if_absent=True)
+    there = {info.key: info.size for info in store.list()}
+    every = [unit for source in sources for unit in source.copies()]
+    units = [unit for unit in every if there.get(unit.key) != unit.data[2]]
+    finish: Callable[[Results], Manifest] = functools.partial(_finish, sources, store)
+    return Stage(
+        "Merge", "images", identity, units, functools.partial(CopyWorker, settings.output), finish,
+        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool or WorkerPool(settings.workers),
+    )  # fmt: skip
+
+
+def _finish(sources: Sequence[Source], store: Store, results: Results) -> Manifest:
+    parts = [new for source in sources for _, new in source.renamed()]
+    references = functools.reduce(add_references, (read_references(source.store) for source in sources))
+    marked = with_marks(references.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)
+    subjects = encode_references(references, marked, [part.fingerprint for part in parts])
+    store.put(SUBJECTS_KEY, subjects)
+    written = []
+    for name, table in merged_columns(sources).items():
+        marks = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        scorers = {key.removeprefix("facediffuser_scorer_"): value for key, value in marks.items()}
+        assert KEY in table.column_names
+        written.append(write_added_columns(store, name, table, scorers))
+    plans = [
+        ObjectEntry(key=unit.key, bytes=unit.data[2], sha256=unit.data[3])
+        for source in sources
+        for unit in source.copies()
+        if unit.key.startswith("plan/")
+    ]
+    write_card(store)
+    retractions = [one for source in sources for one in source.manifest.retractions]
+    built = build_manifest(parts, [*plans, object_entry(SUBJECTS_KEY, subjects)], retractions)
+    return seal(store, built, written)

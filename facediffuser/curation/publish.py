@@ -1,0 +1,158 @@
+"""A finished dataset put on a hub of datasets: object by object as its manifest lists them, what is there already left out."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
+from facediffuser.curation.curation_settings import PublishSettings
+from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, ObjectEntry, ShardEntry, read_sound_manifest
+from facediffuser.dataset.seal import README_KEY
+from facediffuser.errors import InputError
+from facediffuser.storage import StorageError, open_store
+
+# Objects of one commit: few commits, and memory for about so many bytes.
+COMMIT_BYTES, COMMIT_OBJECTS = 512 << 20, 100
+_TARGET = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
+
+Listed = tuple[str, int, str]
+"""Key, bytes and SHA-256 of an object."""
+
+
+def repository_of(target: str) -> str:
+    """Return the `ORG/NAME` of an `hf://datasets/ORG/NAME` URL; InputError for others."""
+    match = _TARGET.fullmatch(target)
+    if match is None:
+        raise InputError(f"{target}: no place to publish to; give hf://datasets/ORG/NAME")
+    return match[1]
+
+
+def listed_objects(settings: PublishSettings) -> tuple[Manifest, list[Listed]]:
+    """Return a dataset's manifest and the objects it lists; InputError when it is not finished or has no digest."""
+    store = open_store(settings.dataset)
+    manifest = read_sound_manifest(store)
+    if not manifest.digest:
+        raise InputError(f"{store.url}: its manifest does not list everything; `facediffuser card` writes it anew")
+    entries: list[ShardEntry | ObjectEntry] = [*manifest.every_shard, *manifest.objects]
+    return manifest, [(entry.key, entry.bytes, entry.sha256) for entry in entries]
+
+
+def publish_stage(settings: PublishSettings, pool: WorkerPool | None = None) -> Stage:
+    """Return the stage that publishes a dataset; its result is the URL of its page.
+
+    The units are commits of some objects each; the manifest and the card are committed last. Objects that the hub has with the
+    same SHA-256 are left out, so the same command resumes. Objects of an earlier state that are listed no longer are removed.
+    """
+    manifest, objects = listed_objects(settings)
+    repository = repository_of(settings.target)
+    there = _objects_there(settings, repository)
+    missing = [one for one in objects if there.get(one[0]) != one[2] and one[0] != README_KEY]
+    units = [Unit(f"commit {number}", len(some), some) for number, some in enumerate(_commits(missing))]
+    gone = sorted(key for key in there if key not in {one[0] for one in objects} and key.startswith(_OURS))
+    finish: Callable[[Results], str] = functools.partial(_finish, settings, repository, gone)
+    finished = len(objects) - sum(unit.rows for unit in units)
+    return Stage(
+        "Publish", "objects", {"publish": manifest.digest, "to": repository}, units,
+        functools.partial(CommitWorker, settings, repository), finish, finished, pool or WorkerPool(1),
+    )  # fmt: skip
+
+
+_OURS = ("data/", "plan/", "scores/", "card/", "subjects.parquet")
+
+
+def _commits(objects: Sequence[Listed]) -> Iterator[list[Listed]]:
+    some: list[Listed] = []
+    for one in objects:
+        if some and (len(some) == COMMIT_OBJECTS or sum(size for _, size, _ in some) + one[1] > COMMIT_BYTES):
+            yield some
+            some = []
+        some.append(one)
+    if some:
+        yield some
+
+
+def _hub() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what the hub's client raises in the block into one line without a token."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403, 404):
+            raise InputError(f"{what}: the hub answered {status}; log in (`hf auth login`), and check the name and your rights "
+                             "there") from None  # fmt: skip
+        raise StorageError(f"{what}: the hub answered {status}; run the same command again") from None
+    except httpx.HTTPError as error:
+        raise StorageError(
+            f"{what}: the hub cannot be reached ({type(error).__name__}); run the same command again"
+        ) from None
+
+
+def _objects_there(settings: PublishSettings, repository: str) -> dict[str, str]:
+    """Make the repository unless it is there; return the SHA-256, or the Git digest, of each of its files."""
+    api = _hub()
+    with hub_errors(settings.target):
+        api.create_repo(repository, repo_type="dataset", private=settings.private, exist_ok=True)
+        found = {}
+        for entry in api.list_repo_tree(repository, repo_type="dataset", recursive=True):
+            if hasattr(entry, "blob_id"):
+                found[entry.path] = entry.lfs.sha256 if entry.lfs else f"git {entry.blob_id}"
+    small = {key: value for key, value in found.items() if value.startswith("git ")}
+    store = open_store(settings.dataset)
+    for key, value in small.items():  # small files have no SHA-256 there: compared by Git's own digest
+        try:
+            data = store.get(key)
+        except (FileNotFoundError, InputError):
+            continue
+        if value == "git " + hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest():
+            found[key] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+class CommitWorker:
+    """Puts the objects of one commit after another on the hub."""
+
+    def __init__(self, settings: PublishSettings, repository: str):
+        self.settings, self.repository = settings, repository
+        self.store = open_store(settings.dataset)
+
+    def __call__(self, unit: Unit) -> Counts:
+        files = {}
+        for key, _, digest in unit.data:
+            data = self.store.get(key)
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise InputError(f"{self.store.url_of(key)}: is not as its manifest says; run `facediffuser repair`")
+            files[key] = data
+        commit(self.settings, self.repository, files, f"Add {len(files)} objects")
+        return {"objects": len(files), "bytes": sum(map(len, files.values()))}
+
+
+def commit(
+    settings: PublishSettings, repository: str, files: dict[str, bytes], message: str, gone: Sequence[str] = ()
+) -> None:
+    """Put files on the hub, and remove others, with one commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations: list[Any] = [CommitOperationAdd(key, data) for key, data in files.items()]
+    operations += [CommitOperationDelete(key) for key in gone]
+    with hub_errors(settings.target):
+        _hub().create_commit(repository, operations, commit_message=message, repo_type="dataset")
+
+
+def _finish(settings: PublishSettings, repository: str, gone: Sequence[str], results: Results) -> str:
+    store = open_store(settings.dataset)
+    files = {README_KEY: store.get(README_KEY), MANIFEST_KEY: store.get(MANIFEST_KEY)}
+    commit(settings, repository, files, "Card and manifest", gone)
+    return f"{_hub().endpoint}/datasets/{repository}"

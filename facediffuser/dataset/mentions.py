@@ -1,0 +1,305 @@
+"""Mentions of a subject in a dataset: in every row, footer, statistic, picture, text and name of every object."""
+
+import base64
+import html
+import io
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.errors import InputError
+from facediffuser.storage import Store
+from facediffuser.storage.base import OldVersion
+
+READERS = 4
+# Texts that a user wrote: a subject's id may be a word of them.
+FREE_TEXT = ("prompt", "category", "class_word")
+_DATA_URL = re.compile(rb"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
+_WORD = r"[\w.\-]"
+
+
+def subjects_of_sample(sample_id: str) -> list[str]:
+    """Return the ids of the subjects that a row shows by its `sample_id`."""
+    return sample_id.partition("~")[0].split("+")
+
+
+def names_subject(text: str, subject: str) -> bool:
+    """Return whether a value is a subject's id, or the sample id or the file name of one of its images."""
+    return text == subject or ("~" in text and subject in subjects_of_sample(text))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for: a subject's id by itself, not as a part of a longer name."""
+
+    subject: str
+
+    def in_text(self, text: str) -> bool:
+        """Return whether the id stands in a text, also written as JSON, XML or HTML would write it."""
+        forms = {self.subject, html.escape(self.subject), json.dumps(self.subject)[1:-1]}
+        return any(
+            re.search(rf"(?<!{_WORD}){re.escape(form)}(?!\w|[.\-]\w)", text) is not None
+            for form in forms
+            if form in text
+        )
+
+    def in_bytes(self, data: bytes) -> bool:
+        """Return whether the id stands in bytes, whatever lies around it."""
+        forms = (self.subject, json.dumps(self.subject)[1:-1], html.escape(self.subject))
+        if not any(form.encode() in data for form in forms):
+            return False
+        return self.in_text(data.decode("utf-8", errors="replace"))
+
+    def in_value(self, value: Any, free: bool = False) -> bool:
+        """Return whether a value of a column, or a part of it, names the subject; `free`: as a word of a text."""
+        if isinstance(value, str):
+            return names_subject(value, self.subject) or (free and self.in_text(value))
+        if isinstance(value, bytes):
+            return self.in_bytes(text_of_picture(value))
+        if isinstance(value, dict):
+            return any(self.in_value(one, free) for one in value.values())
+        if isinstance(value, list):
+            return any(self.in_value(one, free) for one in value)
+        return False
+
+
+def text_of_picture(data: bytes) -> bytes:
+    """Return what a PNG, JPEG or WebP file holds beside its pixels; all of another file."""
+    try:
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return b"\n".join(body for kind, body in _png_chunks(data) if kind != b"IDAT")
+        if data.startswith(b"\xff\xd8"):
+            return data[: data.rindex(b"\xff\xda")] if b"\xff\xda" in data else data
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return b"\n".join(body for kind, body in _riff_chunks(data) if kind[:3] != b"VP8" and kind != b"ALPH")
+    except (struct.error, ValueError):
+        pass
+    return data
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 8
+    while at + 8 <= len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        yield data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        at += size + 12
+    yield b"tail", data[at:]
+
+
+def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 12
+    while at + 8 <= len(data):
+        (size,) = struct.unpack("<I", data[at + 4 : at + 8])
+        yield data[at : at + 4], data[at + 8 : at + 8 + size]
+        at += 8 + size + size % 2
+    yield b"tail", data[at:]
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def text_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns that can name a subject: those with text in them, pictures and free text left out."""
+    return [field.name for field in schema if field.name not in (*FREE_TEXT, "image") and _holds_text(field.type)]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _holds_text(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_text(kind.field(place).type) for place in range(kind.num_fields))
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def without_mentions(value: Any, subject: str) -> Any:
+    """Return a value with null for every text in it that names a subject.
+
+    A struct with such a text (a face of the person, the likeness to one of their images) keeps its texts, numbers and
+    lists of others only: all of its other fields are null, too.
+    """
+    if isinstance(value, str):
+        return None if names_subject(value, subject) else value
+    if isinstance(value, list):
+        return [without_mentions(one, subject) for one in value]
+    if isinstance(value, dict):
+        if any(isinstance(one, str) and names_subject(one, subject) for one in value.values()):
+            return dict.fromkeys(value)
+        return {name: without_mentions(one, subject) for name, one in value.items()}
+    return value
+
+
+def mentioned(column: pa.ChunkedArray, subject: str) -> bool:
+    """Return whether a column names a subject."""
+    search = Search(subject)
+    if pa.types.is_string(column.type):
+        found = pc.match_substring(column, subject)
+        if not pc.any(found).as_py():
+            return False
+        column = column.filter(pc.fill_null(found, False))
+    return any(search.in_value(value) for value in column.to_pylist())
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Absence:
+    """What looking for a subject found: a line for each mention, notes, and how much was read."""
+
+    mentions: list[str]
+    notes: list[str]
+    objects: int
+    bytes: int
+
+
+def find_mentions(store: Store, subject: str) -> Absence:
+    """Look for a subject in every byte of a dataset, and in the old versions of its objects that a bucket keeps.
+
+    Parquet is read column by column, with its statistics, page index and footer, so that compression hides nothing;
+    pictures by all that they hold beside their pixels. Raises InputError when there is nothing at the URL.
+    """
+    store.require_readable()
+    infos = store.list()
+    if not infos:
+        raise InputError(f"{store.url}: nothing there; check the URL")
+    search = Search(subject)
+    words = _is_a_word(store, search)
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda info: list(mentions_in(info.key, store.get(info.key), search, words)), infos))
+    mentions = [line for lines in found for line in lines]
+    notes = []
+    if words:
+        notes.append(f"{subject!r} is a word of the prompts, too: README.md, card/ and the prompts' own texts were not "
+                     "searched for it")  # fmt: skip
+    versions = store.old_versions()
+    if versions is None:
+        notes.append(f"{store.url}: the server does not say whether it keeps old versions of objects")
+    for version in versions or ():
+        mentions += [f"{line} (old version {version.version})" for line in _in_version(version, search, words)]
+    return Absence(mentions, notes, len(infos) + len(versions or ()), sum(info.size for info in infos))
+
+
+def _in_version(version: OldVersion, search: Search, words: bool) -> list[str]:
+    return list(mentions_in(version.key, version.read(), search, words))
+
+
+def _is_a_word(store: Store, search: Search) -> bool:
+    """Whether prompts, categories or class words hold the id as one of their words."""
+    keys = [info.key for info in store.list("plan/") if info.key.endswith(".parquet")]
+    keys += [SUBJECTS_KEY] if store.exists(SUBJECTS_KEY) else []
+    for key in keys:
+        try:
+            with store.open(key) as source, pq.ParquetFile(source) as file:
+                names = [name for name in FREE_TEXT if name in file.schema_arrow.names]
+                for batch in file.iter_batches(columns=names):
+                    for column in batch.columns:
+                        if any(text and search.in_text(text) for text in pc.unique(column).to_pylist()):
+                            return True
+        except (pa.ArrowException, OSError):
+            continue
+    return False
+
+
+def mentions_in(key: str, data: bytes, search: Search, words: bool) -> Iterator[str]:
+    """Yield a line for each kind of mention in one object; `words`: the id is a word of the prompts as well."""
+    if search.in_text(key.replace("/", " ")):
+        yield f"{key}: its name"
+    if key.endswith(".parquet"):
+        try:
+            yield from (f"{key}: {what}" for what in _in_parquet(data, search, words))
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            if search.in_bytes(data):
+                yield f"{key}: not whole Parquet, and holds the id"
+    elif key.endswith((".json", ".md", ".html")):
+        if not words and search.in_bytes(html.unescape(data.decode("utf-8", errors="replace")).encode()):
+            yield f"{key}: its text"
+        if any(search.in_bytes(text_of_picture(picture)) for picture in _embedded(data)):
+            yield f"{key}: a picture in it"
+    elif search.in_bytes(text_of_picture(data)):
+        yield f"{key}: its content"
+
+
+def _embedded(data: bytes) -> Iterator[bytes]:
+    for match in _DATA_URL.finditer(data):
+        try:
+            yield base64.b64decode(match[1])
+        except ValueError:
+            continue
+
+
+def _in_parquet(data: bytes, search: Search, words: bool) -> Iterator[str]:
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+        end = 4
+        for group in range(metadata.num_row_groups):
+            for place in range(metadata.row_group(group).num_columns):
+                chunk = metadata.row_group(group).column(place)
+                start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+                end = max(end, start + chunk.total_compressed_size)
+                free = chunk.path_in_schema.split(".")[0] in FREE_TEXT
+                if chunk.is_stats_set and chunk.statistics.has_min_max and not free:
+                    for value in (chunk.statistics.min, chunk.statistics.max):
+                        if search.in_value(value):
+                            yield f"statistics of column {chunk.path_in_schema} in row group {group}"
+        for name, value in (schema.metadata or {}).items():
+            if search.in_text(name.decode(errors="replace")) or _in_document(value, search):
+                yield f"footer, {name.decode(errors='replace')}"
+        if not words and search.in_bytes(data[end : len(data) - metadata.serialized_size - 8]):
+            yield "page index"
+        found: dict[str, int] = {}
+        for group in range(metadata.num_row_groups):
+            table = file.read_row_group(group)
+            for name in table.column_names:
+                if name in FREE_TEXT and words:
+                    continue
+                count = sum(_rows_naming(table[name], search, name in FREE_TEXT))
+                if count:
+                    found[name] = found.get(name, 0) + count
+        for name, count in found.items():
+            yield f"{count} rows of column {name}"
+
+
+def _rows_naming(column: pa.ChunkedArray, search: Search, free: bool) -> Iterable[bool]:
+    if not _holds_text(column.type) and not _holds_bytes(column.type):
+        return ()
+    return (search.in_value(value, free) for value in column.to_pylist())
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
+    if pa.types.is_list(kind):
+        return _holds_bytes(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _in_document(value: bytes, search: Search) -> bool:
+    """Whether a value of a footer, JSON or text, names the subject in one of its strings or names."""
+    try:
+        leaves: Sequence[str] = list(_strings(json.loads(value)))
+    except ValueError:
+        return search.in_bytes(value)
+    return any(names_subject(text, search.subject) for text in leaves)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield name
+            yield from _strings(one)

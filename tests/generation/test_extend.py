@@ -1,0 +1,199 @@
+"""`generate --extend`: rows are added to a finished dataset; those that are there keep ids, seeds and bytes."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from world import PROMPTS, save_prompts
+
+from facediffuser.dataset.extension import NewRows, SampleIds
+from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.verify import verify
+from facediffuser.errors import InputError
+from facediffuser.generation.generate_check import check_generate
+from facediffuser.generation.job import prepare
+from facediffuser.storage import open_store
+from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.local_driver import LocalDriver
+
+MORE = [*PROMPTS, {"prompt": "{subject} at night", "prompt_id": "night"}]
+
+
+def generate(settings) -> int:
+    """Run the stages of the flow in this process; return how often a plan was made."""
+    rounds = 0
+    while True:
+        rounds += 1
+        prepared = plan_dataset.fn(settings, LocalDriver())
+        generate_shards.fn(prepared.job, driver=LocalDriver())
+        finish_dataset.fn(prepared.job)
+        if not prepared.resumes:
+            return rounds
+
+
+def contents(url, prefix="") -> dict[str, bytes]:
+    store = open_store(url)
+    return {info.key: store.get(info.key) for info in store.list(prefix)}
+
+
+def rows(url) -> dict[str, dict]:
+    table = pq.read_table(f"{url}/data").to_pylist()
+    found = {row["sample_id"]: row for row in table}
+    assert len(found) == len(table)
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    """A finished dataset of two subjects, two prompts and one image of each."""
+    root = tmp_path_factory.mktemp("extend")
+    prompts = save_prompts(root / "prompts.jsonl", PROMPTS[:2])
+    generate(world.settings(root / "dataset", prompts=str(prompts), images_per_prompt=1, extend=True))
+    return root
+
+
+@pytest.fixture
+def dataset(small, tmp_path):
+    shutil.copytree(small / "dataset", tmp_path / "dataset")
+    return tmp_path / "dataset"
+
+
+@pytest.fixture
+def grown(world, dataset, tmp_path):
+    """Settings with one more prompt and two images of each."""
+    prompts = save_prompts(tmp_path / "more.jsonl", [*PROMPTS[:2], MORE[-1]])
+    return world.settings(dataset, prompts=str(prompts), images_per_prompt=2, extend=True)
+
+
+def test_a_dataset_grows_and_what_was_there_stays_byte_for_byte(world, dataset, grown, tmp_path):
+    before, data = rows(dataset), contents(dataset, "data/")
+    assert generate(grown) == 1
+    after = rows(dataset)
+    assert len(before) == 4 and len(after) == 12
+    assert {name: after[name] for name in before} == before
+    assert {key: value for key, value in contents(dataset, "data/").items() if key in data} == data
+    assert verify(str(dataset)) == []
+    manifest = read_manifest(open_store(dataset))
+    assert [part.name for part in manifest.parts] == ["", "p0002"] and manifest.counts.rows == 12
+    assert len({part.fingerprint for part in manifest.parts}) == 2
+    # A third person, a third time; seeds and ids are those of the whole made at once.
+    people = tmp_path / "people"
+    shutil.copytree(world.subjects, people)
+    shutil.copytree(people / "bob", people / "cyd")
+    third = grown.model_copy(update={"subjects": str(people)})
+    generate(third)
+    assert len(rows(dataset)) == 18 and verify(str(dataset)) == []
+    whole = prepare(third.model_copy(update={"output": str(tmp_path / "whole"), "extend": False}))
+    planned = {row["sample_id"]: row["seed"] for table in whole.plan.tables(100) for row in table.to_pylist()}
+    assert {name: row["seed"] for name, row in rows(dataset).items()} == planned
+    assert set(pq.read_table(dataset / "subjects.parquet")["subject_id"].to_pylist()) == {"ada", "bob", "cyd"}
+
+
+def test_repeated_it_adds_nothing(dataset, grown):
+    generate(grown)
+    before = contents(dataset)
+    generate(grown)
+    assert contents(dataset) == before
+    # The command that made the first part finds it finished, and keeps the other.
+    first = grown.model_copy(
+        update={"prompts": str(dataset.parent / "first.jsonl"), "images_per_prompt": 1, "extend": False}
+    )
+    save_prompts(dataset.parent / "first.jsonl", PROMPTS[:2])
+    generate(first)
+    assert contents(dataset) == before
+
+
+def test_an_interrupted_extension_is_finished_first_with_other_inputs_by_then(world, dataset, grown, tmp_path):
+    prepared = plan_dataset.fn(grown, LocalDriver())
+    generator = prepared.job
+    from facediffuser.generation.shard_generator import ShardGenerator
+
+    ShardGenerator(generator)(0)
+    assert any("is not finished; run `facediffuser generate --extend`" in line for line in verify(str(dataset)))
+    prompts = save_prompts(tmp_path / "still-more.jsonl", [*PROMPTS[:2], MORE[-1], MORE[2]])
+    assert generate(grown.model_copy(update={"prompts": str(prompts)})) == 2
+    assert len(rows(dataset)) == 16 and verify(str(dataset)) == []
+    assert not open_store(dataset).list("stats/subjects-")
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, grown, monkeypatch):
+    from facediffuser.storage.local import LocalStore
+
+    put, at = LocalStore.put, {"left": -1}
+
+    def counted(self, *given, **options):
+        if at["left"] == 0:
+            raise Killed
+        at["left"] -= 1
+        return put(self, *given, **options)
+
+    monkeypatch.setattr(LocalStore, "put", counted)
+    shutil.copytree(dataset, dataset.parent / "undisturbed")
+    generate(grown.model_copy(update={"output": str(dataset.parent / "undisturbed")}))
+    expected = contents(dataset.parent / "undisturbed")
+    writes = 0
+    for number in range(100):
+        at["left"] = 2 * number + 1
+        try:
+            generate(grown)
+            break
+        except Killed:
+            writes += 1
+    at["left"] = -1
+    assert writes >= 3
+    named = {
+        key: data
+        for key, data in contents(dataset).items()
+        if not key.startswith(("stats/", "README", "card/", "manifest"))
+    }
+    assert named == {key: expected[key] for key in named} and verify(str(dataset)) == []
+
+
+def test_other_settings_another_text_and_another_person_are_refused(world, dataset, grown, tmp_path):
+    for other, said in (({"seed": 1}, "seed 0 there, 1 here"), ({"steps": 4}, "steps 3 there, 4 here"),
+                        ({"image_format": "jpeg"}, "image_format")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            check_generate(grown.model_copy(update=other))
+    changed = [{"prompt": "{subject} writing a book", "prompt_id": "book", "category": "action"}]
+    with pytest.raises(InputError, match="prompt book is .*reading.* there, .*writing"):
+        check_generate(grown.model_copy(update={"prompts": str(save_prompts(tmp_path / "changed.jsonl", changed))}))
+    people = tmp_path / "people"
+    shutil.copytree(world.subjects, people)
+    (people / "bob" / "1.webp").write_bytes((people / "bob" / "1.webp").read_bytes() + b"\0")
+    with pytest.raises(InputError, match="reference pictures differ: bob/1.webp with another content"):
+        prepare(grown.model_copy(update={"subjects": str(people)}))
+    (people / "subjects.csv").write_text("subject_id,class_word\nada,girl\n")
+    with pytest.raises(InputError, match="class word of ada: woman there, girl here"):
+        check_generate(grown.model_copy(update={"subjects": str(people)}))
+    with pytest.raises(InputError, match="holds another run"):
+        check_generate(grown.model_copy(update={"extend": False}))
+
+
+def test_new_rows_are_those_of_the_plan_that_are_not_known(world, tmp_path):
+    plan = check_generate(world.settings(tmp_path / "out")).plan
+    ids = [row["sample_id"] for table in plan.tables(5) for row in table.to_pylist()]
+    new = NewRows(plan, SampleIds(ids[::2]))
+    tables = list(new.tables(4))
+    assert [name for table in tables for name in table["sample_id"].to_pylist()] == ids[1::2]
+    assert [table.num_rows for table in tables] == [4, 2] and len(new) == 6
+    assert len(NewRows(plan, SampleIds(ids))) == 0 and len(NewRows(plan, SampleIds())) == len(ids)
+
+
+def test_a_lost_manifest_is_written_again_with_all_parts(dataset, grown):
+    generate(grown)
+    before = contents(dataset)
+    (dataset / "manifest.json").unlink()
+    generate(grown)
+    after = contents(dataset)
+    documents = [json.loads(one["manifest.json"]) for one in (before, after)]
+    for document in documents:
+        for part in (document, *document["more_parts"]):
+            part.pop("made_from", None)
+        document.pop("digest")
+    assert documents[0] == documents[1]
+    assert verify(str(dataset)) == []
