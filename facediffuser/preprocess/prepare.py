@@ -131,7 +131,7 @@ class PartPreparer:
     def _read_files(self, record: Record) -> Files:
         files = {}
         for key in record.files:
-            # A key without its file is told by `_check` as this picture's rejection. Anything else is the storage's
+            # A key without its file is reported by `_check` as this picture's rejection. Anything else is the storage's
             # failure: credentials that ran out on the way must stop the run, not reject all that is left.
             try:
                 safe_key(key)
