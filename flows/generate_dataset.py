@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.rendering import render
+from facediffuser.dataset.certificate import sample_size
 from facediffuser.dataset.manifest import MANIFEST_KEY
 from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.tables import markdown
@@ -108,4 +109,5 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "fingerprint": job.fingerprint,
         "examples": examples,
+        **({"rows_of_certificate": sample_size(job.layout.rows)} if job.exact_settings else {}),
     }

@@ -120,7 +120,10 @@ def _parts_begun(manifest: Manifest, keys: Iterable[str]) -> list[str]:
 def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -> Iterator[Problem]:
     for entry in manifest.objects:
         data, what = _read(store, entry)
-        if what:
+        if what and entry.key.startswith(CERTIFICATE_PREFIX):
+            way_out = "let" if what == "missing" else "remove it and let"
+            yield Problem(entry.key, f"{what}; {way_out} `generate`, with its options, make it again")
+        elif what:
             yield Problem(entry.key, what)
         elif entry.key.startswith(CERTIFICATE_PREFIX):
             yield from (Problem(entry.key, problem) for problem in _certificate(store, manifest, entry.key, data))
