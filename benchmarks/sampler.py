@@ -23,8 +23,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
 from benchmarks.engines import EXACT, Bench, attention_table
 from benchmarks.engines import ways as engine_ways
-from benchmarks.training import Size, modules
 from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.rehearsal.random_models import Size, modules
 from facediffuser.window import default_fusion_window
 
 

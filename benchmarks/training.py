@@ -13,9 +13,7 @@ v1-5 and CLIP ViT-L/14 with random weights at 512 px, on the GPU if there is one
 
 import argparse
 import gc
-import io
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -23,132 +21,17 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.miniature.render import render_set
-from facediffuser.pictures import stored_picture
-from facediffuser.preprocess.parts import encode_part
-from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
-from facediffuser.shipped import base_folder
+from facediffuser.rehearsal.random_data import write_prepared
+from facediffuser.rehearsal.random_models import Size, write_base
 from facediffuser.training.loop import TrainingRun
 from facediffuser.training.throughput import Throughput
 from facediffuser.training.train_settings import TrainSettings
 from facediffuser.training.worker_context import Worker
 
 WARM_UP, SLOTS = 2, 4
-RENDERED_PX = 128
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a base model; the defaults are those of Stable Diffusion v1-5 and CLIP ViT-L/14."""
-
-    unet: tuple[int, ...] = (320, 640, 1280, 1280)
-    vae: tuple[int, ...] = (128, 256, 512, 512)
-    text: tuple[int, int, int] = (768, 12, 12)
-    """Width, layers, heads."""
-    vision: tuple[int, int, int] = (1024, 24, 16)
-    reference_px: int = 224
-    patch_px: int = 14
-    groups: int = 32
-    blocks: int = 2
-    heads: int = 8
-
-
-def modules(size: Size) -> dict[str, nn.Module]:
-    """Return a base model of random weights, by part."""
-    levels = len(size.unet)
-    width, layers, heads = size.text
-    seen, seen_layers, seen_heads = size.vision
-    end = 49407
-    text = CLIPTextConfig(
-        vocab_size=end + 1, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=77, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=seen, intermediate_size=4 * seen, num_hidden_layers=seen_layers, num_attention_heads=seen_heads,
-        image_size=size.reference_px, patch_size=size.patch_px, projection_dim=width,
-    )  # fmt: skip
-    return {
-        "unet": UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=size.unet, layers_per_block=size.blocks,
-            norm_num_groups=size.groups, attention_head_dim=size.heads, cross_attention_dim=width,
-            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        ),
-        "vae": AutoencoderKL(
-            block_out_channels=size.vae, layers_per_block=size.blocks, latent_channels=4, norm_num_groups=size.groups,
-            down_block_types=("DownEncoderBlock2D",) * len(size.vae), up_block_types=("UpDecoderBlock2D",) * len(size.vae),
-            sample_size=512,
-        ),
-        "text_encoder": CLIPTextModel(text),
-        "image_encoder": CLIPVisionModelWithProjection(vision),
-    }  # fmt: skip
-
-
-def write_base(folder: Path, size: Size) -> Path:
-    """Write a base model of random weights with the miniature's tokenizer; return its folder."""
-    torch.manual_seed(0)
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.38.0"}
-    for name, part in modules(size).items():
-        part.save_pretrained(folder / name)
-        index[name] = ["diffusers" if name in ("unet", "vae") else "transformers", type(part).__name__]
-    PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True,
-        set_alpha_to_one=False,
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
-    (folder / "tokenizer").mkdir()
-    for path in (base_folder() / "tokenizer").iterdir():
-        (folder / "tokenizer" / path.name).write_bytes(path.read_bytes())
-    index |= {"scheduler": ["diffusers", "PNDMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def write_prepared(folder: Path, count: int, side: int) -> Path:
-    """Write renderings of `side` px as prepared Parquet, without the search for faces; return its folder."""
-    render_set(count, 0, folder / "photos", min(side, RENDERED_PX))
-    rows = [_row(path, side) for path in sorted((folder / "photos").glob("[0-9]*/*.json"))]
-    (folder / "data" / "train").mkdir(parents=True)
-    part = folder / "data" / "train" / "part-00000.parquet"
-    part.write_bytes(encode_part(rows, PREPARED_SCHEMA, "benchmark"))
-    files = {"train/part-00000.parquet": {"bytes": part.stat().st_size}}
-    (folder / "data" / "manifest.json").write_text(json.dumps({"files": files}))
-    return folder / "data"
-
-
-def _row(path: Path, side: int) -> dict:
-    content, picture = (
-        json.loads(path.read_text()),
-        stored_picture(next(path.parent.glob(f"{path.stem}.[jp][pn]g")).read_bytes(), path.stem),
-    )
-    factor = side // picture.width
-    ids = np.kron(np.load(path.with_suffix(".npy")).astype(np.uint8), np.ones((factor, factor), np.uint8))
-    jpeg, png = io.BytesIO(), io.BytesIO()
-    picture.resize((side, side), Image.Resampling.BICUBIC).convert("RGB").save(jpeg, format="JPEG", quality=95)
-    Image.fromarray(ids).save(png, format="PNG")
-    subjects, faces = [], []
-    for segment in content["segments"]:
-        ys, xs = np.nonzero(ids == segment["id"])
-        box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
-        head = [box[0], box[1], box[2], box[1] + box[2] - box[0]]
-        start = content["caption"].rfind(" ", 0, segment["end"]) + 1
-        subjects.append(
-            {"phrase": content["caption"][start : segment["end"]], "start": start, "end": segment["end"],
-             "segment_id": segment["id"], "box": box, "face_index": len(faces)}
-        )  # fmt: skip
-        faces.append({"box": head, "prob": 1.0, "landmarks": [[0.0, 0.0]] * 5, "crop_box": head, "crop_turn": 0.0})
-    return {
-        "image_id": path.stem, "image": {"bytes": jpeg.getvalue(), "path": f"{path.stem}.jpg"},
-        "image_sha256": path.stem, "width": side, "height": side, "caption": content["caption"], "faces": faces,
-        "subjects": subjects, "segmentation": png.getvalue(), "split": "train", "identity": None, "licence": None,
-        "author": None, "source": "rendered",
-    }  # fmt: skip
 
 
 # --- the ways to compare ----------------------------------------------------------------------------------------------

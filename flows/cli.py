@@ -68,6 +68,7 @@ app = App(
 )
 ORDER: tuple[Callable[..., Any], ...] = (
     commands.demo,
+    commands.rehearse,
     commands.preprocess,
     commands.train,
     commands.assemble,

@@ -32,6 +32,7 @@ from facediffuser.flows.flow_settings import (
 from facediffuser.flows.terminal import warnings_held_back
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.rehearsal.rehearse_settings import RehearseSettings
 from facediffuser.settings import Dataset
 from facediffuser.storage.output import output_folder
 from facediffuser.training.train_settings import TrainSettings
@@ -111,6 +112,23 @@ def train(settings: Annotated[TrainSettings, FIELDS]) -> None:
 
     for result in flow(settings).values():
         _print_fields(result)
+
+
+def rehearse(settings: Annotated[RehearseSettings, FIELDS]) -> None:
+    """Try every stage for a moment at its real size, with random weights, and print what the real run would take here.
+
+    ```
+    facediffuser rehearse --output out/rehearsal --gpu-hour-price 2.5
+    facediffuser rehearse --output out/rehearsal --size miniature --steps 12
+    ```
+    """
+    with _starting("Rehearsing the %s size in %s", settings.size, settings.output):
+        from facediffuser.rehearsal.rehearse_check import check_rehearse
+
+        check_rehearse(settings)
+    from facediffuser.flows.rehearse import rehearse as flow
+
+    print(flow(settings)["table"])
 
 
 def assemble(settings: Annotated[AssembleSettings, FIELDS]) -> None:

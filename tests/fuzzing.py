@@ -37,6 +37,7 @@ COMMANDS = every_command()
 # The work behind each command, done only after its input was accepted: here it is not done at all.
 WORK = {
     "demo": "facediffuser.flows.demo.demo",
+    "rehearse": "facediffuser.flows.rehearse.rehearse",
     "preprocess": "facediffuser.flows.preprocess_ffhq.preprocess_ffhq",
     "train": "facediffuser.flows.train.train",
     "generate": "facediffuser.flows.generate_dataset.generate_dataset",
@@ -184,6 +185,7 @@ def options(command: str) -> st.SearchStrategy[dict[str, str]]:
 # What of the world a command reads.
 READS = {
     "demo": [],
+    "rehearse": [],
     "preprocess": ["photos"],
     "train": ["prepared", "run"],
     "assemble": ["run"],
@@ -269,6 +271,7 @@ def _placed(root: Path, value: str) -> str:
 
 BASE: dict[str, dict[str, str]] = {
     "demo": {"output": "out"},
+    "rehearse": {"output": "out"},
     "preprocess": {"source": "photos", "output": "out", "captioner": "none", "segmenter": "none", "matcher": "none"},
     "train": {"role": "tdm", "data": "prepared", "base": "miniature", "output": "run", "resume": "true"},
     "assemble": {"base": "miniature", "tdm": "run", "sdm": "run", "output": "out"},

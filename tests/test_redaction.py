@@ -105,6 +105,7 @@ COMMANDS = {
     "assemble": ["--base", "--tdm", "--sdm", "--output"],
     "convert": ["--base", "--image-encoder", "--tdm", "--sdm", "--output"],
     "demo": ["--output"],
+    "rehearse": ["--output"],
     "verify": [""],
     "card": [""],
     "score": [""],

@@ -369,7 +369,7 @@ def _compiled_code(job: GenerationJob, pipeline) -> CompiledCode | None:
     if not pipeline.engine.compiles:
         return None
     configs = {name: dict(part.config) for name in ("unet", "unet_text", "vae") if (part := getattr(pipeline, name))}
-    shape = {name: job.settings[name] for name in ("batch_size", "height", "width", "dtype")}
+    shape = {name: job.settings[name] for name in ("batch_size", "height", "width", "dtype")} | job.means.as_document()
     key = code_key(pipeline.engine, torch.device(job.device), configs, shape)
     return CompiledCode(open_store(job.compiled_code or default_cache() / "compiled"), key)
 

@@ -178,7 +178,8 @@ class Batches:
         masked = bool(torch.rand(()) < self.recipe.masked_loss) and not plain
         moments = pixels = None
         if self.moments is not None:
-            moments = torch.from_numpy(self.moments[row, int(flip)])
+            # Copied: the array may be mapped from a file that is read only.
+            moments = torch.from_numpy(np.array(self.moments[row, int(flip)]))
         else:
             pixels = pixels_of(self.records, row, self.recipe.resolution)
             pixels = pixels.flip(-1) if flip else pixels

@@ -1,9 +1,11 @@
 """Cache of the frozen encoders' outputs as Parquet: VAE latents of the pictures, text embeddings of the captions."""
 
+import fcntl
 import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from facediffuser.errors import InputError
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.storage import Store, open_store
+from facediffuser.storage.opening import default_cache
 from facediffuser.training.records import Records, square
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 PART_ROWS = 1024
 """Rows of a cache file: at most so many are lost when a run is killed while it fills the cache."""
 ENCODE_BATCH = 32
+HELD_BYTES = 256 * 2**20
+"""Arrays up to this size are held in memory; larger ones are mapped from a local file."""
 
 
 class CaptionEmbeddings:
@@ -101,18 +106,54 @@ def write_part(store: Store, name: str, rows: int, part: int, compute: Callable[
     logger.info("%s: part %d of %d written", store.url_of(name), part + 1, math.ceil(rows / PART_ROWS))
 
 
-def read_array(store: Store, name: str, rows: int) -> np.ndarray:
-    """Return an array that `write_missing_parts` completed, (rows, ...) float16."""
-    whole, start = np.empty((0,), np.float16), 0
-    for part in range(math.ceil(rows / PART_ROWS)):
+def read_array(store: Store, name: str, rows: int, folder: Path | None = None) -> np.ndarray:
+    """Return an array that `write_missing_parts` completed, (rows, ...) float16, not to be written to.
+
+    A large one is copied once to a local file and mapped: a row is read when it is asked for, what is read may be dropped
+    again, and all workers of a machine share it. So memory does not grow with the number of pictures.
+
+    Args:
+        store: the cache.
+        name: cache key of the array.
+        rows: its length.
+        folder: where local copies lie (default: `latents` in this machine's cache).
+    """
+    shape = _row_shape(store, name)
+    size = rows * math.prod(shape) * np.dtype(np.float16).itemsize
+    if size <= HELD_BYTES:
+        whole = np.empty((rows, *shape), np.float16)
+        _fill(whole, store, name)
+        return whole
+    folder = folder or default_cache() / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{rows}.npy"
+    # One process copies while its neighbours wait; the lock ends with the process that holds it.
+    with open(folder / f"{path.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            logger.info("%s: copying %.1f GB of %s to this machine", path, size / 1e9, store.url_of(name))
+            temporary = path.with_suffix(".unfinished")
+            whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(rows, *shape))
+            _fill(whole, store, name)
+            whole.flush()
+            del whole
+            temporary.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def _row_shape(store: Store, name: str) -> tuple[int, ...]:
+    with store.open(part_key(name, 0)) as file:
+        metadata = pq.read_schema(file).metadata
+    return tuple(int(side) for side in metadata[b"shape"].split(b","))
+
+
+def _fill(whole: np.ndarray, store: Store, name: str) -> None:
+    start = 0
+    for part in range(math.ceil(len(whole) / PART_ROWS)):
         table = pq.read_table(pa.BufferReader(store.get(part_key(name, part))))
-        if part == 0:
-            shape = tuple(int(side) for side in table.schema.metadata[b"shape"].split(b","))
-            whole = np.empty((rows, *shape), np.float16)
         for value in table["array"]:
             whole[start] = np.frombuffer(value.as_buffer(), np.float16).reshape(whole.shape[1:])
             start += 1
-    return whole
 
 
 def part_rows(part: int, rows: int) -> range:

@@ -54,7 +54,7 @@ class TrainSettings(_overrides(Recipe), Exact, Workers, Seeded, RunSettings):  #
     )
     precompute: bool = Field(
         True, description="compute latents and text embeddings once and keep them; off: anew in every step, for data "
-        "whose latents do not fit in memory"
+        "whose latents do not fit on the disk"
     )  # fmt: skip
     cache: str | None = Field(
         None, description="where latents and text embeddings are kept (default: beside the data, or in the output)"

@@ -71,6 +71,7 @@ def cases(root: Path) -> dict[str, tuple[list[str], str]]:
         "train output": (["train", "tdm", "--data", nowhere, "--base", "miniature", "--output", str(root / "full")],
                          "holds something else"),
         "demo": (["demo", "--output", str(root / "demo")], "holds another run (encoder_learning_rate None there, 5e-05 here"),
+        "rehearse": (["rehearse", "--output", str(root / "full")], "holds 'thesis.txt'; give a new or an empty output"),
         "score": (["score", str(root / "people")], "no data/*.parquet there"),
         "copies": (["copies", str(root / "people")], "no data/*.parquet there"),
         "repair": (["repair", nowhere], "no such folder"),

@@ -5,8 +5,9 @@ import argparse
 import torch
 
 from benchmarks import training as benchmark
+from facediffuser.rehearsal.random_models import Size, modules, write_base
 
-TINY = benchmark.Size(
+TINY = Size(
     unet=(8, 16),
     vae=(8, 8),
     text=(24, 1, 2),
@@ -21,7 +22,7 @@ TINY = benchmark.Size(
 
 def test_the_full_size_is_stable_diffusion_v1_5_and_clip_vit_l_14():
     with torch.device("meta"):
-        parts = benchmark.modules(benchmark.Size())
+        parts = modules(Size())
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     # As published for the two models.
     assert counts == {
@@ -30,7 +31,7 @@ def test_the_full_size_is_stable_diffusion_v1_5_and_clip_vit_l_14():
 
 
 def test_all_ways_train_a_base_of_that_layout_and_are_reported_in_a_table(settings, tmp_path):
-    base, data = benchmark.write_base(tmp_path / "base", TINY), benchmark.write_prepared(tmp_path, 6, 64)
+    base, data = write_base(tmp_path / "base", TINY), benchmark.write_prepared(tmp_path, 6, 64)
     chosen = settings("sdm", base=str(base), data=str(data), cache=None, steps=1000, localization=0.0)
     measured = benchmark.compare(chosen, steps=1, rounds=1, loaders=1, device="cpu")
     options = argparse.Namespace(role="sdm", full_size=True, device="cpu", threads=1, loaders=1)

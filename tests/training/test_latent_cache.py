@@ -90,6 +90,29 @@ def test_parts_that_are_there_are_kept_and_missing_ones_made(tmp_path, monkeypat
     assert np.array_equal(latent_cache.read_array(store, "rows", 10), _make(range(10)))
 
 
+def test_a_large_array_is_copied_once_and_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "PART_ROWS", 4)
+    monkeypatch.setattr(latent_cache, "HELD_BYTES", 8)
+    store = open_store(tmp_path / "store")
+    latent_cache.write_missing_parts(store, "rows", 10, _make)
+    found = latent_cache.read_array(store, "rows", 10, tmp_path / "local")
+    assert isinstance(found, np.memmap) and np.array_equal(found, _make(range(10)))
+    for part in range(1, 3):
+        store.delete(f"rows/part-{part:05d}.parquet")
+    assert np.array_equal(latent_cache.read_array(store, "rows", 10, tmp_path / "local"), _make(range(10)))
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 0
+
+
+def test_a_copy_that_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "HELD_BYTES", 8)
+    store = open_store(tmp_path / "store")
+    latent_cache.write_missing_parts(store, "rows", 3, _make)
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "rows-3.unfinished").write_bytes(b"half")
+    assert np.array_equal(latent_cache.read_array(store, "rows", 3, tmp_path / "local"), _make(range(3)))
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_make_each_part_once_between_them(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(latent_cache, "PART_ROWS", 4)

@@ -44,6 +44,25 @@ def test_a_compiled_unet_has_the_plain_loss_and_gradient(settings, tmp_path, mon
         assert other[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("role", ["tdm", "sdm"])
+def test_twenty_compiled_steps_have_the_losses_of_eager_ones(settings, tmp_path, role):
+    losses = {}
+    for compiled in (False, True):
+        told: list[dict[str, float]] = []
+        given = settings(
+            role, steps=20, batch_size=2, log_every=1, output=str(tmp_path / str(compiled)), compile=compiled
+        )
+        train_model(given, told.append)
+        losses[compiled] = [numbers["loss"] for numbers in told]
+    assert len(losses[True]) == 20
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    first, second = weights(tmp_path / "False"), weights(tmp_path / "True")
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=1e-4)
+
+
 def test_in_bfloat16_loss_and_gradient_are_near_and_the_weights_stay_float32(settings, tmp_path):
     plain, half = (first_step(settings, tmp_path, precision=precision) for precision in ("fp32", "bf16"))
     assert half["loss"] == pytest.approx(plain["loss"], rel=0.02) and half["loss"] != plain["loss"]

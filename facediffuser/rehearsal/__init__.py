@@ -1,0 +1,1 @@
+"""The rehearsal: every stage for a moment at its real size, with random weights, before money is spent."""
