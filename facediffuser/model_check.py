@@ -28,6 +28,9 @@ COMPONENTS = (*MODULES, "tokenizer", "scheduler")
 HEADER_LIMIT = 100_000_000
 """Bytes of a safetensors header, at most (the format's own limit)."""
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MOST = {"num_hidden_layers": 1000, "layers_per_block": 1000, "transformer_layers_per_block": 1000,
+        "num_train_timesteps": 100_000}  # fmt: skip
+"""What a configuration can ask for, at most: modules are made, on no memory, before their weights are looked at."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -82,7 +85,9 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def check_model_files(folder: str | Path, required: Iterable[str] = (), skip: Iterable[str] = ()) -> list[str]:
+def check_model_files(
+    folder: str | Path, required: Iterable[str] = (), skip: Iterable[str] = (), variant: str | None = None
+) -> list[str]:
     """Check the files of a model or base folder without torch, and return the names of its components.
 
     Configurations must be JSON of the right class, weights whole safetensors files (or a .bin file, which is not looked
@@ -92,6 +97,8 @@ def check_model_files(folder: str | Path, required: Iterable[str] = (), skip: It
         folder: local diffusers folder with model_index.json.
         required: components that must be there; others may be absent when model_index.json does not name them.
         skip: components that are not looked at.
+        variant: the word in the names of the weight files, as diffusers takes it; a component without such files is
+            looked at by its plain ones.
 
     Raises:
         InputError: one line that names the file.
@@ -105,12 +112,14 @@ def check_model_files(folder: str | Path, required: Iterable[str] = (), skip: It
     wanted = {*named, *required, "vae", "text_encoder", "tokenizer", "scheduler"}
     present = [name for name in COMPONENTS if name not in skip and (name in wanted or (folder / name).is_dir())]
     for name in present:
-        check_component_files(folder / name, name)
+        check_component_files(folder / name, name, variant)
+    if variant and not any(name in MODULES and has_variant(folder / name, variant) for name in present):
+        raise InputError(f"{folder}: no weight file of variant {variant!r} in it; leave the variant out")
     _check_fit(folder, present)
     return present
 
 
-def check_component_files(folder: Path, name: str) -> None:
+def check_component_files(folder: Path, name: str, variant: str | None = None) -> None:
     """Check the files of one component as `check_model_files` does; InputError names the file."""
     if not folder.is_dir():
         raise InputError(f"{folder}: the {name} is missing; give a whole model folder")
@@ -125,22 +134,35 @@ def check_component_files(folder: Path, name: str) -> None:
         raise InputError(
             f"{path}: holds a model of type {config.get('model_type')}; the {name} must be a {MODEL_TYPES[name][0]}"
         )
+    for key, most in MOST.items():
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int) and value > most:
+                raise InputError(f"{path}: {key} {value}, at most {most} can be; copy it again")
     if name == "scheduler" and not isinstance(config.get("_class_name"), str):
         raise InputError(f"{path}: names no _class_name; give a diffusers scheduler")
     if name != "scheduler":
-        for weights in weight_files(folder, name):
+        for weights in weight_files(folder, name, variant):
             if weights.suffix == ".safetensors":
                 safetensors_header(weights)
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def has_variant(folder: Path, variant: str) -> bool:
+    """Return whether a component's folder holds weight files of a variant, such as `fp16`."""
+    return any(f".{variant}" in path.suffixes[:-1] for path in folder.iterdir())
+
+
+def weight_files(folder: Path, name: str, variant: str | None = None) -> list[Path]:
     """Return the weight files of a component: one safetensors file, those of its index, or one .bin file.
+
+    With `variant` they are those of that variant, where the folder holds any.
 
     Raises:
         InputError: there are none, or the index names one that is missing.
     """
     stem = WEIGHTS.get(name, DIFFUSERS_WEIGHTS)
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    mark = f".{variant}" if variant and has_variant(folder, variant) else ""
+    whole, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
     if whole.is_file():
         return [whole]
     if index.is_file():
@@ -152,13 +174,15 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             if not path.is_file():
                 raise InputError(f"{path}: missing; give a whole model folder")
         return paths
-    for other in ("pytorch_model.bin", f"{DIFFUSERS_WEIGHTS}.bin", "diffusion_model.bin"):
-        if (folder / other).is_file():
-            return [folder / other]
+    for other in ("pytorch_model", DIFFUSERS_WEIGHTS, "diffusion_model"):
+        if (folder / f"{other}{mark}.bin").is_file():
+            return [folder / f"{other}{mark}.bin"]
     raise InputError(f"{whole}: missing; give a whole model folder")
 
 
-def check_model_folder(folder: str | Path, required: Iterable[str] = (), skip: Iterable[str] = ()) -> None:
+def check_model_folder(
+    folder: str | Path, required: Iterable[str] = (), skip: Iterable[str] = (), variant: str | None = None
+) -> None:
     """Check a model or base folder whole: what `check_model_files` does, then shapes and values of all weights.
 
     Takes about as long as reading the weights once; they are mapped, not loaded.
@@ -167,28 +191,37 @@ def check_model_folder(folder: str | Path, required: Iterable[str] = (), skip: I
         folder: local diffusers folder.
         required: components that must be there.
         skip: components that are not looked at, because the caller has others in their place.
+        variant: the word in the names of the weight files, as diffusers takes it; a component without such files is
+            looked at by its plain ones.
 
     Raises:
         InputError: one line that names the file and, for weights, the tensor.
     """
     folder = Path(folder)
-    for name in check_model_files(folder, required, skip):
-        check_component(folder / name, name)
+    for name in check_model_files(folder, required, skip, variant):
+        check_component(folder / name, name, variant)
 
 
-def check_component(folder: Path, name: str) -> None:
+def check_component(folder: Path, name: str, variant: str | None = None) -> None:
     """Check one component's files, the names and shapes of its weights against its configuration, and their values.
 
     Raises:
         InputError: one line that names the file and, for weights, the tensor.
     """
-    check_component_files(folder, name)
+    check_component_files(folder, name, variant)
     if name == "tokenizer":
         _check_tokenizer(folder)
     elif name == "scheduler":
         _check_scheduler(folder / CONFIGS[name])
     else:
-        _check_weights(folder, name)
+        _check_weights(folder, name, variant)
+
+
+def require_finite(module, weights: Path) -> None:
+    """Raise InputError, naming the file of its weights, for a torch module with a value that is no finite number."""
+    for name, tensor in module.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{weights}: {name} holds values that are not finite numbers; copy it again")
 
 
 def canonical_name(name: str) -> str:
@@ -242,6 +275,11 @@ def _check_fit(folder: Path, present: list[str]) -> None:
                 f"{folder}/{name}/config.json: {key} {value}, the text_encoder's hidden_size is {width}; give parts of "
                 "one model"
             )
+    scale = configs.get("vae", {}).get("scaling_factor", 1.0)
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+        raise InputError(
+            f"{folder}/vae/config.json: scaling_factor {scale!r}; latents are divided by it: copy it again"
+        )
     channels = configs.get("vae", {}).get("latent_channels")
     for name in ("unet", "unet_text"):
         for key in ("in_channels", "out_channels"):
@@ -278,12 +316,17 @@ def _check_scheduler(path: Path) -> None:
         raise InputError(f"{path}: unknown scheduler class {config['_class_name']!r}; give a diffusers scheduler")
     try:
         scheduler: Any = kind  # diffusers counts as Any: to mypy this is any class
-        scheduler.from_config(config).set_timesteps(2)
+        made = scheduler.from_config(config)
+        made.set_timesteps(2)
+        levels = getattr(made, "alphas_cumprod", None)
+        usable = levels is None or bool(((levels >= 0) & (levels <= 1)).all())
     except Exception as error:
         raise InputError(f"{path}: cannot be used as a {kind.__name__} ({_reason(error)}); copy it again") from error
+    if not usable:
+        raise InputError(f"{path}: its noise levels are not between 0 and 1; check the betas")
 
 
-def _check_weights(folder: Path, name: str) -> None:
+def _check_weights(folder: Path, name: str, variant: str | None) -> None:
     """Compare a model's weights with its configuration, then look for values that are not finite."""
     import torch
 
@@ -293,7 +336,7 @@ def _check_weights(folder: Path, name: str) -> None:
         read_json(folder / "config.json").get("model_type") == "clip"
     )  # a whole CLIP model, of which this is a part
     missing = {key for key in wanted if key not in ignored}
-    for path in weight_files(folder, name):
+    for path in weight_files(folder, name, variant):
         for key, tensor in _tensors(path):
             plain = canonical_name(key)
             missing.discard(plain)

@@ -4,7 +4,8 @@ import hashlib
 import io
 import posixpath
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,12 +20,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # A picture's file is read whole: one of more bytes is no picture, but a way to fill the memory.
 MOST_FILE_BYTES = 1 << 30
+# Of several files read at once, together; decoded they may take ten times as much.
+MOST_BATCH_BYTES = 1 << 28
 MOST_MEGAPIXELS = 100.0
 SHOWN_NAMES = 5
 ORIENTATION_TAG = 0x0112
 # CLIP's own normalisation of RGB values in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Item = TypeVar("Item")
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,6 +84,19 @@ def left_out_line(names: Iterable[str]) -> str:
         f"{len(names):,} other file{'s' * (len(names) != 1)} left out: "
         f"{', '.join(shown)}{more} (pictures are named {' '.join(EXTENSIONS)})"
     )
+
+
+def batches_of_files(items: Sequence[Item], count: int, bytes_of: Callable[[Item], int]) -> list[list[Item]]:
+    """Return items that stand for files in batches: at most `count`, and at most MOST_BATCH_BYTES unless one has more."""
+    batches: list[list[Item]] = []
+    size = 0
+    for item in items:
+        if not batches or len(batches[-1]) == count or size + bytes_of(item) > MOST_BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(item)
+        size += bytes_of(item)
+    return batches
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

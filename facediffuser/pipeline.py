@@ -144,8 +144,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         folder = resolve_model(str(model), kwargs.pop("revision", None))
-        if kwargs.get("variant") is None:
-            check_model_folder(folder, skip=kwargs)
+        check_model_folder(folder, skip=kwargs, variant=kwargs.get("variant"))
         return super().from_pretrained(str(folder), **kwargs)
 
     @property

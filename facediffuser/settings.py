@@ -191,6 +191,7 @@ class Repeats(Settings):
     subject_sets: int | None = Field(
         None,
         ge=1,
+        le=10_000_000,
         description="how many sets of subjects a prompt is made with, chosen evenly (default: every set there is)",
     )
     shard_size: int | None = Field(

@@ -30,9 +30,11 @@ from facediffuser.flows import commands
 from facediffuser.flows.terminal import Verbosity, shown
 from facediffuser.json_log import FORMAT_VARIABLE
 from facediffuser.redaction import redacted
+from facediffuser.storage import LocalStore
 
 SHOWN = 200
 """Characters of a value that an error line repeats at most."""
+MOST_CONFIG_BYTES = 1 << 20
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_LIMIT = 3
@@ -222,15 +224,22 @@ class _ConfigFile:
         }
 
     def _read(self) -> dict[str, Any]:
+        reader = _READERS.get(self.path.suffix.lower())
+        if reader is None:
+            raise InputError(f"--config {self.path}: not a YAML or TOML file; name it .yaml, .yml or .toml")
         try:
-            text = self.path.read_text()
+            with LocalStore(self.path.parent).open(self.path.name) as file:
+                data = file.read(MOST_CONFIG_BYTES + 1)
+            text = data.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--config {self.path}: cannot be read ({error}); give a YAML or TOML file") from error
+        except InputError as error:
+            raise InputError(f"--config {error}") from None
+        if len(data) > MOST_CONFIG_BYTES:
+            raise InputError(f"--config {self.path}: file too large, at most {MOST_CONFIG_BYTES:,} bytes are read")
         try:
-            found = _READERS[self.path.suffix.lower()](text)
-        except KeyError:
-            raise InputError(f"--config {self.path}: not a YAML or TOML file; name it .yaml, .yml or .toml") from None
-        except ValueError as error:
+            found = reader(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--config {self.path}: {error}") from error
         if not isinstance(found, dict):
             raise InputError(f"--config {self.path}: holds no options; write a line `option: value` for each")
@@ -242,6 +251,9 @@ def _read_yaml(text: str) -> Any:
     import yaml
 
     try:
+        # A few hundred bytes of aliases of aliases stand for more values than the memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("holds an alias (*name); write the value out")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -28,7 +28,7 @@ from facediffuser.dataset.manifest import (
     shard_entry,
 )
 from facediffuser.dataset.other_run import require_same_run
-from facediffuser.dataset.plan import Layout, part_names
+from facediffuser.dataset.plan import MOST_SHARDS, Layout, part_names
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.references import encode_references, references_marks
 from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
@@ -111,7 +111,7 @@ def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver
     if job.layout.rows <= FEW_BATCHES * job.batch_size:
         return prepared
     rate = _rate(settings, prepared, driver)
-    rows = shard_size_for(rate, job.batch_size)
+    rows = max(shard_size_for(rate, job.batch_size), -(-job.layout.rows // MOST_SHARDS))
     logger.info("shards of %d images: %.2f s an image by %s", rows, rate.seconds_per_image, rate.source)
     return prepared.with_shard_size(rows)
 

@@ -20,6 +20,7 @@ from facediffuser.preprocess.parts import (
     earlier_splits,
     finished_parts,
     part_name,
+    require_parts_fit,
     run_identity,
     split_into_parts,
 )
@@ -66,6 +67,7 @@ def prepare_photographs(
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
     if listing.left_out:
         logger.warning("%s: %s", listing.url, left_out_line(listing.left_out))
+    require_parts_fit(listing.url, split_into_parts(listing.records, settings.part_size))
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)
     store.require_writable()

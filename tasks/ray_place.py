@@ -4,13 +4,18 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from facediffuser.errors import InputError, UnreachableError
+from facediffuser.storage import LocalStore
 
 ANSWER_S = 4.0
 # The path of a Unix socket has at most 107 bytes; Ray adds up to 68: /ray, the session's name, /sockets/plasma_store.
 LONGEST_FOLDER = 39
 SHORT_FOLDER = "/tmp"
+# Of Ray's servers, which all speak gRPC; Ray itself waits minutes for another one's answer.
+_SETTINGS = b"\x04"
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
 
 
@@ -33,24 +38,45 @@ def require_reachable(address: str) -> None:
             connection.settimeout(ANSWER_S)
             try:
                 connection.connect(place)
-                return
             except (OSError, OverflowError):
                 continue
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0") and not _speaks_grpc(connection):
+                raise InputError(f"RAY_ADDRESS {address}: something else than Ray answers there; correct it, or unset it "
+                                 "for a Ray of this machine")  # fmt: skip
+            return
     raise UnreachableError(
         f"RAY_ADDRESS {address}: no cluster answers there; start it, correct it, or unset it for a Ray of this machine"
     )
 
 
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Return whether the other end greets as HTTP/2 servers do: its first frame is one of SETTINGS."""
+    try:
+        connection.sendall(_HTTP2_GREETING)
+        answer = b""
+        while len(answer) < 4 and (more := connection.recv(64)):
+            answer += more
+    except OSError:
+        return False
+    return answer[3:4] == _SETTINGS
+
+
 def session_folder(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return what RAY_TMPDIR must be for a Ray started here, None for Ray's own choice.
 
-    Ray takes TMPDIR; where that is too long for the paths of its sockets, /tmp is taken. Raises InputError naming the
-    variable when RAY_TMPDIR, which is Ray's own, is too long, or /tmp cannot be written.
+    Ray takes TMPDIR; where that is too long for the paths of its sockets, or cannot be written, /tmp is taken. Raises
+    InputError naming the variable when RAY_TMPDIR, which is Ray's own, is too long or cannot be written, or /tmp cannot.
     """
     own = environment.get("RAY_TMPDIR")
     name, folder = ("RAY_TMPDIR", own) if own else ("TMPDIR", environment.get("TMPDIR", ""))
     if len(os.fsencode(folder)) <= LONGEST_FOLDER:
-        return None
+        try:
+            LocalStore(Path(folder or SHORT_FOLDER)).require_writable()
+            return None
+        except InputError as error:
+            if own or folder == SHORT_FOLDER or not folder:
+                raise InputError(f"{name} {error}") from None
+            return SHORT_FOLDER
     if own or not os.access(SHORT_FOLDER, os.W_OK | os.X_OK):
         raise InputError(
             f"{name} {folder}: longer than {LONGEST_FOLDER} characters, too long for Ray's sockets; set RAY_TMPDIR to a "

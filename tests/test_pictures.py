@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from facediffuser.errors import InputError
 from facediffuser.pictures import (
     EXTENSIONS,
+    batches_of_files,
     is_picture_name,
     left_out_line,
     open_picture,
@@ -163,3 +164,10 @@ def test_pictures_are_opened_in_one_place_alone(tmp_path):
     assert found.returncode == 1 and found.stdout.count("PIL.Image.open") >= 2
     own = subprocess.run([*call, root / "facediffuser", root / "flows", root / "tasks", root / "tools"], text=True)
     assert own.returncode == 0
+
+
+def test_files_are_read_in_batches_of_a_bounded_size(monkeypatch):
+    monkeypatch.setattr("facediffuser.pictures.MOST_BATCH_BYTES", 10)
+    sizes = [4, 4, 4, 25, 1, 1, 1, 1]
+    assert batches_of_files(sizes, 3, lambda size: size) == [[4, 4], [4], [25], [1, 1, 1], [1]]
+    assert batches_of_files([], 3, lambda size: size) == []

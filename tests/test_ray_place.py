@@ -1,7 +1,9 @@
 """A cluster that does not answer, and a folder too long for Ray's sockets, are one line at once."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from facediffuser.errors import InputError
@@ -36,10 +38,29 @@ def test_a_credential_in_the_address_is_not_shown():
     assert "MARKED" not in str(error.value)
 
 
-def test_what_answers_and_auto_are_left_to_ray():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+def test_what_speaks_as_ray_does_and_auto_are_left_to_ray():
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    for form in ("127.0.0.1:{}", "ray://localhost:{}"):
+        require_reachable(form.format(port))
+    server.stop(0)
     require_reachable("auto")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b"\0\0"])
+def test_what_speaks_otherwise_is_no_cluster(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(serve)
+            with pytest.raises(InputError, match="something else than Ray answers there"):
+                require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_ray_is_not_started_for_a_dead_cluster(dead_port, monkeypatch):
@@ -50,6 +71,13 @@ def test_ray_is_not_started_for_a_dead_cluster(dead_port, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{dead_port}")
     with pytest.raises(InputError, match="no cluster answers there"):
         connect_ray()
+
+
+def test_a_folder_that_cannot_be_written_is_left_for_another_or_named():
+    for folder in ("/proc/x", "/dev/null", "/dev/null/x"):
+        assert session_folder({"TMPDIR": folder}) == "/tmp"
+    with pytest.raises(InputError, match="RAY_TMPDIR /proc/x: folder /proc cannot be written"):
+        session_folder({"RAY_TMPDIR": "/proc/x"})
 
 
 def test_a_folder_too_long_for_sockets_is_left_for_a_short_one_or_named():

@@ -209,6 +209,9 @@ def test_an_endpoint_with_a_secret_is_refused_and_not_shown(aws, endpoint):
         assert SECRET not in str(caught.value) and caught.value.__cause__ is None
 
 
+NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+
+
 @pytest.mark.parametrize(("variables", "config", "says"), [
     ({"AWS_PROFILE": "nobody"}, "", "profile is in none"),
     ({}, "[default\nregion = x", "cannot be parsed"),
@@ -219,12 +222,21 @@ def test_an_endpoint_with_a_secret_is_refused_and_not_shown(aws, endpoint):
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "[default]\ns3 =\n  addressing_style = odd", "configuration"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "[default]\nretry_mode = odd", "endpoint|configuration|reached"),
     ({"AWS_ENDPOINT_URL": "https://127.0.0.1:9", "AWS_CA_BUNDLE": "/no/such/file.pem"}, "", "AWS_CA_BUNDLE|reached"),
+    ({"AWS_ENDPOINT_URL": "http://["}, "", "endpoint is not a URL"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "", "configuration cannot be used"),
+    ({"AWS_DEFAULTS_MODE": "odd"}, "", "configuration cannot be used"),
+    ({}, "[default]\ns3 = odd", "configuration cannot be used .AttributeError"),
+    (NO_KEYS, "[default]\ncredential_process = echo no-json", "configuration cannot be used .JSONDecodeError"),
+    (NO_KEYS, "[default]\ncredential_process = /no/such/program", "configuration cannot be used .FileNotFoundError"),
+    (NO_KEYS, "[default]\nrole_arn = arn:x\nsource_profile = nobody", "configuration|credentials"),
+    (NO_KEYS, "[default]\nrole_arn = arn:x\nweb_identity_token_file = /no", "configuration cannot be used"),
+    ({**NO_KEYS, "AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://example.org/"}, "", "configuration cannot be used"),
 ])  # fmt: skip
 def test_a_configuration_that_cannot_be_used_is_one_line(aws, tmp_path, variables, config, says):
     (tmp_path / "config").write_text(config)
     aws.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name, value in variables.items():
-        aws.setenv(name, value)
+        aws.setenv(name, value) if value is not None else aws.delenv(name, raising=False)
     with pytest.raises(InputError, match=says) as caught:
         open_store("s3://bucket/x").require_readable()
     assert caught.value.__cause__ is None
@@ -380,11 +392,18 @@ def test_an_endpoint_that_goes_away_while_reading_is_said(aws, monkeypatch):
 
 @pytest.mark.parametrize("url", [
     "gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", "",
-    "s3://bucket/x?X-Amz-Signature=key:secret", "file://host/x", "file://host:1/x"])  # fmt: skip
+    "s3://bucket/x?X-Amz-Signature=key:secret", "file://host/x", "file://host:1/x",
+    "FILE://[", "file:///%00", "FILE:///a%00/b",
+    "s3:/bucket/x", "S3:/x", "file:/x", "file://", "file://localhost", "file://[::1]/x"])  # fmt: skip
 def test_urls_that_cannot_be_are_refused(url):
     with pytest.raises(InputError) as caught:
         open_store(url)
     assert "key:secret" not in str(caught.value)
+
+
+def test_a_file_url_names_the_folder_that_it_spells():
+    for url, path in (("file:///a%20b", "/a b"), ("FILE://localhost/a", "/a"), ("file:///run#2/x?y", "/run#2/x?y")):
+        assert open_store(url).url == path
 
 
 def test_a_file_in_the_way_of_the_output_is_reported(tmp_path):

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, certificate_lines, flag_lines, run_lines, summary
@@ -15,7 +13,7 @@ from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.certificate import dataset_certificate
 from facediffuser.dataset.consent import consent_facts
-from facediffuser.dataset.reading import open_parquet, readable_parquet, recorded_run
+from facediffuser.dataset.reading import open_parquet, read_chosen, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.plots import image_plane, score_histograms
@@ -141,11 +139,10 @@ def _references(store: Store, names: set[str]) -> dict[str, Image.Image]:
     """The first reference picture of each named subject; none when there is no subjects.parquet."""
     if not names or not store.exists("subjects.parquet"):
         return {}
-    with readable_parquet(store, "subjects.parquet"), store.open("subjects.parquet") as source:
-        table = pq.read_table(source, filters=pc.field("subject_id").isin(sorted(names)))
+    table = read_chosen(store, "subjects.parquet", ("subject_id", "image"), "subject_id", sorted(names))
     pictures: dict[str, Image.Image] = {}
     for row in table.to_pylist():
-        data = row["image"]["bytes"]
+        data = (row["image"] or {}).get("bytes")
         if row["subject_id"] not in pictures and data:
             pictures[row["subject_id"]] = stored_picture(data, row["subject_id"])
     return pictures

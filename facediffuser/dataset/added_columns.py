@@ -1,13 +1,12 @@
 """Columns added to a finished dataset: Parquet files of their own beside the shards, keyed by sample_id."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import parquet_bytes
-from facediffuser.dataset.reading import readable_parquet
+from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -70,12 +69,29 @@ class AddedColumns:
         return digests
 
 
+def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | None = None) -> None:
+    """Raise InputError for added columns with names that a dataset has already, before hours are spent on them.
+
+    Args:
+        columns: the names of the columns, by the name of their file without `.parquet`.
+        store: the dataset, whose other files below scores/ are looked at, too.
+    """
+    taken = {name: "every dataset" for name in DATASET_SCHEMA.names}
+    for url, table in (read_added_columns(store) if store else AddedColumns({})).tables.items():
+        if url.rpartition("/")[2].removesuffix(".parquet") not in columns:
+            taken |= {name: url for name in table.column_names if name != KEY}
+    for file, names in columns.items():
+        for name in names:
+            if name in taken:
+                raise InputError(f"scorer {file}: adds column {name!r}, which {taken[name]} has already; leave it out")
+
+
 def read_added_columns(store: Store) -> AddedColumns:
     """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
     tables = {}
     for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
-        with readable_parquet(store, key), store.open(key) as source:
-            tables[store.url_of(key)] = pq.read_table(source)
+        with open_parquet(store, key) as file:
+            tables[store.url_of(key)] = file.read()
     return AddedColumns(tables)
 
 

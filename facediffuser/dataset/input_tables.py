@@ -43,7 +43,9 @@ def json_rows(data: bytes, name: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_with_unique_names)
+        except _Repeated as error:
+            raise InputError(f"{name} row {number}: two values are called {error}; keep one") from None
         except (ValueError, RecursionError):
             raise InputError(f"{name} row {number}: not JSON; write one object a line") from None
         if not isinstance(row, dict):
@@ -52,8 +54,23 @@ def json_rows(data: bytes, name: str) -> list[Row]:
     return rows
 
 
-def csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
-    """Return the rows of a CSV file with the lines they end at; `known`: columns that a file without rows may have."""
+class _Repeated(Exception):
+    """A JSON object with two values of one name, of which Python's reader would drop the first without a word."""
+
+
+def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(shown_value(next(name for name in names if names.count(name) > 1)))
+    return row
+
+
+def csv_rows(data: bytes, name: str, known: tuple[str, ...] = ()) -> list[Row]:
+    """Return the rows of a CSV file with the lines they end at, cells that a row lacks as None.
+
+    `known`: the columns that a file without rows may have; any when none is named.
+    """
     reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), strict=True)
     rows = []
     try:
@@ -65,7 +82,7 @@ def csv_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
             rows.append((reader.line_num, row))
     except csv.Error as error:
         raise InputError(f"{name} row {reader.line_num}: not CSV ({error})") from None
-    if not rows and columns:
+    if not rows and columns and known:
         require_columns(dict.fromkeys(columns), known, (), name)
     return rows
 
@@ -87,6 +104,7 @@ def parquet_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
     size = 0
     try:
         with pq.ParquetFile(io.BytesIO(data)) as file:
+            require_column_names(file.schema_arrow.names, name)
             require_columns(dict.fromkeys(file.schema_arrow.names), known, (), name)
             for batch in file.iter_batches(PARQUET_BATCH_ROWS):
                 size += batch.nbytes

@@ -35,6 +35,8 @@ PROMPT_COLUMNS = ("prompt", "prompt_id", "category")
 TERMS = ("consent", "licence", "source", "expires")
 SUBJECT_COLUMNS = ("subject_id", "class_word", *TERMS)
 MOST_SHOWN = 16
+# A text encoder reads about 300; more is a file of something else, which takes minutes to split into tokens.
+MOST_PROMPT_CHARACTERS = 100_000
 SHOWN_NAMES = 5
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SUBJECT_NAME = re.compile(r"subject(?:_([1-9][0-9]{0,8}))?")
@@ -229,10 +231,13 @@ def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt
 
 
 def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: int | None) -> Prompt:
-    text = row["prompt"]
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{name} row {number}: empty prompt; write one or remove the row")
-    where = f"{name} row {number}"
+    text, where = row["prompt"], f"{name} row {number}"
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise InputError(f"{where}: empty prompt; write one or remove the row")
+    if not isinstance(text, str):
+        raise InputError(f"{where}: prompt {shown_value(text)} is no text; put it in quotes")
+    if len(text) > MOST_PROMPT_CHARACTERS:
+        raise InputError(f"{where}: prompt of {len(text):,} characters, at most {MOST_PROMPT_CHARACTERS:,}; shorten it")
     require_text(text, where, "prompt")
     category = row.get("category")
     if category is not None and not isinstance(category, str):

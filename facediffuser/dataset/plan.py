@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from facediffuser.dataset.encoding import parquet_bytes
+from facediffuser.dataset.input_tables import normalised
 from facediffuser.dataset.inputs import Prompt, Subject
 from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA
@@ -26,6 +27,9 @@ from facediffuser.storage import Store
 ROWS_PER_PART = 100_000
 GROUPS_PER_PART = 256
 _PART_KEY = re.compile(r"(?:data/shard|plan/part)-(?:(p\d{4,6})-)?\d+-of-\d+\.parquet")
+# The sets of subjects are held in memory while the plan is written, the shards' entries while the manifest is.
+MOST_ROWS = 10**9
+MOST_SHARDS = 10**6
 
 
 class RowSettings(BaseModel):
@@ -292,12 +296,16 @@ def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str |
 
 
 def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
-    """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only."""
+    """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only.
+
+    The id may be given in another of Unicode's forms than the plan's, as a file system or a keyboard writes it.
+    """
+    wanted = pa.array(dict.fromkeys((sample_id, normalised(sample_id))))
     for part in range(layout.parts):
         with open_parquet(store, layout.part_key(part)) as file:
             for shard in filter(layout.shard_rows, layout.shards_of_part(part)):
                 ids = file.read_row_group(layout.row_group(shard)[1], columns=["sample_id"])["sample_id"]
-                place = pc.index(ids, sample_id).as_py()
+                place = pc.index(pc.is_in(ids, wanted), True).as_py()
                 if place >= 0:
                     return shard, place
     return None

@@ -2,20 +2,30 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY
+from facediffuser.dataset.schema import (
+    DATASET_SCHEMA,
+    FINGERPRINT_KEY,
+    PLAN_SCHEMA,
+    RUN_KEY,
+    SUBJECTS_KEY,
+    SUBJECTS_SCHEMA,
+)
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
 from facediffuser.storage.reading import reading
 
 DATA_PREFIX = "data/"
+READERS = 16
 
 
 def list_shards(store: Store) -> list[ObjectInfo]:
@@ -25,6 +35,12 @@ def list_shards(store: Store) -> list[ObjectInfo]:
     if not shards:
         raise InputError(f"{store.url}: no {DATA_PREFIX}*.parquet there; give the URL that `generate` wrote to")
     return shards
+
+
+def require_no_dataset(store: Store) -> None:
+    """Raise InputError for an output that holds a dataset, to which something else's files do not belong."""
+    if any(info.key.endswith(".parquet") for info in store.list(DATA_PREFIX)):
+        raise InputError(f"{store.url}: holds a dataset; give another output")
 
 
 def open_dataset(url: str) -> ds.Dataset:
@@ -52,10 +68,63 @@ def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
         FileNotFoundError: there is no such object.
-        InputError: it is damaged or no Parquet, found when it is opened or when it is read in the block.
+        InputError: it is damaged or no Parquet, found when it is opened or when it is read in the block; or its columns
+            are not what such an object of a dataset holds.
     """
     with readable_parquet(store, key), store.open(key) as source, pq.ParquetFile(source) as file:
+        _require_columns_of(store, key, file.schema_arrow)
         yield file
+
+
+# What each object of a dataset holds, and the columns without which nothing can be made of it.
+_KNOWN = (
+    (
+        DATA_PREFIX,
+        DATASET_SCHEMA,
+        ("sample_id", "method", "subject_ids", "prompt_id", "prompt", "category", "ip", "pc", "status"),
+    ),
+    ("plan/", PLAN_SCHEMA, tuple(PLAN_SCHEMA.names)),
+    ("scores/", pa.schema([DATASET_SCHEMA.field("sample_id")]), ("sample_id",)),
+    (SUBJECTS_KEY, SUBJECTS_SCHEMA, ("subject_id", "image")),
+)
+
+
+def _require_columns_of(store: Store, key: str, schema: pa.Schema) -> None:
+    for prefix, known, needed in _KNOWN:
+        if not key.startswith(prefix):
+            continue
+        for name in needed:
+            if name not in schema.names:
+                raise InputError(f"{store.url_of(key)}: no column {name!r}; give a dataset that `generate` wrote")
+        for name in schema.names:
+            found = schema.field(name).type
+            if name in known.names and not _alike(found, known.field(name).type):
+                raise InputError(
+                    f"{store.url_of(key)}: column {name!r} is of type {found}, not {known.field(name).type}; give a dataset "
+                    "that `generate` wrote"
+                )
+
+
+def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Return whether a column can be read as another type: numbers as numbers, text as text, parts likewise."""
+    types = pa.types
+    if types.is_dictionary(found):
+        return _alike(found.value_type, wanted)
+    if types.is_list(wanted):
+        listed = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+        return listed and _alike(found.value_type, wanted.value_type)
+    if types.is_struct(wanted):
+        return types.is_struct(found) and all(
+            found.get_field_index(part.name) >= 0 and _alike(found.field(part.name).type, part.type) for part in wanted
+        )
+    for kinds in (
+        (types.is_string, types.is_large_string),
+        (types.is_binary, types.is_large_binary),
+        (types.is_integer, types.is_floating),
+    ):
+        if any(kind(wanted) for kind in kinds):
+            return any(kind(found) for kind in kinds)
+    return found == wanted
 
 
 @contextmanager
@@ -82,6 +151,13 @@ def row_groups(
                 yield key, group, file.read_row_group(group, columns=present)
 
 
+def require_readable_shards(store: Store) -> None:
+    """Raise InputError, naming the first, unless every shard can be opened and holds what work on a dataset needs."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(lambda info: read_footer(store, info.key), list_shards(store)):
+            pass
+
+
 def count_rows(store: Store) -> int:
     """Return how many rows a dataset has, from its shards' footers; InputError when there is none."""
     return sum(read_footer(store, info.key).num_rows for info in list_shards(store))
@@ -102,7 +178,19 @@ def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
         return fingerprint.decode() if fingerprint else None, run if isinstance(run, dict) else {}
 
 
+def read_chosen(store: Store, key: str, names: Sequence[str], column: str, values: Sequence[str]) -> pa.Table:
+    """Return the columns `names` of the rows whose `column` is one of `values`; only row groups with such are read."""
+    with open_parquet(store, key) as file:
+        present = [name for name in names if name in file.schema_arrow.names]
+    with readable_parquet(store, key), store.open(key) as source:
+        return pq.read_table(source, columns=present, filters=pc.field(column).isin(list(values)))
+
+
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
     """Return some columns of a shard or of another Parquet object of a dataset."""
-    with readable_parquet(store, key), store.open(key) as source:
-        return pq.read_table(source, columns=list(columns))
+    wanted = list(columns)
+    with open_parquet(store, key) as file:
+        absent = [name for name in wanted if name not in file.schema_arrow.names]
+        if absent:
+            raise InputError(f"{store.url_of(key)}: no column {absent[0]!r}; give a dataset that `generate` wrote")
+        return file.read(columns=wanted)

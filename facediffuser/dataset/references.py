@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
-from facediffuser.dataset.reading import readable_parquet
+from facediffuser.dataset.reading import read_chosen
 from facediffuser.dataset.schema import FINGERPRINT_KEY, SUBJECTS_KEY
+from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
 from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
@@ -63,13 +63,11 @@ def load_references(store: Store, subject_ids: Iterable[str], key: str = SUBJECT
     wanted = sorted(set(subject_ids))
     if not wanted:
         return {}
-    with readable_parquet(store, key), store.open(key) as source:
-        chosen = pc.field("subject_id").isin(wanted)
-        table = pq.read_table(source, columns=["subject_id", "image", "identity"], filters=chosen)
+    table = read_chosen(store, key, ("subject_id", "image", "identity"), "subject_id", wanted)
     found = references_of(table, wanted)
     for name in wanted:
         if name not in found:
-            raise ValueError(f"{store.url_of(key)}: no subject {name!r}")
+            raise InputError(f"{store.url_of(key)}: no subject {name!r}; put the file back")
     return found
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import feather
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
-from facediffuser.dataset.added_columns import KEY, write_added_columns
+from facediffuser.dataset.added_columns import KEY, require_new_columns, write_added_columns
 from facediffuser.dataset.reading import list_shards, read_footer, row_groups
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.image_sources import dataset_reference_pictures
@@ -37,12 +37,13 @@ def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Sta
         pool: the workers.
 
     Raises:
-        InputError: there is no dataset, or a scorer cannot be used.
+        InputError: there is no dataset, a scorer cannot be used, or it adds a column that is there already.
     """
     store = open_store(settings.url)
     shards = list_shards(store)
     # Loaded here, too: a scorer says its columns and its digest once its weights are read.
     scorers = load_columns(settings.add)
+    require_new_columns({short_name(name): scorer.columns.names for name, scorer in scorers.items()}, store)
     identity = {
         "scorers": {name: scorer.digest for name, scorer in scorers.items()},
         "batch_size": settings.batch_size,

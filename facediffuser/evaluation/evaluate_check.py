@@ -3,8 +3,9 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
-from facediffuser.dataset.reading import list_shards
+from facediffuser.dataset.reading import require_no_dataset, require_readable_shards
 from facediffuser.dataset.seal import require_sealable
+from facediffuser.errors import InputError
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
 from facediffuser.evaluation.copies import recorded_scorers
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -20,7 +21,12 @@ from facediffuser.storage import Store, open_store
 def check_evaluate(settings: EvaluateSettings) -> None:
     """Raise InputError for an output, datasets, folders of images, scorers or benchmark runs that cannot be used."""
     if settings.output:
-        open_store(settings.output).require_writable()
+        require_usable_output(settings.output)
+    for option in ("dataset", "images"):
+        given = [(name, open_store(url).url) for name, url in map(name_and_url, getattr(settings, option))]
+        for number, (name, url) in enumerate(given):
+            if (name, url) in given[:number]:
+                raise InputError(f"--{option} {url}: given twice; its images would count twice")
     for _, url in map(name_and_url, settings.dataset):
         dataset_keys(open_store(url), with_subjects=settings.rescore or bool(settings.add))
     for name, url in map(name_and_url, settings.images):
@@ -31,6 +37,13 @@ def check_evaluate(settings: EvaluateSettings) -> None:
         require_scorers(settings.scorers)
     for run in benchmark_runs(settings):
         check_generate(run)
+
+
+def require_usable_output(url: str) -> None:
+    """Raise InputError when the tables cannot be written to a place, or would lie in a dataset."""
+    store = open_store(url)
+    store.require_writable()
+    require_no_dataset(store)
 
 
 def check_score(settings: ScoreSettings) -> None:
@@ -51,7 +64,7 @@ def check_copies(settings: CopySettings) -> None:
 def _require_extendable(url: str) -> Store:
     """Return the store of a dataset to which columns can be added; InputError when there is none or it is damaged."""
     store = open_store(url)
-    list_shards(store)
+    require_readable_shards(store)
     store.require_writable()
     require_sealable(store)
     return store

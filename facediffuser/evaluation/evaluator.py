@@ -1,6 +1,7 @@
 """Evaluation: images of our datasets and of other systems, scored alike, in one table of methods."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from facediffuser.dataset.added_columns import require_new_columns
 from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.devices import pick_device
 from facediffuser.errors import InputError
@@ -24,6 +26,8 @@ from facediffuser.scoring.scorers import ImageScore, Scorers, load_scorers
 from facediffuser.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
+# What a row without usable scores has null.
+SCORE_COLUMNS = ("ip", "ip_per_subject", "pc")
 Advance = Callable[[int], None]
 
 
@@ -64,6 +68,7 @@ class Evaluator:
         # Last, as it takes longest; before any image, so that a missing file of weights is reported at the start.
         needed, device = any(source.references for source in self.sources), pick_device(settings.device)
         self.others = load_columns(settings.add, device)
+        require_new_columns({short_name(name): scorer.columns.names for name, scorer in self.others.items()})
         self.scorers = load_scorers(settings.scorers, device) if needed else None
         self.recorded = self._recorded_digests()
 
@@ -84,6 +89,7 @@ class Evaluator:
                 if self.others:
                     values = score_rows(self.others, batch, _row_picture, pictures)
                     batch = [row | extra for row, extra in zip(batch, values, strict=True)]
+                batch = [_failed_unless_finite(row) for row in batch]
                 rows.append(pa.Table.from_pylist(batch, schema=schema))
                 advance(len(batch))
         images = pa.concat_tables(rows)
@@ -152,6 +158,16 @@ def _scored(batch: list[dict], scorers: Scorers, references: Mapping[str, np.nda
     scores = scorers.score(list(map(_row_picture, rows)), vectors, prompts)
     changed = {id(row): _columns(score) for row, score in zip(rows, scores, strict=True)}
     return [row | changed.get(id(row), {}) for row in batch]
+
+
+def _failed_unless_finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose scores are numbers as it is; one with NaN or infinity, computed here or recorded, as a failed one."""
+    for name in ("ip", "pc"):
+        value = row.get(name)
+        if value is not None and not math.isfinite(value):
+            failed = {"status": "failed", "error": f"the score {name} is {value}; check the scorer's weights"}
+            return row | dict.fromkeys(SCORE_COLUMNS) | failed
+    return row
 
 
 def _row_picture(row: Mapping[str, Any]) -> Image.Image:

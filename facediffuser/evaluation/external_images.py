@@ -1,7 +1,5 @@
 """Images of any other system: which file shows which subjects and which prompt."""
 
-import csv
-import io
 import itertools
 import logging
 import math
@@ -10,10 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from facediffuser.dataset.input_tables import normalised, require_column_names, require_text
+from facediffuser.dataset.input_tables import Row, csv_rows, normalised, require_text
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.errors import InputError
-from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
+from facediffuser.pictures import EXTENSIONS, SHOWN_NAMES, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.storage import Store
 
@@ -43,16 +41,20 @@ def from_fastcomposer_layout(
     `subject_0003_prompt_0012_instance_0000.jpg`: the fourth subject (ids sorted), the thirteenth prompt of the file.
     For a prompt of several subjects the first number counts their sets in the order `generate` makes them: 0 is the
     first and second subject, 1 the first and third, and so on. Raises InputError for other names and for numbers beyond
-    the subjects or prompts.
+    the subjects or prompts, and for two files of one number, such as a .png beside a .jpg.
     """
     found = []
+    seen: dict[tuple[int, ...], str] = {}
     for key in _image_keys(store):
         match = FASTCOMPOSER_NAME.fullmatch(key.rsplit("/", 1)[-1])
         if not match:
             raise InputError(
                 f"{store.url_of(key)}: not named subject_0000_prompt_0000_instance_0000.jpg; rename it or give --index"
             )
-        number, prompt, instance = (int(digits) for digits in match.groups())
+        number, prompt, instance = numbers = tuple(int(digits) for digits in match.groups())
+        if numbers in seen:
+            raise InputError(f"{store.url_of(key)}: has the numbers of {seen[numbers]} too; remove one of the two")
+        seen[numbers] = key
         if prompt >= len(prompts):
             raise InputError(f"{store.url_of(key)}: prompt {prompt}, but there are {len(prompts)}; check --prompts")
         size = prompts[prompt].subjects
@@ -71,30 +73,48 @@ def from_index(
     """Return the images a CSV lists, in its order.
 
     Columns: `image` (path inside the folder), `subject_ids` (several joined by +), and `prompt_id` (of --prompts) or
-    `prompt` (what the image should show; placeholders allowed), optionally `category`. Raises InputError naming the
-    line that is wrong.
+    `prompt` (what the image should show; placeholders allowed), optionally `category`. Images that are not listed are
+    counted and named in the log. Raises InputError naming the line that is wrong.
     """
     by_name = {subject.subject_id: subject for subject in subjects}
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    present = {normalised(key): key for key in _image_keys(store)}
+    keys = _image_keys(store)
+    present: dict[str, list[str]] = {}
+    for key in keys:
+        present.setdefault(normalised(key), []).append(key)
     counted: Counter[tuple] = Counter()
+    lines: dict[tuple, int] = {}
     found = []
     for number, record in _index_lines(index, index_name):
         place = f"{index_name}:{number}"
         name = (record["image"] or "").strip()
-        key = present.get(normalised(name))
-        if key is None:
+        same = present.get(normalised(name), [])
+        if not same:
             raise InputError(f"{place}: no image {name!r} in {store.url}; give a path inside that folder")
+        if len(same) > 1:
+            raise InputError(f"{place}: two images have this name, {' and '.join(map(ascii, same))}; rename one")
+        key = same[0]
         names = [normalised(name.strip()) for name in (record["subject_ids"] or "").split("+")]
         unknown = [name for name in names if name not in by_name]
         if unknown:
             raise InputError(f"{place}: subject {unknown[0]!r} is not in --subjects; add their pictures")
         prompt = _prompt_of(record, by_id, len(names), place)
         row = (tuple(names), prompt.prompt_id)
+        first = lines.setdefault((key, *row), number)
+        if first != number:
+            raise InputError(
+                f"{place}: image {name!r} stands in line {first} with the same subjects and prompt; keep one"
+            )
         found.append(_image(key, [by_name[name] for name in names], prompt, counted[row]))
         counted[row] += 1
     if not found:
         raise InputError(f"{index_name}: no lines below the first; list the images")
+    unlisted = sorted(set(keys) - {image.key for image in found})
+    if unlisted:
+        shown = ", ".join(unlisted[:SHOWN_NAMES]) + (", ..." if len(unlisted) > SHOWN_NAMES else "")
+        logger.warning(
+            "%s: %d images are not listed in %s and left out: %s", store.url, len(unlisted), index_name, shown
+        )
     return found
 
 
@@ -108,17 +128,13 @@ def _image(key: str, people: Sequence[Subject], prompt: Prompt, instance: int) -
     return ExternalImage(key, names, prompt.prompt_id, without_markers(text), prompt.category, instance)
 
 
-def _index_lines(index: bytes, name: str) -> list[tuple[int, dict]]:
-    try:
-        lines = csv.DictReader(io.StringIO(index.decode("utf-8-sig"), newline=""), strict=True)
-        columns, records = lines.fieldnames or [], list(lines)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{name}: not a CSV file in UTF-8 ({error}); save it as one") from error
-    require_column_names(columns, name)
+def _index_lines(index: bytes, name: str) -> list[Row]:
+    rows = csv_rows(index, name)
+    columns = rows[0][1] if rows else NEEDED_COLUMNS + ("prompt",)
     missing = [column for column in NEEDED_COLUMNS if column not in columns]
     if missing or not {"prompt", "prompt_id"} & set(columns):
         raise InputError(f"{name}: no column {missing[0] if missing else 'prompt'!r}; add it to the first line")
-    return list(enumerate(records, start=2))
+    return rows
 
 
 def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], subjects: int, place: str) -> Prompt:

@@ -17,7 +17,7 @@ from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import ExternalImageSettings, TableSettings
 from facediffuser.evaluation.external_images import ExternalImage, from_fastcomposer_layout, from_index
-from facediffuser.pictures import open_picture, read_picture_file, stored_picture
+from facediffuser.pictures import batches_of_files, open_picture, read_picture_file, stored_picture
 from facediffuser.storage import Store, local_copy, open_store
 
 # What lies at the sources can be checked without torch, which takes seconds to import.
@@ -110,9 +110,11 @@ def folder_source(method: str, url: str, settings: ExternalImageSettings, batch_
     else:
         listed = from_fastcomposer_layout(store, subjects, prompts)
 
+    sizes = {info.key: info.size for info in store.list()}
+
     def batches() -> Iterator[list[dict]]:
-        for start in range(0, len(listed), batch_size):
-            yield [_external_row(store, method, image) for image in listed[start : start + batch_size]]
+        for batch in batches_of_files(listed, batch_size, lambda image: sizes[image.key]):
+            yield [_external_row(store, method, image) for image in batch]
 
     shown = {name for image in listed for name in image.subject_ids}
 

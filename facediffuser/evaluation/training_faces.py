@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from facediffuser.dataset.reading import open_parquet, read_footer
+from facediffuser.dataset.reading import DATA_PREFIX, open_parquet, read_footer
 from facediffuser.errors import InputError
-from facediffuser.pictures import SHOWN_NAMES, is_picture_name, left_out_line, open_picture, stored_picture
+from facediffuser.pictures import (
+    SHOWN_NAMES,
+    batches_of_files,
+    is_picture_name,
+    left_out_line,
+    open_picture,
+    stored_picture,
+)
 from facediffuser.storage import Store, open_store
 
 if TYPE_CHECKING:  # what lies in a training set can be looked up without torch
@@ -68,6 +75,8 @@ def training_keys(url: str) -> tuple[Store, list[str], list[str], list[str]]:
     store = open_store(url)
     store.require_readable()
     keys = [info.key for info in store.list()]
+    if any(key.startswith(DATA_PREFIX) and key.endswith(".parquet") for key in keys):
+        raise InputError(f"{url}: a generated dataset; give preprocess's output or the photographs")
     prepared = [key for key in keys if key.startswith(("train/", "test/")) and key.endswith(".parquet")]
     pictures = [key for key in keys if is_picture_name(key)]
     if not prepared and not pictures:
@@ -91,9 +100,10 @@ def _prepared(store: Store, keys: list[str]) -> Iterator[list[tuple]]:
 
 def _photographs(store: Store, keys: list[str], identity: "IdentityScorer") -> Iterator[list[tuple]]:
     unusable = []
-    for start in range(0, len(keys), BATCH):
+    sizes = {info.key: info.size for info in store.list()}
+    for batch in batches_of_files(keys, BATCH, lambda key: sizes[key]):
         pictures = {}
-        for key in keys[start : start + BATCH]:
+        for key in batch:
             try:
                 pictures[key] = open_picture(store, key)[0]
             except InputError as error:

@@ -13,8 +13,8 @@ from facediffuser.dataset.extension import Standing, last_run, require_extendabl
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
 from facediffuser.dataset.manifest import find_row, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run, run_there
-from facediffuser.dataset.plan import Plan, RowSettings
-from facediffuser.dataset.reading import read_footer
+from facediffuser.dataset.plan import MOST_ROWS, MOST_SHARDS, Layout, Plan, RowSettings
+from facediffuser.dataset.reading import read_footer, require_no_dataset
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.generation.speed_settings import FAST_SCHEDULER
@@ -110,6 +110,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     begun = run_there(store)
     begun_with = begun.document.get("settings", {}).get("shard_size") if begun else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
+    _require_plan_fits(plan, shard_size)
     known = settings_document(settings, plan, shard_size, model.exact_scheduler)
     there = standing(store)
     recorded = last_run(store, there) if settings.extend else None
@@ -138,7 +139,9 @@ def check_repair(settings: RepairSettings | RetrySettings) -> None:
 def check_remake(settings: RemakeSettings) -> None:
     """Raise InputError unless the dataset is there with that row, and a place for the image where one is named."""
     if settings.output:
-        open_store(settings.output).require_writable()
+        output = open_store(settings.output)
+        output.require_writable()
+        require_no_dataset(output)
     store = open_store(settings.dataset)
     manifest = read_sound_manifest(store)
     _check_places(settings, manifest.made_from)
@@ -260,6 +263,18 @@ def _require_sizes(settings: GenerateSettings, model: ModelFacts, subjects: int,
                 f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {prompt.subjects} subjects, {settings.subjects} "
                 f"has {subjects}; add subjects or remove the prompt"
             )
+
+
+def _require_plan_fits(plan: Plan, shard_size: int) -> None:
+    """Raise InputError for a plan of more rows or shards than a dataset can have; nothing of it is made yet."""
+    rows, shards = len(plan), Layout(len(plan), shard_size).shards
+    if rows > MOST_ROWS or shards > MOST_SHARDS:
+        sets = sum(plan.count_sets(size) for size in plan.sizes)
+        raise InputError(
+            f"{len(plan.prompts):,} prompts x {sets:,} sets of subjects x {plan.images_per_prompt:,} images are {rows:,} "
+            f"rows in {shards:,} shards, at most {MOST_ROWS:,} rows and {MOST_SHARDS:,} shards; lower --images-per-prompt "
+            "or --subject-sets, or raise --shard-size"
+        )
 
 
 def _require_room(

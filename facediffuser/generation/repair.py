@@ -206,7 +206,10 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     planned = read_shard_rows(store, job.layout, shard, job.fingerprint)
     names = ["sample_id", *(field.name for field in RESULT_FIELDS)]
     table = read_columns(store, job.layout.shard_key(shard), names)
-    stored = table.slice(table["sample_id"].to_pylist().index(settings.sample_id), 1).to_pylist()[0]
+    stored = next((row for row in table.to_pylist() if row["sample_id"] == planned[place]["sample_id"]), None)
+    if stored is None:
+        key = job.layout.shard_key(shard)
+        raise InputError(f"{store.url_of(key)}: lacks the row that is planned; let `facediffuser repair` make it again")
     start = place // job.batch_size * job.batch_size
     batch = planned[start : start + job.batch_size]
     with threads_of(job):

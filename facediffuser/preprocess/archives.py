@@ -28,6 +28,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 # A header may be followed by names and attributes, which tarfile reads whole, whatever size they claim.
 MOST_HEADER_BYTES = 1 << 20
 LONGEST_NAME = 4096
+# Headers pack 1,000 to 1: without a limit a small file names more members than the memory holds.
+MOST_MEMBERS = 10_000_000
 _ATTRIBUTES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
@@ -41,18 +43,28 @@ def is_archive(url: str) -> bool:
 def scan_archive(url: str) -> FileTable:
     """Return the table of an archive's files, by one reading of it; a single folder around all of them is left off.
 
-    InputError for a damaged archive, and for a member whose name leads out of it (`../`, absolute): such an archive was
-    made to harm, and nothing of it is used.
+    InputError for a damaged archive, for a member whose name leads out of it (`../`, absolute): such an archive was
+    made to harm, and nothing of it is used; for more than MOST_MEMBERS, and for two lists of ids of one name.
     """
     sizes: dict[str, int] = {}
     links: set[str] = set()
+    others: set[str] = set()
+    twice: set[str] = set()
     lists: dict[str, bytes] = {}
     for name, member, read in _members(url):
-        if not (member.isfile() or member.issym() or member.islnk()):
+        if member.isdir():
             continue
+        if name in sizes:
+            twice.add(name)
+            if name in lists:
+                raise InputError(f"{url}: two members are called {name}; pack it again with one of them")
+        if len(sizes) == MOST_MEMBERS:
+            raise InputError(f"{url}: more than {MOST_MEMBERS:,} files; split the archive")
         sizes.setdefault(name, member.size)
-        if not member.isfile():
+        if member.issym() or member.islnk():
             links.add(name)
+        elif not member.isfile():
+            others.add(name)
         elif posixpath.basename(name) in (*ID_LISTS.values(), FFHQ_METADATA):
             require_list_size(url, name, member.size)
             lists[name] = read()
@@ -63,6 +75,8 @@ def scan_archive(url: str) -> FileTable:
         {name.removeprefix(top): size for name, size in sizes.items()},
         lambda key: io.BytesIO(kept[key]),
         links=frozenset(name.removeprefix(top) for name in links),
+        others=frozenset(name.removeprefix(top) for name in others),
+        twice=frozenset(name.removeprefix(top) for name in twice),
         top=top,
     )
 
@@ -77,7 +91,7 @@ def _top_folder(names: dict[str, int]) -> str:
 def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tuple[Record, dict[str, bytes]]]:
     """Yield the records, which must be in the order of `list_source`, each with the bytes of its files by name.
 
-    `top`: the folder that the listing left off. Of members with one name the first counts.
+    `top`: the folder that the listing left off.
     """
     owner = {key: index for index, record in enumerate(records) for key in record.files}
     missing = [len(record.files) for record in records]

@@ -28,6 +28,8 @@ from facediffuser.storage import Store, open_store
 RUN, MANIFEST = "run.json", "manifest.json"
 REJECTED = "rejected"
 ROW_GROUP = 100
+# A worker holds the files of a whole part until it is written.
+MOST_PART_BYTES = 4 << 30
 
 
 def run_identity(
@@ -53,6 +55,17 @@ def run_identity(
 def split_into_parts(records: Sequence[Record], part_size: int) -> list[list[Record]]:
     """Return the records of each part: as many as `part_size` in the order of the source."""
     return [list(records[start : start + part_size]) for start in range(0, len(records), part_size)]
+
+
+def require_parts_fit(url: str, parts: Sequence[Sequence[Record]]) -> None:
+    """Raise InputError for a source with a part whose files do not fit the memory of a worker, which holds all of them."""
+    for records in parts:
+        size = sum(record.bytes for record in records)
+        if size > MOST_PART_BYTES:
+            raise InputError(
+                f"{url}: {len(records)} pictures from {records[0].image} on have {size:,} bytes, a part holds at most "
+                f"{MOST_PART_BYTES:,}; lower --part-size"
+            )
 
 
 def part_name(folder: str, part: int, ending: str) -> str:

@@ -1,5 +1,6 @@
 """Preparing one part of a source, with models that are loaded once."""
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.faces import Face, face_crop_box, ffhq_crop
-from facediffuser.pictures import Rejection
+from facediffuser.pictures import Rejection, batches_of_files
 from facediffuser.preprocess.annotations import (
     annotated_segments,
     annotated_subjects,
@@ -108,13 +109,14 @@ class PartPreparer:
     def _chunks(
         self, records: Sequence[Record], files: Sequence[Files] | None, size: int
     ) -> Iterator[tuple[Sequence[Record], Sequence[Files]]]:
-        """The records, so many at a time, with their files; the next ones are read while these are worked on.
+        """The records, at most so many at a time, with their files; the next ones are read while these are worked on.
 
         The seconds of `read` are those that had to be waited.
         """
-        chunks = [records[start : start + size] for start in range(0, len(records), size)]
+        chunks = batches_of_files(records, size, lambda record: record.bytes)
         if files is not None:
-            yield from ((chunk, files[index * size : (index + 1) * size]) for index, chunk in enumerate(chunks))
+            given = iter(files)
+            yield from ((chunk, list(itertools.islice(given, len(chunk)))) for chunk in chunks)
             return
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as pool:
 

@@ -7,7 +7,7 @@ import posixpath
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.archives import is_archive
-from facediffuser.preprocess.parts import MANIFEST, require_startable
+from facediffuser.preprocess.parts import MANIFEST, require_parts_fit, require_startable, split_into_parts
 from facediffuser.preprocess.prepared_schema import SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.required_models import Captions, captions_of, needed_models, require_there
@@ -64,4 +64,5 @@ def _require_source(settings: PreprocessSettings) -> tuple[str, Captions] | None
     if settings.format == FFHQ or (settings.format == "auto" and recognise(scan_store(settings.source)) == FFHQ):
         return FFHQ, "none"
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
+    require_parts_fit(listing.url, split_into_parts(listing.records, settings.part_size))
     return listing.format, captions_of(listing)

@@ -3,7 +3,7 @@
 import posixpath
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from facediffuser.errors import InputError
@@ -23,7 +23,11 @@ ID_LISTS = {"all": "image_ids.txt", TRAIN: "image_ids_train.txt", TEST: "image_i
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of a source, by the names of its files; `problem`: why it is rejected without being read."""
+    """One picture of a source, by the names of its files.
+
+    problem: why it is rejected without being read.
+    bytes: how many all of its files have; what they hold is the same, so it is not part of a listing's digest.
+    """
 
     image_id: str
     image: str
@@ -34,6 +38,7 @@ class Record:
     author: str | None = None
     pixel_md5: str | None = None
     problem: str | None = None
+    bytes: int = field(default=0, repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -45,7 +50,9 @@ class Record:
 class FileTable:
     """The files of a source: `sizes` in bytes by name, how to `open` one of the root's, names that are `links`.
 
-    `others`: names in a folder that are no files: links that lead nowhere, pipes and the like.
+    `others`: names that are no files: links that lead nowhere, pipes and the like.
+
+    `twice`: names that an archive holds more than once, of which unpacking it would keep the last.
 
     `top`: the folder around all of an archive's files, which the names here leave off.
     """
@@ -55,6 +62,7 @@ class FileTable:
     open: Callable[[str], AbstractContextManager[BinaryIO]]
     links: frozenset[str] = frozenset()
     others: frozenset[str] = frozenset()
+    twice: frozenset[str] = frozenset()
     top: str = ""
 
     def __contains__(self, key: str) -> bool:

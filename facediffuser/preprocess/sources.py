@@ -11,7 +11,7 @@ import ijson
 
 from facediffuser.errors import InputError
 from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, is_picture_name, left_out_line
-from facediffuser.preprocess.archives import is_archive, scan_archive
+from facediffuser.preprocess.archives import SUFFIXES, is_archive, scan_archive
 from facediffuser.preprocess.source_files import (
     FFHQ_FOLDERS,
     FFHQ_METADATA,
@@ -71,6 +71,7 @@ def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Li
         raise InputError(f"{url}: no pictures of format {format}; give their folder, or another --format; {others}")
     used = {key for record in records for key in (record.image, record.annotation, record.segmentation)}
     records = _check_twice([_check_names(record, table) for record in records])
+    records = [replace(record, bytes=sum(table.sizes[key] for key in record.files)) for record in records]
     if archive:
         records = _in_archive_order(records, table)
     used |= {*ID_LISTS.values(), FFHQ_METADATA}
@@ -94,6 +95,10 @@ def recognise(table: FileTable) -> str:
 def scan_store(url: str) -> FileTable:
     """Return the table of the files in a folder or below an s3:// prefix."""
     store = open_store(url)
+    if isinstance(store, LocalStore) and store.root.is_file():
+        raise InputError(
+            f"{url}: a file; give a folder of pictures, or a {', '.join(SUFFIXES)} archive (unpack others)"
+        )
     store.require_readable()
     if isinstance(store, LocalStore):
         sizes, others = _scan_folder(store.root)
@@ -249,6 +254,9 @@ def _check_names(record: Record, table: FileTable) -> Record:
     others = [key for key in record.files if key in table.others]
     if others:
         return replace(record, problem=f"not a file: {others[0]} is a link that leads nowhere, a pipe or the like")
+    twice = [key for key in record.files if key in table.twice]
+    if twice:
+        return replace(record, problem=f"name stands twice: {twice[0]} is in the archive more than once; pack it again")
     most = dict.fromkeys(record.files, MOST_FILE_BYTES)
     if record.annotation in most:
         most[record.annotation] = MOST_TEXT_BYTES

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from scipy import ndimage
 
@@ -76,7 +77,10 @@ def load_columns(names: Sequence[str], device: str = "cpu") -> dict[str, ColumnS
     """
     found: dict[str, ColumnScorer] = {}
     owners: dict[str, str] = {}
+    files: dict[str, str] = {}
     for name in dict.fromkeys(names):
+        if (first := files.setdefault(short_name(name), name)) != name:
+            raise InputError(f"scorers {first} and {name}: both write {short_name(name)}.parquet; use one of them")
         found[name] = _load_scorer(name, device)
         for column in found[name].columns.names:
             if column in owners:
@@ -102,7 +106,7 @@ def column_scores(
         prompts: each image's prompt, without markers.
 
     Returns:
-        A table with a row per image and the columns of every scorer.
+        A table with a row per image and the columns of every scorer, null where a scorer gave NaN or infinity.
 
     Raises:
         ValueError: a scorer returned other rows or columns than it declares.
@@ -115,8 +119,19 @@ def column_scores(
                 f"scorer {name}: returned {table.num_rows} rows of {table.schema.names} for {len(images)} images of "
                 f"{scorer.columns.names}"
             )
-        columns |= {column: table[column] for column in table.schema.names}
+        columns |= {column: _finite(table[column], name, column) for column in table.schema.names}
     return pa.table(columns)
+
+
+def _finite(values: pa.ChunkedArray, scorer: str, column: str) -> pa.ChunkedArray:
+    """Return a column with null in the place of NaN and infinity, of which one would spoil every mean."""
+    if not pa.types.is_floating(values.type):
+        return values
+    finite = pc.fill_null(pc.is_finite(values), True)
+    count = len(values) - (pc.sum(finite).as_py() or 0)
+    if count:
+        logger.warning("scorer %s: %d values of %s are not finite, null is written for them", scorer, count, column)
+    return pc.if_else(finite, values, pa.scalar(None, values.type))
 
 
 def score_rows(
@@ -168,7 +183,9 @@ def find_scorer(name: str) -> str:
             named = sorted({*BUILT_IN, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
             raise InputError(f"scorer {name!r}: no such scorer; give one of {', '.join(named)}, or module:Class")
         reference = next(iter(points)).value
-    module = reference.partition(":")[0]
+    module, _, attribute = reference.partition(":")
+    if not attribute.isidentifier():
+        raise InputError(f"scorer {name!r}: names no class; give module:Class")
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
@@ -182,11 +199,26 @@ def _load_scorer(name: str, device: str) -> ColumnScorer:
     module, _, attribute = find_scorer(name).partition(":")
     try:
         scorer_class = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is anybody's code, and may raise as it comes
         raise InputError(f"scorer {name!r}: cannot be imported ({error}); check module:Class") from error
     try:
-        return scorer_class(device)
+        scorer = scorer_class(device)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"scorer {name!r}: does not load ({error}); fix it or leave it out") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise InputError(f"scorer {name!r}: does not load ({detail}); fix it or leave it out") from error
+    columns, digest = getattr(scorer, "columns", None), getattr(scorer, "digest", None)
+    if not (isinstance(columns, pa.Schema) and isinstance(digest, str) and callable(getattr(scorer, "score", None))):
+        raise InputError(f"scorer {name!r}: has no columns, digest and score as facediffuser.scoring.columns.ColumnScorer "
+                         "says; check module:Class")  # fmt: skip
+    for column in columns:
+        if not (_is_number(column.type) and column.name):
+            raise InputError(f"scorer {name!r}: column {column.name!r} of type {column.type}; give numbers or booleans")
+    return scorer
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)

@@ -12,6 +12,7 @@ from PIL import Image
 from facediffuser.digests import files_digest
 from facediffuser.errors import InputError
 from facediffuser.faces import Face, crop_square, face_crop_box
+from facediffuser.model_check import require_finite
 from facediffuser.scoring.face_detector import FaceDetector
 
 logger = logging.getLogger(__name__)
@@ -235,6 +236,7 @@ def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentitySco
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{weights}: not InceptionResnetV1's weights ({reason}); give {FACENET_FILE}") from error
+    require_finite(network, weights)
     detector = FaceDetector(device, min_side=0)
     return IdentityScorer(detector, network, FACENET_CROP, facenet_normalise, device), files_digest([weights])
 
@@ -266,7 +268,13 @@ def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityS
         raise InputError(f"{folder}/model.safetensors: missing; give the whole identity/ folder of the scorers")
     from facediffuser.scoring.miniature_embedder import load_identity_embedder
 
-    network = load_identity_embedder(folder)
+    weights = folder / "model.safetensors"
+    try:
+        network = load_identity_embedder(folder)
+    except Exception as error:  # a damaged file makes the libraries raise as it comes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{weights}: not the identity embedder's weights ({reason}); copy it again") from error
+    require_finite(network, weights)
     detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)
     scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device, square_face_crop)
     return scorer, files_digest([folder / "config.json", folder / "model.safetensors"])

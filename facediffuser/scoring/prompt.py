@@ -10,6 +10,7 @@ from PIL import Image
 
 from facediffuser.digests import files_digest
 from facediffuser.errors import InputError
+from facediffuser.model_check import require_finite
 from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,17 @@ def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer,
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model, info = CLIPModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged file makes the libraries raise as it comes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: not a CLIP model with tokenizer ({reason}); give the whole folder") from error
+    if info["missing_keys"]:
+        # transformers draws what a file lacks at random, with a warning.
+        raise InputError(f"{weights[0]}: {sorted(info['missing_keys'])[0]} is missing; copy it again")
+    require_finite(model, weights[0])
     text = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
     return PromptScorer(model, tokenizer, device), files_digest([*text, weights[0]])
 

@@ -108,7 +108,11 @@ class Scorers:
         faces = self.identity.embed_faces(images)
         scores = []
         for found, subjects, pc in zip(faces, references, self.prompt.score(images, prompts), strict=True):
-            ip, per_subject, chosen = identity_preservation(found.vectors, np.stack(subjects))
+            if not np.isfinite(found.vectors).all():
+                # Nothing can be matched; `ImageScore.require_finite` and an evaluation make the row a failed one.
+                ip, per_subject, chosen = math.nan, [math.nan] * len(subjects), [-1] * len(subjects)
+            else:
+                ip, per_subject, chosen = identity_preservation(found.vectors, np.stack(subjects))
             scores.append(
                 ImageScore(
                     ip=ip,

@@ -148,6 +148,10 @@ class LocalStore(Store):
         path = self._path(key)
         if path.is_dir():
             raise InputError(f"{path}: a folder stands where a file is to be written; remove it")
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{path}: a pipe, socket or device stands where a file is to be written; give another place"
+            )
 
     def _require_possible(self) -> None:
         """Raise InputError for a path that no file system can hold, or that leads in a circle."""

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import posixpath
+import re
 import tempfile
 from collections.abc import Container
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from facediffuser.errors import InputError
 from facediffuser.redaction import has_credentials
@@ -44,12 +45,20 @@ def open_store(url: str | Path) -> Store:
 
         return CloudStore(scheme, bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
     if scheme == "file":
-        parts = urlsplit(text)
-        if parts.netloc not in ("", "localhost"):
+        # By hand: urlsplit raises at "file://[" and drops what stands behind # or ?, which a folder's name may hold.
+        host, slash, path = text[len("file://") :].partition("/")
+        if host not in ("", "localhost"):
             raise InputError(f"{text}: a file:// URL of another machine; give file:///path or a path")
-        return LocalStore(Path(unquote(parts.path)))
+        if not slash:
+            raise InputError(f"{text}: names no folder; give file:///path or a path")
+        path = unquote(slash + path)
+        if "\0" in path:
+            raise InputError(f"{text}: holds a NUL character; give another path")
+        return LocalStore(Path(path))
     if scheme:
         raise InputError(f"{scheme}://: no such storage; give a local folder or s3://bucket/prefix")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise InputError(f"{text}: a URL with one slash, as a path makes of it; write {text.replace(':/', '://', 1)}")
     if not text.strip():
         raise InputError("empty URL; give a local folder or s3://bucket/prefix")
     return LocalStore(Path(text).expanduser())

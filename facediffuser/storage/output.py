@@ -63,6 +63,5 @@ def store_and_key(url: str | Path) -> tuple[Store, str]:
         raise InputError(f"{url}: names no file; give one in a folder or below s3://bucket/")
     store = open_store(parent or ("/" if text.startswith("/") else "."))
     store.require_writable()
-    if isinstance(store, LocalStore) and (store.root / name).is_dir():
-        raise InputError(f"{url}: is a folder; give a file in it")
+    store.require_replaceable(name)
     return store, name

@@ -41,6 +41,9 @@ _CONFIGURATION = {
     "AWS_SECRET_ACCESS_KEY",
     "SSLError": "the S3 server's certificate is not trusted; set AWS_CA_BUNDLE to the file of its authority",
 }
+_NO_ENDPOINT = (
+    "the S3 endpoint is not a URL; give http(s)://host:port in AWS_ENDPOINT_URL or the profile's endpoint_url"
+)
 _AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?$")
 _CREDENTIALS = re.compile(r"^(SSO|UnauthorizedSSO|Token|Login|CredentialRetrieval|RefreshWithMFA|NoAuthToken)")
 
@@ -249,12 +252,6 @@ class S3Store(Store):
             if "TLS CA certificate bundle" not in str(error):
                 raise
             raise InputError(f"{url}: AWS_CA_BUNDLE names no file of certificates; check the path") from None
-        except ValueError as error:
-            # boto3 raises a bare ValueError for an endpoint that is no URL.
-            if isinstance(error, InputError) or "endpoint" not in str(error).lower():
-                raise
-            raise InputError(f"{url}: the S3 endpoint is not a URL; give http(s)://host:port in AWS_ENDPOINT_URL or "
-                             "the profile's endpoint_url") from None  # fmt: skip
 
     def _answer(self, code: str, status: int | None, url: str) -> Exception:
         """The error for what a server answered: its error code, and its HTTP status if it gave one."""
@@ -278,7 +275,9 @@ class S3Store(Store):
 def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
     import boto3
     import botocore.session
+    from boto3.exceptions import Boto3Error
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
     config = Config(
         connect_timeout=connect_timeout,
@@ -289,7 +288,19 @@ def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
     # A session of its own: boto3's default session is shared and not safe to use from several threads.
     core = botocore.session.Session()
     session = boto3.session.Session(botocore_session=core)
-    client = session.client("s3", config=config)
+    try:
+        client = session.client("s3", config=config)
+        credentials = session.get_credentials()
+        if credentials is not None:
+            credentials.get_frozen_credentials()  # a file, a program or a server is asked for them now, not in a request
+    except (BotoCoreError, Boto3Error):
+        raise
+    except Exception as error:
+        # What stands in the variables and files reaches the standard library unchecked, which raises as it comes.
+        if "endpoint" in str(error).lower() or "IPv6" in str(error):
+            raise InputError(_NO_ENDPOINT) from None
+        raise InputError(f"the AWS configuration cannot be used ({type(error).__name__}); check the AWS variables, "
+                         "~/.aws/config and ~/.aws/credentials, and what they name") from None  # fmt: skip
     endpoint = client.meta.endpoint_url
     if any(char in endpoint for char in "@?#"):
         # Not shown: what stands there is a password or a signature.

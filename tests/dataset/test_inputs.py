@@ -216,6 +216,11 @@ DIGITS = "9" * 5000
     ('{"prompt": "{subject}", "category": "\\udc00"}', "character 1 of the category"),
     ('{"prompt": "{subject}", "prompt_id": "\\ud83d"}', "cannot be a name"),
     ('{"prompt": "{subject}", "\\ud83d": 1}', "unknown column"),
+    ('{"prompt": "{subject}", "prompt": "{subject} at sea"}', "two values are called 'prompt'; keep one"),
+    ('{"prompt": "{subject}", "prompt_id": {"a": 1, "a": 2}}', "two values are called 'a'; keep one"),
+    ('{"prompt": ["{subject}"]}', "prompt ['{subject}'] is no text"),
+    ('{"prompt": NaN}', "prompt nan is no text"),
+    ('{"prompt": "{subject} %s"}' % ("x" * 100_001), "prompt of 100,011 characters, at most 100,000; shorten it"),
     ('{"prompt": "{subject}", "prompt_id": [1]}', "prompt_id [1] is no text"),
     (f'{{"prompt": "{{subject}}", "category": {DEEP}}}', "not JSON"),
     (DEEP, "not JSON"),
@@ -352,3 +357,10 @@ def test_files_that_are_no_pictures_are_counted_and_named(people, caplog):
     assert ada.references == ("ada/1.png", "ada/2.jfif")
     (line,) = caplog.messages
     assert "5 other files left out: ada/0.avif, ada/1.HEIC, ada/deep/2.png, bob/scan, readme.txt (pictures are" in line
+
+
+def test_two_columns_of_parquet_with_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["{subject} at sea"]), pa.array(["{subject} in a boat"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    with pytest.raises(InputError, match="prompts.parquet: two columns are called 'prompt'; keep one"):
+        read_prompts(str(tmp_path / "prompts.parquet"))

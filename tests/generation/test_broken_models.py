@@ -14,6 +14,7 @@ from facediffuser.errors import InputError
 from facediffuser.explain import ExplainSettings, explain
 from facediffuser.generation.job import prepare
 from facediffuser.model_check import MODULES, check_model_folder, weight_files
+from facediffuser.pipeline import FaceDiffuserPipeline
 
 Breaking = Callable[[Path], None]
 
@@ -117,6 +118,14 @@ KINDS: dict[str, Breaking] = {
     "scheduler of an unknown class": changed("scheduler/scheduler_config.json", _class_name="NoScheduler"),
     "scheduler of no scheduler class": changed("scheduler/scheduler_config.json", _class_name="AutoencoderKL"),
     "scheduler with words for numbers": changed("scheduler/scheduler_config.json", num_train_timesteps="many"),
+    "scheduler with noise beyond 1": changed("scheduler/scheduler_config.json", beta_start=2.0, beta_end=3.0),
+    "scheduler with noise that is NaN": changed("scheduler/scheduler_config.json", trained_betas=[float("nan")] * 1000),
+    "scheduler with a billion steps": changed("scheduler/scheduler_config.json", num_train_timesteps=10**9),
+    "vae that divides by zero": changed("vae/config.json", scaling_factor=0),
+    "vae that divides by NaN": changed("vae/config.json", scaling_factor=float("nan")),
+    "unet with a billion layers": changed("unet/config.json", layers_per_block=10**9),
+    "unet with a list of a billion layers": changed("unet_text/config.json", transformer_layers_per_block=[1, 10**9]),
+    "text encoder with a billion layers": changed("text_encoder/config.json", num_hidden_layers=10**9),
     "vocabulary not JSON": written("tokenizer/tokenizer.json", b"{"),
     "vocabulary without model": written("tokenizer/tokenizer.json", b"{}"),
     "vocabulary of garbage": written("tokenizer/tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}'),
@@ -157,3 +166,20 @@ def test_a_whole_folder_and_weights_in_parts_pass(world, tmp_path):
     (models / "unet" / parts[names[0]]).unlink()
     with pytest.raises(InputError, match=r"00001-of-00002.safetensors: missing"):
         check_model_folder(models)
+
+
+def test_the_files_of_a_variant_are_the_ones_checked(world, tmp_path):
+    models = tmp_path / "models"
+    FaceDiffuserPipeline.from_pretrained(world.models).save_pretrained(models, variant="fp16")
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors: missing"):
+        FaceDiffuserPipeline.from_pretrained(models)
+    assert FaceDiffuserPipeline.from_pretrained(models, variant="fp16").unet is not None
+    path = models / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    whole = path.read_bytes()
+    for change, says in ((nan, "not finite"), (truncated, "its header describes"), (emptied, "no safetensors")):
+        path.write_bytes(whole)
+        change(path)
+        with pytest.raises(InputError, match=rf"unet.diffusion_pytorch_model.fp16.safetensors: .*{says}"):
+            FaceDiffuserPipeline.from_pretrained(models, variant="fp16")
+    with pytest.raises(InputError, match="no weight file of variant 'bf16' in it"):
+        FaceDiffuserPipeline.from_pretrained(world.models, variant="bf16")

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from facediffuser.dataset.reading import open_dataset
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.flows.generate_dataset import generate_dataset
@@ -95,6 +99,24 @@ def test_more_failures_than_allowed_fail_the_run_after_the_manifest(flow_run, ma
     with pytest.raises(FailedRowsError, match="1 of 12 rows failed"):
         finish_dataset.fn(moved)
     assert json.loads(store.get("manifest.json"))["counts"]["failed"] == 1
+
+
+def test_rows_that_are_not_finite_are_failed_rows_and_count_for_max_failed(
+    world, tmp_path, prefect_harness, ray_session
+):
+    models = shutil.copytree(world.models, tmp_path / "models")
+    path = models / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    # Each value is finite, what the decoder makes of them is not.
+    state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"], 3e38)
+    save_file(state, path, metadata={"format": "pt"})
+    settings = world.settings(tmp_path / "out", models=str(models), images_per_prompt=1, max_failed=0.5)
+    with pytest.raises(FailedRowsError, match="6 of 6 rows failed, more than --max-failed 0.5"):
+        generate_dataset(settings)
+    rows = open_dataset(settings.output).to_table(columns=["status", "error", "image", "ip"]).to_pylist()
+    assert {row["error"] for row in rows} == {"NotFiniteError: the decoded image is not finite"}
+    assert all(row["status"] == "failed" and row["image"] is None and row["ip"] is None for row in rows)
+    assert verify(settings.output) == []
 
 
 def test_a_run_with_missing_shards_does_not_finish(flow_run, made, tmp_path):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.manifest import build_manifest, build_part, object_entries, read_manifest, shard_entry
@@ -189,3 +191,21 @@ def test_an_image_that_comes_out_otherwise_is_reported(finished, made, capsys):
     assert "differs in image" in capsys.readouterr().out
     assert main(["remake", "nobody~book~0", "--dataset", store.url]) == 2
     assert "no row 'nobody~book~0'" in capsys.readouterr().err
+
+
+def test_an_image_is_made_again_only_with_its_models_and_scorers_and_where_it_can_be_put(
+    finished, world, tmp_path, capsys, monkeypatch
+):
+    store = finished[1]
+    before = contents(store)
+    others = shutil.copytree(world.scorers, tmp_path / "scorers")
+    weights = others / "identity" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    words = ["remake", "ada~book~0", "--dataset", store.url, "--quiet"]
+    assert main([*words, "--scorers", str(others)]) == 2
+    assert "not the scorers of this dataset" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("facediffuser.generation.repair.remake", None)  # to be refused before anything is made
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/x", "http://127.0.0.1:9/x", "n" * 300):
+        assert main([*words, "--output", str(output)]) == 2, output
+    assert len(capsys.readouterr().err.splitlines()) == 5 and contents(store) == before

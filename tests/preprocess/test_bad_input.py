@@ -16,7 +16,7 @@ from preprocess.conftest import COUNT, contents, prepare
 from skimage import data
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess import sources
+from facediffuser.preprocess import parts, sources
 from facediffuser.preprocess.photo_stages import Faces, Job
 from facediffuser.preprocess.prepare import PartPreparer
 from facediffuser.preprocess.preprocess_check import check_preprocess
@@ -248,3 +248,18 @@ def test_a_source_on_s3_gives_the_rows_of_its_folder(zoo, tmp_path, here, s3_buc
     shutil.make_archive(str(tmp_path / "set"), "gztar", zoo)
     store.put("set.tar.gz", (tmp_path / "set.tar.gz").read_bytes())
     assert {record.image for record in list_source(f"{s3_bucket.url}/in/set.tar.gz").records} == {*GOOD, *BAD}
+
+
+def test_pictures_that_do_not_fit_the_memory_of_a_worker_together_are_refused(tmp_path, monkeypatch):
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(4):
+        (source / f"{number}.png").write_bytes(bytes(100))
+    settings = {"source": str(source), "output": str(tmp_path / "out"), "captioner": "none", "segmenter": "none"}
+    monkeypatch.setattr(parts, "MOST_PART_BYTES", 250)
+    with pytest.raises(
+        InputError, match="4 pictures from 0.png on have 400 bytes, a part holds at most 250; lower --part"
+    ):
+        check_preprocess(PreprocessSettings(**settings))
+    check_preprocess(PreprocessSettings(**settings, part_size=2))
+    assert not (tmp_path / "out").exists()

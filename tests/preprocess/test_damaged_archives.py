@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from facediffuser.errors import InputError
-from facediffuser.preprocess import source_files
+from facediffuser.preprocess import archives, source_files
 from facediffuser.preprocess.archives import read_records
 from facediffuser.preprocess.sources import list_source
 
@@ -183,3 +183,43 @@ def test_places_that_are_no_archive_are_reported(tmp_path):
     with pytest.raises(InputError, match="damaged archive .a name of 5,004 characters"):
         outcome(tmp_path / "set.tar", packed(names)) and pytest.fail("taken")
         pictures_in(tmp_path / "set.tar")
+
+
+def test_what_stands_twice_in_an_archive_or_is_no_file_is_rejected_by_name(tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("0.png", "1.png", "./1.png", "2.png", "./2.txt", "2.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"12345"))
+        kinds = {"pipe.png": tarfile.FIFOTYPE, "device.png": tarfile.CHRTYPE, "folder.png": tarfile.DIRTYPE}
+        for name, kind in kinds.items():
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+    found = {record.image: record.problem for record in list_source(str(path)).records}
+    assert found.keys() == {"0.png", "1.png", "2.png", "pipe.png", "device.png"} and found["0.png"] is None
+    assert found["1.png"].startswith("name stands twice: 1.png") and found["2.png"].startswith(
+        "name stands twice: 2.txt"
+    )
+    assert all(found[name].startswith(f"not a file: {name}") for name in ("pipe.png", "device.png"))
+    listing = list_source(str(path))
+    read = {record.image: files for record, files in read_records(str(path), listing.top, listing.records)}
+    assert {name: bool(files) for name, files in read.items()} == {
+        name: problem is None for name, problem in found.items()
+    }
+
+
+def test_a_list_of_ids_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "set.tar"
+    path.write_bytes(packed({"image_ids.txt": b"00000", "./image_ids.txt": b"00001"}))
+    with pytest.raises(InputError, match="set.tar: two members are called image_ids.txt; pack it again"):
+        list_source(str(path))
+
+
+def test_an_archive_names_so_many_members_at_most(tmp_path, monkeypatch):
+    path = tmp_path / "set.tgz"
+    path.write_bytes(gzip.compress(packed(PICTURES)))
+    monkeypatch.setattr(archives, "MOST_MEMBERS", len(PICTURES) - 1)
+    with pytest.raises(InputError, match="set.tgz: more than 5 files; split the archive"):
+        list_source(str(path))

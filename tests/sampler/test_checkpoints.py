@@ -15,7 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from facediffuser.checkpoints import SDM_PARTS, TDM_PARTS, convert, match_keys
 from facediffuser.errors import InputError
+from facediffuser.flows.cli import main
 from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.storage import open_store
 from facediffuser.subject import SubjectFuser
 
 DATA = Path(__file__).parent / "data"
@@ -253,3 +255,12 @@ def test_the_full_size_conversion_makes_an_image_of_512_pixels(tokenizer, pictur
     assert image.size == (512, 512)
     assert pipe.unet.state_dict()["conv_in.weight"].std() > 0.01
     shutil.rmtree(tmp_path)  # 18 GB
+
+
+def test_a_model_is_converted_into_a_bucket(released, s3_bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [part for name, value in released.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["convert", *words, "--output", f"{s3_bucket.url}/models", "--quiet"]) == 0
+    keys = {info.key for info in open_store(f"{s3_bucket.url}/models").list()}
+    assert "model_index.json" in keys and "unet_text/diffusion_pytorch_model.safetensors" in keys
+    assert list(tmp_path.iterdir()) == []

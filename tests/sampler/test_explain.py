@@ -9,6 +9,8 @@ from sampler.conftest import scheduler
 from facediffuser.errors import InputError
 from facediffuser.explain import explain, record
 from facediffuser.explain_settings import ExplainSettings
+from facediffuser.flows.cli import main
+from facediffuser.storage import open_store
 
 
 @pytest.fixture
@@ -66,3 +68,17 @@ def test_a_scheduler_without_a_clean_estimate_is_refused(pipeline, picture, tmp_
     with pytest.raises(InputError, match="EulerDiscreteScheduler"):
         record(pipeline, settings_for(tmp_path, "unused"), [picture(0)])
     assert torch.is_grad_enabled()
+
+
+def test_the_picture_is_put_into_a_bucket(model_folder, picture, tmp_path, s3_bucket, monkeypatch, capsys):
+    picture(0).save(tmp_path / "face.png")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    url = f"{s3_bucket.url}/a/explain.png"
+    words = ["explain", "--models", str(model_folder), "--prompt", "a man <|image|> reading a book", "--reference",
+             str(tmp_path / "face.png"), "--steps", "2", "--device", "cpu", "--output", url, "--quiet"]  # fmt: skip
+    assert main(words) == 0 and capsys.readouterr().out.strip() == url
+    with open_store(f"{s3_bucket.url}/a").open("explain.png") as file:
+        assert Image.open(file).format == "PNG"
+    assert list(empty.iterdir()) == []

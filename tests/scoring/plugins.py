@@ -51,6 +51,47 @@ class Rival(Brightness):
     """Adds a column that another adds too."""
 
 
+class Words:
+    """Adds text, which has no mean."""
+
+    columns = pa.schema([("words", pa.string())])
+    digest = "e" * 64
+
+    def __init__(self, device: str):
+        pass
+
+    def score(self, images, references, prompts) -> pa.Table:
+        return pa.table([prompts], schema=self.columns)
+
+
+class Taken(Short):
+    """Adds a column that every dataset has."""
+
+    columns = pa.schema([("ip", pa.float32())])
+
+
+class Clumsy(Short):
+    """Fails when it is made."""
+
+    def __init__(self, device: str):
+        self.digest = str(1 / 0)
+
+
+class sharpness(Short):
+    """Would write the built-in scorer's file."""
+
+    columns = pa.schema([("other", pa.float32())])
+
+
+class Wild(Short):
+    """Gives a number, null, NaN and infinity."""
+
+    columns = pa.schema([("wild", pa.float32())])
+
+    def score(self, images, references, prompts) -> pa.Table:
+        return pa.table([[1.0, None, float("nan"), float("inf")]], schema=self.columns)
+
+
 def _mean(picture) -> float:
     pixels = list(picture.convert("L").tobytes())
     return sum(pixels) / len(pixels)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
@@ -9,6 +10,7 @@ from scoring.small_world import row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import read_added_columns
+from facediffuser.dataset.encoding import parquet_bytes
 from facediffuser.errors import InputError
 from facediffuser.evaluation.add_columns import ColumnWorker, column_stage
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -128,6 +130,12 @@ def test_missing_weights_are_reported_before_the_first_image_and_nothing_is_writ
         (["no.such.module:Scorer"], "cannot be imported"),
         (["scoring.plugins:Nothing"], "cannot be imported"),
         ([BRIGHTNESS, "scoring.plugins:Rival"], "both add 'brightness'"),
+        (["json:loads"], "'json:loads': does not load"),
+        (["os:getcwd"], "'os:getcwd': does not load .TypeError"),
+        (["builtins:len"], "has no columns, digest and score"),
+        (["scoring.plugins:Words"], "column 'words' of type string; give numbers or booleans"),
+        (["scoring.plugins:Clumsy"], "does not load .ZeroDivisionError"),
+        (["sharpness", "scoring.plugins:sharpness"], "both write sharpness.parquet"),
     ],
 )
 def test_a_scorer_that_cannot_be_used_is_reported_by_name(names, says):
@@ -145,3 +153,20 @@ def test_an_entry_point_names_a_scorer(monkeypatch):
 def test_a_scorer_that_returns_too_few_rows_is_named():
     with pytest.raises(ValueError, match="scorer scoring.plugins:Short: returned 1 rows"):
         column_scores(load_columns(["scoring.plugins:Short"]), [GREY, DARK], [[], []], ["a", "b"])
+
+
+def test_values_that_are_not_finite_are_null_and_counted(caplog):
+    table = column_scores(load_columns(["scoring.plugins:Wild"]), [GREY] * 4, [[]] * 4, ["a"] * 4)
+    assert table["wild"].to_pylist() == [1.0, None, None, None]
+    assert "scorer scoring.plugins:Wild: 2 values of wild are not finite" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Taken", "Brightness"])
+def test_a_column_that_is_there_already_is_refused_before_it_is_computed(dataset, name):
+    if name == "Brightness":
+        copy = pa.table({"sample_id": ["a"], "brightness": [0.5]})
+        dataset.put("scores/earlier.parquet", parquet_bytes(copy))
+    before = dataset.list()
+    with pytest.raises(InputError, match=rf"scorer {name}: adds column '.*', which .* has already"):
+        column_stage(ScoreSettings(url=dataset.url, add=[f"scoring.plugins:{name}"], device="cpu"))
+    assert dataset.list() == before

@@ -153,6 +153,28 @@ def test_a_file_that_fits_no_subject_or_prompt_is_named(tmp_path, subjects, prom
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_stand_twice_are_refused_and_those_in_no_line_are_named(
+    tmp_path, subjects, prompts, colours, people, caplog
+):
+    images = folder_of(tmp_path / "any", subject_0000_prompt_0000_instance_0000=beside(people["ada"]))
+    beside(people["ada"]).save(images / "SUBJECT_0_prompt_0_instance_0.PNG")
+    with pytest.raises(InputError, match="has the numbers of SUBJECT_0_prompt_0_instance_0.PNG too; remove one"):
+        evaluate(images=images, subjects=subjects, prompts=prompts)
+    index = tmp_path / "index.csv"
+    line = "SUBJECT_0_prompt_0_instance_0.PNG,ada,p00000\n"
+    index.write_text(f"image,subject_ids,prompt_id\n{line}{line}")
+    with pytest.raises(InputError, match="index.csv:3: image '.*' stands in line 2 with the same subjects and prompt"):
+        evaluate(images=images, subjects=subjects, prompts=prompts, index=index)
+    index.write_text(f"image,subject_ids,prompt_id\n{line}")
+    assert evaluate(images=images, subjects=subjects, prompts=prompts, index=index).images.num_rows == 1
+    assert "1 images are not listed in" in caplog.text and "subject_0000_prompt_0000_instance_0000.png" in caplog.text
+    for form in ("Zo\u00e9.png", "Zoe\u0301.png"):
+        beside(people["ada"]).save(images / form)
+    index.write_text("image,subject_ids,prompt_id\nZo\u00e9.png,ada,p00000\n")
+    with pytest.raises(InputError, match="index.csv:2: two images have this name"):
+        evaluate(images=images, subjects=subjects, prompts=prompts, index=index)
+
+
 def test_an_unreadable_image_is_named_and_nothing_written(tmp_path, colours, subjects, prompts):
     images = folder_of(tmp_path / "any")
     (images / "subject_0000_prompt_0000_instance_0000.jpg").write_bytes(b"no picture")
@@ -182,6 +204,24 @@ def test_a_dataset_s_recorded_scores_are_used_without_loading_scorers(tmp_path, 
     overall = next(line for line in found.table if line.category == "all" and line.metric == "ip")
     assert (overall.mean, overall.n) == (0.25, 5)
     assert "6 images, 1 of them failed and not counted" in found.markdown
+
+
+def test_scores_that_are_not_finite_make_failed_rows(tmp_path, colours, people, subjects, prompts, monkeypatch):
+    rows = [row(number, beside(size=32), ip=number / 8) for number in range(3)]
+    url = write_dataset(tmp_path / "ds", [*rows, row(3, beside(size=32), pc=float("nan"))], {})
+    found = evaluate(dataset=url, output=tmp_path / "out")
+    assert found.images["status"].to_pylist() == ["ok", "ok", "ok", "failed"] and "1 of them failed" in found.markdown
+    assert next(line for line in found.table if line.category == "all" and line.metric == "pc").n == 3
+    names = [f"subject_000{number}_prompt_0000_instance_0000" for number in range(2)]
+    images = folder_of(tmp_path / "theirs", **{name: beside(people["ada"]) for name in names})
+    monkeypatch.setattr(
+        type(colours.prompt), "score", lambda self, images, prompts: [0.25, float("inf")][: len(images)]
+    )
+    found = evaluate(images=images, subjects=subjects, prompts=prompts, output=tmp_path / "out")
+    assert found.images["status"].to_pylist() == ["ok", "failed"] and found.images["ip"].to_pylist()[1] is None
+    assert found.images["error"].to_pylist()[1] == "the score pc is inf; check the scorer's weights"
+    written = pq.read_table(tmp_path / "out" / "scores.parquet")["pc"].to_pylist()
+    assert written == [0.25, None] and "nan" not in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_scoring_a_dataset_again_replaces_its_scores_and_keeps_failed_rows(tmp_path, colours, people):

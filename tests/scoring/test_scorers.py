@@ -1,13 +1,18 @@
 """IP and PC of pictures: found faces, known answers, weights that are checked at the start."""
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from facenet_pytorch import MTCNN, InceptionResnetV1
 from PIL import Image, ImageEnhance
+from safetensors.torch import load_file, save_file
 from scoring.small_world import beside
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, NotFiniteError
 from facediffuser.scoring.identity import face_crop, load_identity, subject_embedding
 from facediffuser.scoring.prompt import clip_crop
 from facediffuser.scoring.scorers import load_scorers
@@ -176,3 +181,44 @@ def test_the_papers_scorers_name_the_file_that_is_missing(tmp_path, monkeypatch)
 
 def refuse(*args, **kwargs):
     raise OSError("no network")
+
+
+def damaged(path: Path, how: str) -> None:
+    """Spoil a safetensors file: one value NaN or infinite, one tensor gone, or half of the file."""
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+        return
+    state = load_file(path)
+    name = sorted(name for name, value in state.items() if value.is_floating_point() and value.numel() > 1)[0]
+    if how == "gone":
+        del state[name]
+    else:
+        state[name].view(-1)[0] = float(how)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gone", "truncated"])
+@pytest.mark.parametrize("part", ["identity", "prompt"])
+def test_damaged_weights_of_a_scorer_are_refused_by_name(scorers_folder, tmp_path, part, how):
+    folder = shutil.copytree(scorers_folder, tmp_path / "scorers")
+    damaged(folder / part / "model.safetensors", how)
+    with pytest.raises(InputError, match=rf"scorers.{part}") as refused:
+        load_scorers(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["identity/config.json", "prompt/config.json", "prompt/tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe"])
+def test_damaged_configurations_of_a_scorer_are_refused_by_name(scorers_folder, tmp_path, name, content):
+    folder = shutil.copytree(scorers_folder, tmp_path / "scorers")
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"scorers.{name.partition('/')[0]}"):
+        load_scorers(str(folder))
+
+
+def test_a_face_without_numbers_has_no_score(scorers, known, people, monkeypatch):
+    monkeypatch.setattr(scorers.identity.network, "forward", lambda crops: torch.full((len(crops), 75), torch.nan))
+    found = scorers.score([beside(people["ada"])], [[known["ada"], known["bob"]]], ["a man"])[0]
+    assert np.isnan(found.ip) and found.subject_faces == [-1, -1]
+    with pytest.raises(NotFiniteError, match="the score ip is nan"):
+        found.require_finite()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from training.test_loop import same, weights
 
+from facediffuser.flows.cli import main
 from facediffuser.storage import local_copy, open_store
 from facediffuser.training import training_run as runs
 from facediffuser.training.loop import train_model
@@ -37,3 +38,11 @@ def test_a_run_stopped_and_resumed_in_s3_ends_as_a_local_one(settings, s3_bucket
     train_model(settings("tdm", output=f"{s3_bucket.url}/runs/tdm", steps=1), lambda numbers: None)
     models = assemble(base, f"{s3_bucket.url}/runs/tdm", output, tmp_path / "models")
     assert (models / "model_index.json").exists()
+    words = ["assemble", "--base", str(base), "--tdm", f"{s3_bucket.url}/runs/tdm", "--sdm", output]
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--output", f"{s3_bucket.url}/models", "--quiet"]) == 0
+    there = local_copy(f"{s3_bucket.url}/models")
+    names = {path.relative_to(models).as_posix() for path in models.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert main([*words, "--output", f"{s3_bucket.url}/models", "--quiet"]) == 2, "it holds models already"
+    assert not (tmp_path / "s3:").exists()
