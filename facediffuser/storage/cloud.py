@@ -82,7 +82,7 @@ class CloudStore(Store):
         import obstore
 
         with self._translated_errors(key):
-            return obstore.head(self._store, self._key(key))
+            return {**obstore.head(self._store, self._key(key))}
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         import obstore
@@ -123,7 +123,7 @@ class CloudStore(Store):
         head = self._head(key)
 
         def read(start: int, end: int) -> bytes:
-            options = {"range": (start, end)} | ({"if_match": head["e_tag"]} if head["e_tag"] else {})
+            options: Any = {"range": (start, end)} | ({"if_match": head["e_tag"]} if head["e_tag"] else {})
             with self._translated_errors(key):
                 try:
                     return bytes(obstore.get(self._store, self._key(key), options=options).bytes())
