@@ -182,6 +182,8 @@ class CloudStore(Store):
             ) from None
         except kinds.BaseError as error:
             said = " ".join(_SECRET.sub("", str(error)).split())[:200]
+            if re.search(r"\b404\b", said):  # a listing of a bucket that is not there
+                raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
             if "Account must be specified" in said or "credential" in said.lower():
                 raise InputError(f"{url}: no credentials; set {CREDENTIALS[self.scheme]}") from None
             raise StorageError(f"{url}: the store did not answer as it should ({type(error).__name__})") from None

@@ -80,7 +80,7 @@ def test_added_columns_come_along(originals, tmp_path):
     rewrite_card(open_store(tmp_path / "one"), [key])
     merge([tmp_path / "one", tmp_path / "other"], tmp_path / "both")
     added = read_added_columns(open_store(tmp_path / "both"))
-    found = added.of(pa.array(["ada~p0~0", "cyd~p0~0"])).to_pylist()
+    found = added.rows(pa.array(["ada~p0~0", "cyd~p0~0"])).to_pylist()
     assert found == [{"extra": 2.0, "sharpness": 1.0}, {"extra": None, "sharpness": 1.0}]
     assert added.digests()["sharpness"] == "1" and verify(str(tmp_path / "both")) == []
 
