@@ -26,6 +26,7 @@ NEEDED = {
     "evaluate": "--dataset d --subjects s --models m --output o --prompts p",
     "explain": "--models m --prompt p --reference r",
     "miniature render": "--count 1 --output o",
+    "rehearse": "--output o",
     **dict.fromkeys(("score", "copies", "verify", "repair", "retry-failed", "card"), "url"),
     "remake": "a~b~0 --dataset d",
     "merge": "one two --output o",
@@ -43,7 +44,7 @@ SPECIAL = {
     ("miniature claim", "fusion_end"): ("", 12),
     ("merge", "urls"): ("--output o", ["one", "two"]),
     ("publish", "places"): ("", ["one", "hf://datasets/a/b"]),
-    **{(name, "device"): (NEEDED[name], "cuda:1") for name in ("evaluate", "score", "copies", "explain")},
+    **{(name, "device"): (NEEDED[name], "cuda:1") for name in ("evaluate", "score", "copies", "explain", "rehearse")},
     **{(name, "fusion_end"): (NEEDED[name], 40) for name in ("generate", "evaluate", "explain")},
 }
 
