@@ -6,7 +6,7 @@ MODELS ?= miniature
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo claim test test-slow lint format constraints dist clean
+.PHONY: help env demo claim test test-slow test-real lint format constraints dist clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -25,8 +25,11 @@ claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT
 test: .venv/ready .swift/ready lint  ## lint and the quick tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/ready .swift/ready  ## the tests that take minutes
+test-slow: .venv/ready .swift/ready test-real  ## the tests that take minutes, those on real weights among them
 	$(BIN)/python -m pytest -m slow
+
+test-real: .real/ready  ## the tests on real weights and photographs, which packages bring
+	$(BIN)/python -m pytest -m real -rA tests/real
 
 lint: .venv/ready  ## what a commit must pass before any test: ruff, its format, the import law of .importlinter, types
 	$(BIN)/ruff check .
@@ -50,7 +53,7 @@ constraints: $(BIN)/uv  ## write constraints.txt anew from pyproject.toml; UPGRA
 
 
 clean:  ## remove the environments and the caches; datasets in out/ stay
-	rm -rf .venv .swift build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .swift .real build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv installs in seconds what takes pip minutes, and shares the files of several environments on one disk. Bytecode is
@@ -65,6 +68,13 @@ $(BIN)/uv:
 
 .venv/ready: pyproject.toml constraints.txt | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Photographs come in the source distribution of face-recognition, which is not installed.
+.real/ready: .venv/ready
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev,real]'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --no-binary face-recognition --dest .real face-recognition==1.3.0
 	@touch $@
 
 # The S3 server of the tests, apart: what it needs is none of the project's business.

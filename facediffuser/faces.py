@@ -7,8 +7,12 @@ import numpy as np
 from PIL import Image
 
 Box = tuple[float, float, float, float]
-
-
+# Five landmarks of a head that looks at the camera, mm: x to the right of the picture, y down, z away from the camera,
+# from the middle between the eyes. Across and down as in the template of ALIGNED_LANDMARKS with eyes 63 mm apart; how far
+# the tip of the nose and the corners of the mouth lie before the eyes are means of adults.
+HEAD_LANDMARKS = np.array(
+    [[-31.5, 0.0, 0.0], [31.5, 0.0, 0.0], [0.0, 36.0, -34.0], [-26.0, 73.0, -12.0], [26.0, 73.0, -12.0]]
+)
 ALIGNED_SIDE = 112
 # Where the landmarks lie in the 112 px crops that most face recognisers are trained on (published with ArcFace).
 ALIGNED_LANDMARKS = np.array(
@@ -145,6 +149,33 @@ def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None)
     columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, pixels.shape[1] - 1)
     crop = Image.fromarray(pixels[rows[:, None], columns[None, :]])
     return crop if size is None else crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def head_pose(landmarks: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Return yaw, pitch and roll of a head in degrees, as its five landmarks (x, y; px) say.
+
+    Yaw > 0: it looks to the right of the picture; pitch > 0: it looks up; roll > 0: it is tilted clockwise as one looks
+    at the picture. HEAD_LANDMARKS are fitted as a camera sees them from afar: another head's proportions, and landmarks
+    that are a few pixels off, show as some degrees; pitch is rough, since a wide smile, which lifts the corners of the mouth,
+    looks like a bowed head (up to 30 degrees on photographs).
+
+    Returns:
+        Yaw and pitch -90 to 90, roll -180 to 180; zeros for landmarks that coincide.
+    """
+    points = np.asarray(landmarks, np.float64)
+    head = HEAD_LANDMARKS - HEAD_LANDMARKS.mean(0)
+    # Least squares: what turns the head's axes into the picture's, rows of a rotation but for noise.
+    axes = np.linalg.lstsq(head, points - points.mean(0), rcond=None)[0].T
+    u, lengths, v = np.linalg.svd(axes, full_matrices=False)
+    if lengths[0] <= 1e-9:
+        return 0.0, 0.0, 0.0
+    right, down = u @ v
+    forward = np.cross(right, down)  # away from the camera, in the head's coordinates
+    # Rotation = tilt @ nod @ turn, head to picture.
+    yaw = np.arctan2(forward[0], forward[2])
+    pitch = np.arcsin(np.clip(-forward[1], -1.0, 1.0))
+    roll = np.arctan2(-right[1], down[1])
+    return float(np.degrees(yaw)), float(np.degrees(pitch)), float(np.degrees(roll))
 
 
 def aligned_crop(

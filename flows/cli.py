@@ -88,6 +88,7 @@ ORDER: tuple[Callable[..., Any], ...] = (
     commands.export,
     commands.publish,
     commands.card,
+    commands.check,
     commands.explain,
 )
 """The commands in the order of `--help`."""

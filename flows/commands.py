@@ -20,6 +20,7 @@ from facediffuser.curation.curation_settings import (
 )
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
+from facediffuser.evaluation.weights_settings import CheckSettings
 from facediffuser.explain_settings import ExplainSettings
 from facediffuser.extras import require_extra
 from facediffuser.flows.flow_settings import (
@@ -215,6 +216,7 @@ def score(settings: Annotated[ScoreSettings, FIELDS]) -> None:
 
     ```
     facediffuser score out/mine --add sharpness,my_package:Aesthetic
+    facediffuser score out/mine --add faces
     ```
     """
     with _starting("Scoring %s with %s", settings.url, ", ".join(settings.add)):
@@ -421,6 +423,29 @@ def card(settings: Annotated[Dataset, FIELDS]) -> None:
     from facediffuser.storage import open_store
 
     rewrite_card(open_store(settings.url))
+
+
+def check(settings: Annotated[CheckSettings | None, FIELDS] = None) -> int:
+    """Compare your weights with the published ones and run them on known inputs; exit with 1 when something is wrong.
+
+    ```
+    facediffuser check --models MODELS --scorers SCORERS
+    ```
+    """
+    settings = settings or CheckSettings()
+    with _starting(
+        "Checking the weights of %s", " and ".join(filter(None, (settings.models, settings.scorers))), extra="pipeline"
+    ):
+        from facediffuser.evaluation.weights_check import check_places, check_weights
+
+        check_places(settings)
+    from facediffuser.devices import pick_device
+
+    good = True
+    for finding in check_weights(settings, pick_device(settings.device)):
+        print(finding)
+        good = good and finding.good
+    return 0 if good else 1
 
 
 def explain(settings: Annotated[ExplainSettings, FIELDS]) -> None:

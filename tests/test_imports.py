@@ -42,7 +42,7 @@ prompts = [inputs.Prompt("p0", "context", ("a photo of ", ""), (0,)), inputs.Pro
 row = RowSettings(method="face-diffuser", num_inference_steps=2, guidance_scale=5.0, fusion_start=0, fusion_end=1,
                   scheduler="PNDMScheduler", height=8, width=8)
 plan = Plan(tuple(people), tuple(prompts), 1, 7, row)
-run = {"scorers": {}, "models": {}}
+run = {"scorers": {}, "models": {}, "schema": {"version": "2", "embedding_size": 0}}
 fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
 layout = Layout(len(plan), 2)
 write_plan(store, plan, layout, with_marks(PLAN_SCHEMA, fingerprint, run, True))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from facediffuser.cards.survey import Survey
@@ -14,6 +15,12 @@ FLAG_TITLES = {
     "pasted_reference": "faces with a reference's pixels",
     "duplicate": "images like another of the dataset",
 }
+IDENTITY, POSE, NAMED = "card/identity.png", "card/pose_and_size.png", "card/named_faces.png"
+FACE_PICTURES = (
+    (IDENTITY, "Whose face it is: to references, between images, margin"),
+    (POSE, "How the heads are turned and how large the faces are"),
+    (NAMED, "Images with their faces named: highest and lowest ip_margin"),
+)
 RIGHTS = (
     "Every image in `data/` is synthetic: it was made by diffusion models and shows no event that took place. It may "
     "show the likeness of the people in the reference pictures (`subjects.parquet`), whose consent and whose pictures' "
@@ -138,6 +145,36 @@ def certificate_lines(card: Card) -> list[tuple[str, str]]:
     return lines
 
 
+def face_lines(survey: Survey) -> list[tuple[str, str]]:
+    """Return what is known of the faces as (name, value) lines; none for a dataset without the column `faces`."""
+    facts = survey.faces
+    if facts is None:
+        return []
+    lines = [
+        ("faces", f"{facts.faces:,} in {facts.images:,} images"),
+        ("faces of nobody who was asked for", f"{facts.unasked:,}"),
+        ("subjects without a face", f"{facts.missing:,}"),
+        ("images whose ip_margin is below 0", f"{facts.wrong:,} ({_percent(facts.wrong / facts.images)})"),
+    ]
+    if facts.pairs is not None:
+        pairs = facts.pairs
+        lines += [
+            (
+                "equal error rate",
+                f"{_percent(pairs.rate)} at cosine {pairs.threshold:.2f} ({len(pairs.within):,} pairs of images of one "
+                f"subject, {len(pairs.between):,} of different ones)",
+            ),
+            ("median cosine, same subject", f"{np.median(pairs.within):.3f}"),
+            ("median cosine, different subjects", f"{np.median(pairs.between):.3f}"),
+        ]
+    return lines
+
+
+def threshold_lines(survey: Survey) -> list[tuple[str, str]]:
+    """Return (threshold, share of the images that reach it) lines."""
+    return [(words, _percent(share)) for words, share in survey.faces.kept] if survey.faces else []
+
+
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:
     """Return what was found of copies as (check, result) lines."""
     return [
@@ -159,6 +196,10 @@ def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _people(count: int) -> str:
     return "one subject" if count == 1 else f"{count} subjects"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
 
 
 def _word(value: Any) -> str:

@@ -7,9 +7,20 @@ from typing import Any
 
 from PIL import Image
 
-from facediffuser.cards.card_facts import FLAG_TITLES, RIGHTS, Card, added_lines, certificate_lines, flag_lines
+from facediffuser.cards.card_facts import (
+    FACE_PICTURES,
+    FLAG_TITLES,
+    RIGHTS,
+    Card,
+    added_lines,
+    certificate_lines,
+    face_lines,
+    flag_lines,
+    threshold_lines,
+)
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import FLAGS, LocatedRow
+from facediffuser.dataset.column_meanings import column_lines
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow, metrics_of, title
 from facediffuser.picture_grid import fit
 from facediffuser.pictures import stored_picture
@@ -39,6 +50,14 @@ def card_page(
         sheet=_data_url(pictures["card/contact_sheet.png"], "png"),
         histograms=_data_url(pictures["card/score_histograms.png"], "png"),
         plane=_data_url(pictures["card/ip_pc_plane.png"], "png"),
+        faces=[
+            {"title": words, "picture": _data_url(pictures[key], "png")}
+            for key, words in FACE_PICTURES
+            if key in pictures
+        ],
+        face_facts=face_lines(card.survey),
+        thresholds=threshold_lines(card.survey),
+        columns=column_lines(card.survey.schema) if card.survey.schema is not None else [],
         facts=facts,
         scores=_score_table(card.table),
         best=_tiles(card.survey.best, card, styles),

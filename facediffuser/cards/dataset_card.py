@@ -6,19 +6,36 @@ from typing import Any
 
 from PIL import Image
 
-from facediffuser.cards.card_facts import RIGHTS, Card, added_lines, certificate_lines, flag_lines, run_lines, summary
+from facediffuser.cards.card_facts import (
+    FACE_PICTURES,
+    IDENTITY,
+    NAMED,
+    POSE,
+    RIGHTS,
+    Card,
+    added_lines,
+    certificate_lines,
+    face_lines,
+    flag_lines,
+    run_lines,
+    summary,
+    threshold_lines,
+)
 from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
+from facediffuser.cards.named_faces import named_faces_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.certificate import dataset_certificate
+from facediffuser.dataset.column_meanings import column_lines
 from facediffuser.dataset.consent import consent_facts
 from facediffuser.dataset.reading import open_parquet, read_chosen, recorded_run
 from facediffuser.dataset.seal import require_sealable, seal
 from facediffuser.dataset.spending import read_spent
+from facediffuser.evaluation.face_plots import identity_plots, pose_plots
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
-from facediffuser.markup import Markdown
+from facediffuser.markup import Markdown, markdown_table
 from facediffuser.picture_grid import png_bytes
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
@@ -32,14 +49,15 @@ SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_
 
 
 def write_card(store: Store) -> list[ScoreRow]:
-    """Write `README.md`, `card/contact_sheet.png`, `card/score_histograms.png`, `card/index.html` of a dataset.
+    """Write `README.md`, `card/index.html` and the pictures of both in `card/`.
 
-    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the same bytes. Memory
-    does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
+    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the same
+    bytes. Memory does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
     table of scores. Raises InputError when there is no dataset.
     """
     survey = survey_dataset(store)
     shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
+    shown += survey.named
     shown += [located for flagged in survey.flags.values() for located in flagged.shown]
     card = Card(
         name=store.url.rstrip("/").rsplit("/", 1)[-1],
@@ -55,6 +73,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         "card/contact_sheet.png": _sheet(card),
         "card/score_histograms.png": score_histograms(groups),
         "card/ip_pc_plane.png": image_plane(groups),
+        **_face_pictures(card),
     }
     for key in (*pictures, "card/index.html", "README.md"):
         store.require_replaceable(key)
@@ -101,10 +120,30 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         added=added_lines(card),
         certificate=certificate_lines(card),
         flags=flag_lines(card.survey),
+        face_pictures=[
+            (Markdown(key), words)
+            for key, words in FACE_PICTURES
+            if (card.survey.named if key == NAMED else card.survey.faces)
+        ],
+        face_facts=face_lines(card.survey),
+        thresholds=threshold_lines(card.survey),
+        columns=Markdown(markdown_table(("column", "type", "meaning"), column_lines(card.survey.schema))),
         failures=card.survey.failures.most_common(10),
         settings=settings,
         rights=Markdown(RIGHTS),
     )
+
+
+def _face_pictures(card: Card) -> dict[str, bytes]:
+    """The plots of identity and pose, and images with their faces named; none for a dataset without `faces`."""
+    pictures = {}
+    if card.survey.faces is not None:
+        pictures = {IDENTITY: identity_plots(card.survey.faces), POSE: pose_plots(card.survey.faces)}
+    if card.survey.named:
+        rows = [located.values for located in card.survey.named]
+        sheet = named_faces_sheet([(stored_picture(card.images[row["sample_id"]]), row) for row in rows])
+        pictures[NAMED] = png_bytes(sheet, optimize=True)
+    return pictures
 
 
 def _sheet(card: Card) -> bytes:

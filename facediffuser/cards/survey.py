@@ -3,14 +3,16 @@
 import heapq
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from facediffuser.dataset.added_columns import read_added_columns
-from facediffuser.dataset.reading import list_shards, open_parquet, row_groups
+from facediffuser.dataset.reading import list_shards, open_parquet, read_footer, row_groups
+from facediffuser.dataset.schema import FACES, IP_MARGIN
+from facediffuser.evaluation.face_facts import FaceCounts, FaceFacts
 from facediffuser.evaluation.score_sample import ScoreSample, rank
 from facediffuser.evaluation.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
 from facediffuser.storage import Store
@@ -30,7 +32,8 @@ SETTING_COLUMNS = (
     "height",
     "width",
 )
-SURVEY_COLUMNS = (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS)
+SURVEY_COLUMNS = (*SCORE_COLUMNS, "face_count", *TEXT_COLUMNS, *SETTING_COLUMNS, FACES, IP_MARGIN)
+NAMED_EACH = 3
 MAX_SETTING_VALUES = 8
 # Columns that `copies` adds: the flag, how alike, and to what (None: the row's own references).
 FLAGS = {
@@ -74,7 +77,8 @@ class Survey:
     `table`: the means of the rows' scores and of numbers that were added, whose names are in `added`; `sample`: scores
     for plots; `settings`: the different values of each setting column (at most eight); `sheet`: rows for the contact
     sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC; `flags`: what the checks for copies
-    raised, empty where they were not made.
+    raised, empty where they were not made; `faces`: what the column `faces` says, None where there is none; `named`: images
+    to show with their faces named; `schema`: the shards' columns.
     """
 
     rows: int
@@ -89,6 +93,9 @@ class Survey:
     worst: list[LocatedRow] = field(default_factory=list)
     flags: dict[str, Flagged] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    faces: FaceFacts | None = None
+    named: list[LocatedRow] = field(default_factory=list)
+    schema: pa.Schema | None = None
     bytes: int = 0
     files: int = 0
 
@@ -100,14 +107,20 @@ def survey_dataset(store: Store) -> Survey:
     """
     infos = list_shards(store)
     rows, prompts, subjects = 0, set(), set()
+    schema = read_footer(store, infos[0].key).schema.to_arrow_schema()
     failures: Counter[str] = Counter()
     settings: dict[str, set] = {}
     added = read_added_columns(store)
     flags = {name: _FlagCounter(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
-    numbers = [name for name in added.schema.names if is_score(added.schema.field(name))]
+    numbers = [name for name in added.schema.names if is_score(added.schema.field(name)) and name != IP_MARGIN]
     sums, sample, selection, extremes = ScoreSums(numbers), ScoreSample(), _SheetSelection(), _Extremes()
+    counts, named = FaceCounts(), _NamedSelection()
     for file, group, table in row_groups(store, [info.key for info in infos], SURVEY_COLUMNS, SCORE_COLUMNS):
         added_rows = added.rows(table["sample_id"])
+        faces = table if FACES in table.column_names else added_rows if FACES in added_rows.column_names else None
+        if faces is not None:
+            _count_faces(counts, table, faces)
+        added_rows = added_rows.drop_columns([name for name in (FACES, IP_MARGIN) if name in added_rows.column_names])
         narrow = table.select([name for name in (*SCORE_COLUMNS, "face_count") if name in table.column_names])
         for name in added_rows.column_names:
             narrow = narrow.append_column(name, added_rows[name])
@@ -117,7 +130,9 @@ def survey_dataset(store: Store) -> Survey:
         subjects.update(table["subject_ids"].combine_chunks().flatten().unique().to_pylist())
         for name in set(SETTING_COLUMNS) & set(table.column_names):
             settings.setdefault(name, set()).update(table[name].unique().to_pylist())
-        table = table.drop_columns([name for name in SETTING_COLUMNS if name in table.column_names])
+        table = table.drop_columns(
+            [name for name in (*SETTING_COLUMNS, FACES, IP_MARGIN) if name in table.column_names]
+        )
         added_values = added_rows.to_pylist() if flags else [{}] * table.num_rows
         for row, (values, extra) in enumerate(zip(table.to_pylist(), added_values, strict=True)):
             prompts.add(values["prompt_id"])
@@ -127,6 +142,8 @@ def survey_dataset(store: Store) -> Survey:
             located = LocatedRow(file, group, row, values | extra)
             selection.add(located)
             extremes.add(located)
+            if faces is not None:
+                named.add(located, faces, row)
             for name, flag in flags.items():
                 flag.add(located, extra[name])
     best, worst = extremes.result()
@@ -143,6 +160,9 @@ def survey_dataset(store: Store) -> Survey:
         worst=worst,
         flags={name: flag.result() for name, flag in flags.items()},
         added=numbers,
+        faces=counts.facts(),
+        named=named.result(),
+        schema=schema,
         bytes=sum(info.size for info in infos),
         files=len(infos),
     )
@@ -173,6 +193,11 @@ def is_score(column: pa.Field) -> bool:
 def _first_values(values: set) -> list:
     ordered = sorted((value for value in values if value is not None), key=repr)
     return ordered[:MAX_SETTING_VALUES]
+
+
+def _count_faces(counts: FaceCounts, rows: pa.Table, faces: pa.Table) -> None:
+    columns = {name: rows[name] for name in ("sample_id", "subject_ids", "status", "ip")}
+    counts.add(pa.table(columns | {"face_count": rows["face_count"], FACES: faces[FACES], IP_MARGIN: faces[IP_MARGIN]}))
 
 
 def _sample(sample: ScoreSample, table: pa.Table) -> None:
@@ -224,6 +249,36 @@ class _SheetSelection:
             mixed = [queue[index] for index in range(SHEET_COLUMNS) for queue in queues if index < len(queue)]
             rows.append(mixed[:SHEET_COLUMNS])
         return rows
+
+
+class _NamedSelection:
+    """Keeps images with faces: of those with most subjects the ones with the highest and the lowest margin."""
+
+    def __init__(self):
+        self.high: list[tuple] = []
+        self.low: list[tuple] = []
+
+    def add(self, located: LocatedRow, faces: pa.Table, row: int) -> None:
+        margin = faces[IP_MARGIN][row].as_py()
+        if margin is None:
+            return
+        people, name = len(located.subject_ids), located.values["sample_id"]
+        for heap, value in ((self.high, margin), (self.low, -margin)):
+            key = (people, value, name)
+            if len(heap) >= NAMED_EACH and key <= heap[0][0]:
+                continue
+            own = [
+                {field: value for field, value in face.items() if field != "embedding"}
+                for face in faces[FACES][row].as_py()
+            ]
+            shown = replace(located, values=located.values | {FACES: own, IP_MARGIN: margin})
+            (heapq.heappush if len(heap) < NAMED_EACH else heapq.heapreplace)(heap, (key, shown))
+
+    def result(self) -> list[LocatedRow]:
+        high = [shown for _, shown in sorted(self.high, key=lambda item: item[0], reverse=True)]
+        there = {shown.values["sample_id"] for shown in high}
+        low = [shown for _, shown in sorted(self.low, key=lambda item: item[0])]
+        return high + [shown for shown in low if shown.values["sample_id"] not in there]
 
 
 class _Extremes:

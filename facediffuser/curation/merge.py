@@ -25,7 +25,7 @@ from facediffuser.dataset.manifest import (
     read_sound_manifest,
 )
 from facediffuser.dataset.references import encode_references
-from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
+from facediffuser.dataset.schema import SUBJECTS_KEY, schema_of_run, with_marks
 from facediffuser.dataset.seal import seal
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, fingerprint_of
@@ -86,6 +86,9 @@ def open_sources(urls: Sequence[str]) -> list[Source]:
         if sources and manifest.schema_version != sources[0].manifest.schema_version:
             raise InputError(f"{url}: has schema version {manifest.schema_version!r}, {sources[0].store.url} has "
                              f"{sources[0].manifest.schema_version!r}; merge datasets of one version")  # fmt: skip
+        if sources and schema_of_run(manifest.run) != schema_of_run(sources[0].manifest.run):
+            raise InputError(f"{url}: its faces have embeddings of another length than those of {sources[0].store.url}, or "
+                             "none; merge datasets of the same scorers, all with embeddings or all without")  # fmt: skip
         if standing(store).begun:
             raise InputError(f"{url}: rows are being added to it; finish that with `facediffuser generate --extend`")
         if manifest.certificate is not None:

@@ -1,31 +1,36 @@
 """Columns added to a finished dataset: Parquet files of their own beside the shards, keyed by sample_id."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from facediffuser.dataset.encoding import parquet_bytes
-from facediffuser.dataset.reading import open_parquet
-from facediffuser.dataset.schema import DATASET_SCHEMA
+from facediffuser.dataset.reading import list_shards, open_parquet, read_footer
+from facediffuser.dataset.schema import DATASET_SCHEMA, hugging_face_features
 from facediffuser.errors import InputError
+from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
 
 ADDED_PREFIX = "scores/"
+SCORER_MARK, LICENCE_MARK = "facediffuser_scorer_", "facediffuser_licence_"
 KEY = "sample_id"
 
 
 class AddedColumns:
-    """The added columns of a dataset; `schema` without the key, in the order of the files' names."""
+    """The added columns of a dataset; `schema` without the key, in the order of the files' names.
 
-    def __init__(self, tables: Mapping[str, pa.Table]):
+    `columns`: those of the dataset itself, which no file may have.
+    """
+
+    def __init__(self, tables: Mapping[str, pa.Table], columns: Collection[str] = DATASET_SCHEMA.names):
         self.tables = dict(tables)
         self._next_row: dict[str, int] = {}
         self._sorted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         fields: dict[str, pa.Field] = {}
         for key, table in self.tables.items():
             for field in table.schema:
-                if field.name != KEY and (field.name in fields or field.name in DATASET_SCHEMA.names):
+                if field.name != KEY and (field.name in fields or field.name in columns):
                     raise InputError(f"{key}: column {field.name!r} is there already; remove one of the two files")
                 fields[field.name] = field
         fields.pop(KEY, None)
@@ -59,14 +64,26 @@ class AddedColumns:
         absent = ids[at] != asked if len(ids) else np.ones(len(asked), bool)
         return pa.array(order[at] if len(ids) else np.zeros(len(asked), np.int64), mask=absent)
 
+    def without(self, *columns: str) -> "AddedColumns":
+        """Return the same without some columns."""
+        kept = {
+            key: table.drop_columns([name for name in columns if name in table.column_names])
+            for key, table in self.tables.items()
+        }
+        return AddedColumns({key: table for key, table in kept.items() if table.column_names != [KEY]}, ())
+
     def digests(self) -> dict[str, str]:
         """Return what the files say of the scorers that made them."""
-        digests = {}
-        for table in self.tables.values():
-            for name, value in (table.schema.metadata or {}).items():
-                if name.startswith(b"facediffuser_scorer_"):
-                    digests[name.decode().removeprefix("facediffuser_scorer_")] = value.decode()
-        return digests
+        return self._marks(SCORER_MARK)
+
+    def licences(self) -> dict[str, str]:
+        """Return what the files say of the licences of those scorers' weights."""
+        return self._marks(LICENCE_MARK)
+
+    def _marks(self, prefix: str) -> dict[str, str]:
+        marks = [(table.schema.metadata or {}) for table in self.tables.values()]
+        each = ((name.decode(), value.decode()) for found in marks for name, value in found.items())
+        return {name.removeprefix(prefix): value for name, value in each if name.startswith(prefix)}
 
 
 def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | None = None) -> None:
@@ -77,6 +94,8 @@ def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | Non
         store: the dataset, whose other files below scores/ are looked at, too.
     """
     taken = {name: "every dataset" for name in DATASET_SCHEMA.names}
+    if store and set(taken) & {name for names in columns.values() for name in names}:
+        taken = dict.fromkeys(_own_columns(store), "the dataset")
     for url, table in (read_added_columns(store) if store else AddedColumns({})).tables.items():
         if url.rpartition("/")[2].removesuffix(".parquet") not in columns:
             taken |= {name: url for name in table.column_names if name != KEY}
@@ -92,12 +111,31 @@ def read_added_columns(store: Store) -> AddedColumns:
     for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
         with open_parquet(store, key) as file:
             tables[store.url_of(key)] = file.read()
-    return AddedColumns(tables)
+    # A dataset of an earlier version may have had columns of this one added.
+    names = {name for table in tables.values() for name in table.column_names} - {KEY}
+    own = _own_columns(store) if names & set(DATASET_SCHEMA.names) else DATASET_SCHEMA.names
+    return AddedColumns(tables, own)
 
 
-def write_added_columns(store: Store, name: str, table: pa.Table, digests: Mapping[str, str]) -> str:
-    """Put a table with a sample_id column as `scores/<name>.parquet`, with its scorers' digests; return the key."""
-    metadata = {f"facediffuser_scorer_{part}": digest for part, digest in digests.items()}
+def _own_columns(store: Store) -> list[str]:
+    """The columns of a dataset's shards."""
+    return read_footer(store, list_shards(store)[0].key).schema.to_arrow_schema().names
+
+
+def write_added_columns(
+    store: Store, name: str, table: pa.Table, digests: Mapping[str, str], licences: Mapping[str, str] | None = None
+) -> str:
+    """Put a table with a sample_id column as `scores/<name>.parquet`; return the key.
+
+    Args:
+        store: the dataset.
+        name: of the file.
+        table: the columns.
+        digests, licences: of the scorers that made them, by a short name; they go into the footer.
+    """
+    metadata = {f"{SCORER_MARK}{part}": digest for part, digest in digests.items()}
+    metadata |= {f"{LICENCE_MARK}{part}": licence for part, licence in (licences or {}).items()}
+    metadata["huggingface"] = canonical_json({"info": {"features": hugging_face_features(table.schema)}})
     key = f"{ADDED_PREFIX}{name}.parquet"
     store.put(key, parquet_bytes(table.replace_schema_metadata(metadata)))
     return key

@@ -19,7 +19,7 @@ from facediffuser.dataset.manifest import (
 from facediffuser.dataset.other_run import conflicting_prompts, recorded_subjects, run_there, subject_differences
 from facediffuser.dataset.plan import Layout, Plan, part_names
 from facediffuser.dataset.reading import open_parquet, read_footer
-from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
+from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.errors import InputError
 from facediffuser.runs import Run, differences, identity_of, other_run_error
@@ -215,9 +215,9 @@ def require_extendable(
         plan, references: what is to be made, and the references' table once they are read.
         undecided: settings that are not known yet.
     """
-    if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
-        raise InputError(f"{store.url}: has schema version {manifest.schema_version!r}, rows are added with version "
-                         f"{SCHEMA_VERSION!r}; make a dataset of its own with another output")  # fmt: skip
+    if manifest is not None and manifest.schema_version not in READABLE_VERSIONS:
+        raise InputError(f"{store.url}: has schema version {manifest.schema_version!r}, rows are added with versions "
+                         f"{' and '.join(READABLE_VERSIONS)}; make a dataset of its own with another output")  # fmt: skip
     if manifest is not None and manifest.certificate is not None:
         raise InputError(f"{store.url}: was made in fast mode, and its certificate is of its own rows; make the new ones as a "
                          "dataset of their own, and merge the two")  # fmt: skip

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from facediffuser.dataset.plan import Layout, find_sample
 from facediffuser.dataset.reading import read_columns
-from facediffuser.dataset.schema import SCHEMA_VERSION, SUBJECTS_KEY
+from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, run_schema_version
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, count_provenances, fingerprint_of, provenance_of
 from facediffuser.storage import ObjectInfo, Store
@@ -154,7 +154,7 @@ class Manifest(Part):
     """
 
     digest: str = ""
-    schema_version: str = SCHEMA_VERSION
+    schema_version: str
     counts: Counts
     objects: list[ObjectEntry] = []
     unlisted: list[str] = []
@@ -234,8 +234,8 @@ def build_manifest(
     """Return the manifest of a dataset of these parts; `objects`: the entries of plans and references."""
     first = {name: getattr(parts[0], name) for name in Part.model_fields}
     return Manifest(
-        **first, counts=count_parts(parts), objects=objects or [], unlisted=list(UNLISTED), more_parts=list(parts[1:]),
-        retractions=list(retractions),
+        **first, schema_version=run_schema_version(parts[0].run), counts=count_parts(parts), objects=objects or [],
+        unlisted=list(UNLISTED), more_parts=list(parts[1:]), retractions=list(retractions),
     )  # fmt: skip
 
 
@@ -312,9 +312,11 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         unknown = json.loads(data).keys() - EARLIER_FIELDS
         if unknown:
             yield f"has no digest, but {sorted(unknown)[0]!r}, which no manifest of an earlier version has"
-    if manifest.schema_version != SCHEMA_VERSION:
-        yield f"has schema version {manifest.schema_version!r}; this code reads {SCHEMA_VERSION!r}"
+    if manifest.schema_version not in READABLE_VERSIONS:
+        yield f"has schema version {manifest.schema_version!r}; this code reads {' and '.join(READABLE_VERSIONS)}"
     for part in manifest.parts:
+        if manifest.schema_version in READABLE_VERSIONS and run_schema_version(part.run) != manifest.schema_version:
+            yield f"has schema version {manifest.schema_version}, a run of it {run_schema_version(part.run)}"
         yield from _part_problems(part)
     names = [part.name for part in manifest.parts]
     if names[0] or len(set(names)) != len(names):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.schema import COMPUTED_WITH_KEY, FINGERPRINT_KEY, RUN_KEY
+from facediffuser.dataset.schema import COMPUTED_WITH_KEY, FACES, FINGERPRINT_KEY, RUN_KEY
 from facediffuser.runs import provenance_of
 from facediffuser.storage import ObjectInfo, Store
 
@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_GROUP = 100
 IMAGE_BYTES = "image.bytes"
+EMBEDDING = "faces.list.element.embedding.list.element"
+# What rows are looked up by. Subjects stand in a list: the statistics of a row group tell little of who is in it.
+LOOKED_UP = ("sample_id", "prompt_id", "subject_ids.list.element", "faces.list.element.subject_id")
+BLOOM_FILTER = {"ndv": 2 * ROWS_PER_GROUP, "fpp": 0.01}
 READERS = 16
 
 
@@ -48,7 +52,12 @@ class FinishedShard:
 def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
     """Return a shard's Parquet: about 100 rows per row group, page index, zstd for all columns but the image bytes.
 
-    `schema` is DATASET_SCHEMA with the run's marks. The same rows give the same bytes.
+    Statistics for all columns but image bytes and embeddings; Bloom filters on what rows are looked up by. A shard of
+    schema version 1 has no Bloom filters, as ever: it must be the same bytes when it is made again.
+
+    Args:
+        rows: finished rows; what the schema does not name is left out.
+        schema: of the run, with its marks. The same rows give the same bytes.
     """
     return encode_table(pa.Table.from_pylist(list(rows), schema=schema))
 
@@ -56,13 +65,17 @@ def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
 def encode_table(table: pa.Table) -> bytes:
     """Return the Parquet of a shard's table, whose schema carries the marks; see `encode_shard`."""
     others = [path for path in column_paths(table.schema.remove_metadata()) if path != IMAGE_BYTES]
+    options: dict[str, Any] = {}
+    if FACES in table.schema.names:
+        options["bloom_filter_options"] = dict.fromkeys(LOOKED_UP, BLOOM_FILTER)
     return parquet_bytes(
         table,
         row_group_size=ROWS_PER_GROUP,
         # Images are compressed already; a second pass would cost time and win nothing.
         compression={IMAGE_BYTES: "none"} | dict.fromkeys(others, "zstd"),
         use_dictionary=["prompt_id", "prompt", "category", "subject_ids.list.element", "method", "scheduler", "status"],
-        write_statistics=others,
+        write_statistics=[path for path in others if path != EMBEDDING],
+        **options,
     )
 
 

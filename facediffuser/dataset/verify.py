@@ -27,7 +27,7 @@ from facediffuser.dataset.manifest import (
 )
 from facediffuser.dataset.plan import Layout, part_names, read_shard_rows
 from facediffuser.dataset.reading import DATA_PREFIX
-from facediffuser.dataset.schema import DATASET_SCHEMA, FINGERPRINT_KEY, PLAN_SCHEMA, SUBJECTS_KEY
+from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, SUBJECTS_KEY, schema_of_run
 from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import ObjectInfo, Store, open_store
@@ -212,7 +212,7 @@ def check_shard(store: Store, part: Part, shard: int) -> list[str]:
         return [what]
     try:
         table = pq.read_table(io.BytesIO(data))
-        if not table.schema.equals(DATASET_SCHEMA):
+        if not table.schema.equals(schema_of_run(part.run)):
             return ["its columns are not a dataset's"]
         problems = []
         mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")

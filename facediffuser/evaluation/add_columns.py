@@ -13,14 +13,16 @@ import pyarrow as pa
 from pyarrow import feather
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
-from facediffuser.dataset.added_columns import KEY, require_new_columns, write_added_columns
+from facediffuser.dataset.added_columns import KEY, read_added_columns, require_new_columns, write_added_columns
 from facediffuser.dataset.reading import list_shards, read_footer, row_groups
+from facediffuser.dataset.schema import FACES
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.image_sources import dataset_reference_pictures
+from facediffuser.evaluation.row_scorers import DatasetScorer, load_row_scorers, score_dataset_rows
 from facediffuser.evaluation.score_settings import ScoreSettings
 from facediffuser.pictures import stored_picture
 from facediffuser.runs import fingerprint_of
-from facediffuser.scoring.columns import ColumnScorer, load_columns, score_rows, short_name
+from facediffuser.scoring.columns import short_name
 from facediffuser.storage import Store, open_store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")
@@ -42,7 +44,7 @@ def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Sta
     store = open_store(settings.url)
     shards = list_shards(store)
     # Loaded here, too: a scorer says its columns and its digest once its weights are read.
-    scorers = load_columns(settings.add)
+    scorers = load_row_scorers(settings, store)
     require_new_columns({short_name(name): scorer.columns.names for name, scorer in scorers.items()}, store)
     identity = {
         "scorers": {name: scorer.digest for name, scorer in scorers.items()},
@@ -69,7 +71,9 @@ class ColumnWorker:
 
     def __init__(self, settings: ScoreSettings):
         self.store, self.batch_size = open_store(settings.url), settings.batch_size
-        self.scorers = load_columns(settings.add, pick_device(settings.device))
+        self.scorers = load_row_scorers(settings, self.store, pick_device(settings.device))
+        needed = any(scorer.reads_faces for scorer in self.scorers.values())
+        self.added = read_added_columns(self.store) if needed else None
         self.references = dataset_reference_pictures(self.store) if self.store.exists("subjects.parquet") else {}
         fields = [field.with_nullable(True) for scorer in self.scorers.values() for field in scorer.columns]
         self.schema = pa.schema(fields)
@@ -83,7 +87,10 @@ class ColumnWorker:
     def score(self, key: str) -> pa.Table:
         """Return the sample ids of a shard with the columns of all scorers."""
         parts, ids = [], []
-        for _, _, table in row_groups(self.store, [key], COLUMNS):
+        columns = (*COLUMNS, FACES) if self.added is not None else COLUMNS
+        for _, _, table in row_groups(self.store, [key], columns):
+            if self.added is not None and FACES in self.added.schema.names:
+                table = table.append_column(FACES, self.added.rows(table["sample_id"])[FACES])
             for start in range(0, table.num_rows, self.batch_size):
                 rows = table.slice(start, self.batch_size).to_pylist()
                 parts.append(self._score_batch(rows))
@@ -92,13 +99,13 @@ class ColumnWorker:
         return found.add_column(0, KEY, pa.array(ids, pa.string()))
 
     def _score_batch(self, rows: list[dict[str, Any]]) -> pa.Table:
-        values = score_rows(
+        values = score_dataset_rows(
             self.scorers, rows, lambda row: stored_picture(row["image"]["bytes"], row["sample_id"]), self.references
         )
         return pa.Table.from_pylist(values, schema=self.schema)
 
 
-def _finish(store: Store, scorers: Mapping[str, ColumnScorer], keys: list[str], results: Results) -> list[str]:
+def _finish(store: Store, scorers: Mapping[str, DatasetScorer], keys: list[str], results: Results) -> list[str]:
     table = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in keys).combine_chunks()
     written = [
         write_added_columns(
@@ -106,6 +113,7 @@ def _finish(store: Store, scorers: Mapping[str, ColumnScorer], keys: list[str], 
             short_name(name),
             table.select([KEY, *scorer.columns.names]),
             {short_name(name): scorer.digest},
+            {short_name(name): scorer.licence},
         )
         for name, scorer in scorers.items()
     ]

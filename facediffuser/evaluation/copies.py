@@ -1,6 +1,7 @@
 """Honesty checks of a finished dataset: copied training faces, pasted references, near-duplicate images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from facediffuser.scoring.identity import IdentityScorer
 
 BATCH = 64
+SMALLEST_ANGLE = 1e-3  # between two references, radians: those of one picture stored twice tell nothing
 READ_COLUMNS = ("sample_id", "subject_ids", "status", "face_boxes", "image")
 
 
@@ -40,9 +42,10 @@ def find_copies(
 
     Columns: sample_id; with `training`: training_similarity (the highest cosine of its faces to a training face, 0..1),
     training_nearest (the picture that face is in), training_copy; paste_similarity (the highest correlation of a face's
-    pixels with a reference's of the same row, 0..1), pasted_reference; duplicate_similarity (of the whole picture to the
-    most alike other one, 0..1), duplicate_of (its sample_id), duplicate. Null where there is nothing to compare. Memory
-    grows by about 3 KB an image and 2 KB a face.
+    pixels with a reference's of the same row, 0..1), pasted_reference; copy_paste (see the function of that name: the
+    highest of the row's subjects that have several references, 0..1), copy_paste_reference; duplicate_similarity (of
+    the whole picture to the most alike other one, 0..1), duplicate_of (its sample_id), duplicate. Null where there is
+    nothing to compare. Memory grows by about 3 KB an image and 2 KB a face.
     """
     references = reference_faces(store, identity)
     ids: list[str] = []
@@ -50,6 +53,8 @@ def find_copies(
     vectors: list[np.ndarray] = []
     owners: list[int] = []
     pasted: list[float | None] = []
+    copied: list[tuple[float, str] | None] = []
+    several = any(len(faces) > 1 for faces in references.values())
     has_picture: list[bool] = []
     for rows in _batches(store):
         pictures = [_picture(row) for row in rows]
@@ -62,12 +67,13 @@ def find_copies(
             if picture:
                 crops += [identity.crop(picture, box, identity.crop_size) for box in boxes]
             owners += [place] * len(boxes)
-            faces_of_row = [face for name in row["subject_ids"] for face in references.get(name, [])]
+            faces_of_row = [face.pixels for name in row["subject_ids"] for face in references.get(name, [])]
             values = [pixel_similarity(picture, box, faces_of_row) for box in boxes] if picture and faces_of_row else []
             pasted.append(max(values, default=None))
             thumbnails.append(thumbnail(picture) if picture else np.zeros(3 * THUMBNAIL**2, np.float32))
-        if crops and training is not None:
+        if crops and (training is not None or several):
             vectors.append(identity.embed_crops(crops))
+        copied += _copied_references(rows, pictures, vectors[-1] if crops and several else None, references)
         advance(len(rows))
     columns: dict[str, Sequence] = {"sample_id": ids}
     if training is not None:
@@ -75,6 +81,8 @@ def find_copies(
     columns |= {
         "paste_similarity": pa.array(pasted, pa.float32()),
         "pasted_reference": [None if value is None else value >= settings.paste_threshold for value in pasted],
+        "copy_paste": pa.array([found and found[0] for found in copied], pa.float32()),
+        "copy_paste_reference": pa.array([found and found[1] for found in copied], pa.string()),
     }
     return pa.table(columns | _duplicate_columns(ids, np.stack(thumbnails), has_picture, settings.duplicate_threshold))
 
@@ -116,17 +124,81 @@ def _duplicate_columns(
     }
 
 
-def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[np.ndarray]]:
-    """Return subject id -> the faces (24, 24, 3) of a dataset's reference pictures; empty without subjects.parquet."""
+@dataclass(frozen=True)
+class ReferenceFace:
+    """The face of a reference picture: the picture's name, its pixels (24, 24, 3) uint8 and its unit vector (d,)."""
+
+    name: str
+    pixels: np.ndarray
+    vector: np.ndarray
+
+
+def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[ReferenceFace]]:
+    """Return subject id -> the faces of a dataset's reference pictures; empty without subjects.parquet.
+
+    A picture without a face contributes none.
+    """
     if not store.exists("subjects.parquet"):
         return {}
-    found: dict[str, list[np.ndarray]] = {}
-    rows = read_columns(store, "subjects.parquet", ["subject_id", "image"]).to_pylist()
-    for row in rows:
+    found: dict[str, list[ReferenceFace]] = {}
+    for row in read_columns(store, "subjects.parquet", ["subject_id", "reference", "image"]).to_pylist():
         picture = stored_picture(row["image"]["bytes"], store.url_of("subjects.parquet"))
-        for face in identity.detector.detect([picture])[0][:1]:
-            found.setdefault(row["subject_id"], []).append(face_pixels(picture, face.box))
+        [embedded] = identity.embed_faces([picture])
+        if embedded.faces:
+            face = ReferenceFace(row["reference"], face_pixels(picture, embedded.faces[0].box), embedded.vectors[0])
+            found.setdefault(row["subject_id"], []).append(face)
     return found
+
+
+def copy_paste(face: np.ndarray, references: Sequence[np.ndarray]) -> tuple[float, int]:
+    """Return how much a face lies at one reference rather than at the person, 0..1, and the place of that reference.
+
+    The measure of MultiID-Bench (arXiv 2510.14975), on angles between unit vectors: how much nearer the face lies to the
+    reference than to another picture of the person, as a share of the angle between those two. Which reference a model
+    followed is not known here, since it was shown all: the nearest one counts, against the mean of the others, so it is
+    never below 0. 0: as near to every reference; 1: at one of them.
+
+    Args:
+        face: unit vector (d,).
+        references: unit vectors (d,) of two pictures of the person or more.
+    """
+    vectors = np.stack(references).astype(np.float64)
+    angles = np.arccos(np.clip(vectors @ face.astype(np.float64), -1, 1))
+    between = np.arccos(np.clip(vectors @ vectors.T, -1, 1))
+    nearest = int(np.argmin(angles))
+    others = [place for place in range(len(vectors)) if place != nearest]
+    shares = (angles[others] - angles[nearest]) / np.maximum(between[nearest, others], SMALLEST_ANGLE)
+    return float(np.clip(shares, 0, 1).mean()), nearest
+
+
+def _copied_references(
+    rows: Sequence[Mapping],
+    pictures: Sequence[Image.Image | None],
+    vectors: np.ndarray | None,
+    references: Mapping[str, Sequence[ReferenceFace]],
+) -> Iterator[tuple[float, str] | None]:
+    """Yield for each row the highest `copy_paste` of its subjects with the reference's name, None without one."""
+    from facediffuser.scoring.identity import subject_embedding
+    from facediffuser.scoring.matching import identity_preservation
+
+    start = 0
+    for row, picture in zip(rows, pictures, strict=True):
+        count = len(row["face_boxes"] or []) if picture else 0
+        names = [name for name in row["subject_ids"] if name in references]
+        if vectors is None or not count or not any(len(references[name]) > 1 for name in names):
+            start += count
+            yield None
+            continue
+        faces = vectors[start : start + count]
+        start += count
+        people = np.stack([subject_embedding(np.stack([one.vector for one in references[name]])) for name in names])
+        best: tuple[float, str] | None = None
+        for name, place in zip(names, identity_preservation(faces, people)[2], strict=True):
+            if place >= 0 and len(references[name]) > 1:
+                share, reference = copy_paste(faces[place], [one.vector for one in references[name]])
+                if best is None or share > best[0]:
+                    best = share, references[name][reference].name
+        yield best
 
 
 def _batches(store: Store) -> Iterator[list[dict]]:

@@ -10,6 +10,7 @@ from facediffuser.evaluation.benchmark_runs import benchmark_runs
 from facediffuser.evaluation.copies import recorded_scorers
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import dataset_keys, folder_source, name_and_url
+from facediffuser.evaluation.row_scorers import check_row_scorers
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import training_keys
 from facediffuser.generation.generate_check import check_generate
@@ -48,9 +49,9 @@ def require_usable_output(url: str) -> None:
 
 def check_score(settings: ScoreSettings) -> None:
     """Raise InputError when there is no dataset, when it cannot be written to, or when a scorer is not to be found."""
-    _require_extendable(settings.url)
-    for name in settings.add:
-        find_scorer(name)
+    check_row_scorers(settings, _require_extendable(settings.url))
+    if settings.scorers:
+        require_scorers(settings.scorers)
 
 
 def check_copies(settings: CopySettings) -> None:

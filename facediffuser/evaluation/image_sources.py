@@ -12,7 +12,7 @@ from facediffuser.dataset.added_columns import AddedColumns, read_added_columns
 from facediffuser.dataset.input_tables import read_table_file
 from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
 from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
-from facediffuser.dataset.schema import DATASET_SCHEMA
+from facediffuser.dataset.schema import DATASET_SCHEMA, FACES, IP_MARGIN
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import ExternalImageSettings, TableSettings
@@ -69,7 +69,7 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
     footers = [read_footer(store, key) for key in keys]
     recorded = recorded_digests(footers[0].schema.to_arrow_schema())
     columns = SCORED_COLUMNS + (("image",) if settings.add or settings.rescore else ())
-    added = read_added_columns(store)
+    added = read_added_columns(store).without(FACES, IP_MARGIN)
     constants = {"source": store.url} | ({"method": name} if name else {})
 
     def batches() -> Iterator[list[dict]]:

@@ -47,10 +47,10 @@ def score_histograms(groups: Mapping[str, Scores]) -> bytes:
                 color="#333333",
             )
         drawn = "" if len(everything) == count else f" (shapes: {len(everything):,} of them)"
-        _style_axes(axis, name, f"images, %{drawn}")
+        style_axes(axis, name, f"images, %{drawn}")
         if metric == "pc" and groups:
             axis.legend(frameon=False, fontsize=9, title="category (images)", title_fontsize=9)
-    return _png(figure)
+    return as_png(figure)
 
 
 def image_plane(groups: Mapping[str, Scores]) -> bytes:
@@ -69,8 +69,8 @@ def image_plane(groups: Mapping[str, Scores]) -> bytes:
             axis.scatter(scores.ip, scores.pc, s=16, alpha=0.7, color=colour, linewidths=0, label=_label(category))
         if groups:
             axis.legend(frameon=False, fontsize=9)
-    _style_axes(axis, *AXES)
-    return _png(figure)
+    style_axes(axis, *AXES)
+    return as_png(figure)
 
 
 def method_plane(rows: Sequence[ScoreRow]) -> bytes:
@@ -101,8 +101,8 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
     if overall:
         axis.legend(frameon=False, fontsize=9, title="method (images)", title_fontsize=9)
     axis.margins(0.15)
-    _style_axes(axis, *AXES)
-    return _png(figure)
+    style_axes(axis, *AXES)
+    return as_png(figure)
 
 
 def _pooled(groups: Mapping[str, Scores], metric: str) -> np.ndarray:
@@ -127,7 +127,8 @@ def _bin_edges(values: np.ndarray, from_zero: bool) -> np.ndarray:
     return np.linspace(low, high, int(np.clip(np.sqrt(len(values)), 8, 40)) + 1)
 
 
-def _style_axes(axis, across: str, up: str) -> None:
+def style_axes(axis, across: str, up: str) -> None:
+    """Name the axes of a plot and draw it without a frame, on a pale grid."""
     axis.set_xlabel(across)
     axis.set_ylabel(up)
     axis.spines[["top", "right"]].set_visible(False)
@@ -135,7 +136,8 @@ def _style_axes(axis, across: str, up: str) -> None:
     axis.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG; the same numbers give the same bytes."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     # Without the metadata matplotlib adds, the same numbers are the same bytes whatever its version string.

@@ -10,8 +10,16 @@ class ScoreSettings(Workers, Scoring, Dataset):
 
     add: Names = Field(
         ["sharpness"],
-        description="scorers: `sharpness`, an entry point of `facediffuser.scorers`, or `module:Class`",
+        description="scorers: `sharpness`, `faces`, `face-quality`, `dlib`, `nsfw`, `onnx-face:PATH`, `aesthetic:HEAD`, an entry "
+        "point of `facediffuser.scorers`, or `module:Class`",
     )
+
+    scorers: str | None = Field(
+        None,
+        description="for `faces`: whose face network, `paper`, `miniature`, or a folder with `identity/` and `prompt/` "
+        "(default: what the dataset was scored with)",
+    )
+    embeddings: bool = Field(True, description="for `faces`: keep each face's identity embedding (float16)")
 
 
 class CopySettings(Device, Dataset):

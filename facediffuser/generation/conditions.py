@@ -1,6 +1,7 @@
 """Embeddings of prompts and subjects, which the models are conditioned on: each is computed once per worker."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import pyarrow as pa
 import torch
 from cachetools import LRUCache
 
+from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.references import References, load_references, references_marks, references_of
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.errors import InputError
+from facediffuser.scoring.face_labels import Gallery, gallery_of
 from facediffuser.scoring.identity import subject_embedding
 from facediffuser.storage import Store
 
@@ -33,9 +36,10 @@ class ConditionCache:
         references: pa.Table | None = None,
         negative_prompt: str = "",
         references_key: str = SUBJECTS_KEY,
+        plan_keys: Sequence[str] = (),
     ):
         self.pipeline, self.store, self.fingerprint, self.with_subjects = pipeline, store, fingerprint, with_subjects
-        self.given, self.references_key = references, references_key
+        self.given, self.references_key, self.plan_keys = references, references_key, plan_keys
         self.null = pipeline.encode_prompt(negative_prompt)
         self._texts: LRUCache[str, torch.Tensor] = LRUCache(MAX_ENTRIES)
         self._fused: LRUCache[tuple, torch.Tensor] = LRUCache(MAX_ENTRIES)
@@ -71,6 +75,25 @@ class ConditionCache:
     def identities(self, subject_ids: list[str]) -> list[np.ndarray]:
         """Return the unit vector (d,) that each subject's identity is measured against."""
         return [self._subject(name)[1] for name in subject_ids]
+
+    @functools.cached_property
+    def gallery(self) -> Gallery:
+        """Everyone whom the run shows, for the faces' labels."""
+        columns = ["subject_id", "identity"]
+        if self.given is not None:
+            return gallery_of(self.given.select(columns).to_pylist())
+        # Whoever was added to the dataset since is not among them: a shard generated again must be the same bytes.
+        shown = set()
+        for key in self.plan_keys:
+            shown |= set(
+                read_columns(self.store, key, ["subject_ids"])["subject_ids"]
+                .combine_chunks()
+                .flatten()
+                .unique()
+                .to_pylist()
+            )
+        rows = read_columns(self.store, self.references_key, columns).to_pylist()
+        return gallery_of([row for row in rows if row["subject_id"] in shown])
 
     def _text(self, prompt: str) -> torch.Tensor:
         return _get_or_compute(self._texts, prompt, lambda: self.pipeline.encode_prompt([prompt]))

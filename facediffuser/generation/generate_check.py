@@ -15,6 +15,7 @@ from facediffuser.dataset.manifest import find_row, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run, run_there
 from facediffuser.dataset.plan import MOST_ROWS, MOST_SHARDS, Layout, Plan, RowSettings
 from facediffuser.dataset.reading import read_footer, require_no_dataset
+from facediffuser.dataset.schema import SCHEMA_VERSION, run_schema_version
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.generation.speed_settings import FAST_SCHEDULER
@@ -111,7 +112,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     begun_with = begun.document.get("settings", {}).get("shard_size") if begun else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
     _require_plan_fits(plan, shard_size)
-    known = settings_document(settings, plan, shard_size, model.exact_scheduler)
+    known = settings_document(settings, plan, shard_size, model.exact_scheduler, schema_there(store))
     there = standing(store)
     recorded = last_run(store, there) if settings.extend else None
     if recorded is not None:
@@ -164,7 +165,19 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def settings_document(settings: GenerateSettings, plan: Plan, shard_size: int, exact_scheduler: str) -> dict[str, Any]:
+def schema_there(store: Store) -> str:
+    """Return the version of the schema that a run in the output is to have: its own, where one was begun there."""
+    run = run_there(store)
+    return run_schema_version(run.document) if run else SCHEMA_VERSION
+
+
+def settings_document(
+    settings: GenerateSettings,
+    plan: Plan,
+    shard_size: int,
+    exact_scheduler: str,
+    schema_version: str = SCHEMA_VERSION,
+) -> dict[str, Any]:
     """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
     given = {
         "subjects_per_image": plan.subjects_per_image,
@@ -178,6 +191,8 @@ def settings_document(settings: GenerateSettings, plan: Plan, shard_size: int, e
         "reference_margin": settings.reference_margin,
         "provenance": settings.provenance,
     }
+    if schema_version != "1":
+        given["embeddings"] = settings.embeddings
     if settings.negative_prompt:
         # Only where one is given: a run without keeps the fingerprint it had before there were negative prompts.
         given["negative_prompt"] = settings.negative_prompt

@@ -119,6 +119,7 @@ class GenerateSettings(Exact, Limited, Observed, GenerateWorkers, SpeedSettings,
         "auto", description="numbers the models compute in (auto: float16 on a GPU, float32 on a CPU)"
     )
     max_failed: float = Field(0.01, ge=0, le=1, description="share of failed rows above which the run fails")
+    embeddings: bool = Field(True, description="keep each face's identity embedding (float16) in the column `faces`")
     provenance: bool = Field(True, description="mark images and Parquet as synthetic")
     require_consent: bool = Field(
         False, description="refuse subjects whose `consent` in subjects.csv is empty, or whose `expires` has passed"

@@ -22,15 +22,16 @@ from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same
 from facediffuser.dataset.plan import Layout, Plan, Rows, write_plan
 from facediffuser.dataset.references import encode_references, references_digest, references_marks
 from facediffuser.dataset.schema import (
-    DATASET_SCHEMA,
     PLAN_SCHEMA,
+    SCHEMA_VERSION,
     SUBJECTS_KEY,
+    schema_of_run,
     with_marks,
 )
 from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.engine_options import COMPILED, EngineOptions, choose_engine
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import Checked, check_generate, settings_document
+from facediffuser.generation.generate_check import Checked, check_generate, schema_there, settings_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.means import Means
@@ -133,7 +134,7 @@ class GenerationJob:
     def schema_with(self, computed_with: dict[str, Any] | None) -> pa.Schema:
         """Return the dataset's schema with this run's marks and, unless None, a provenance."""
         marks = self.fingerprint, self.run, self.settings["provenance"]
-        return with_marks(DATASET_SCHEMA, *marks, computed_with=computed_with)
+        return with_marks(schema_of_run(self.run), *marks, computed_with=computed_with)
 
     def with_recorded(self, recorded: Sequence[dict[str, Any]]) -> "GenerationJob":
         """Return the job for an output whose shards have these provenances; another one here is warned of.
@@ -243,7 +244,7 @@ def prepare(
     batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
     identity = run_identity(
         settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu,
-        checked.model.exact_scheduler,
+        checked.model.exact_scheduler, schema_there(store),
     )  # fmt: skip
     if engine == "compiled":
         # An eager run's document says nothing of engines, so that runs begun before there were any are the same.
@@ -311,17 +312,26 @@ def run_identity(
     batch_size: int,
     gpu: bool,
     exact_scheduler: str,
+    schema_version: str = SCHEMA_VERSION,
 ) -> dict[str, Any]:
-    """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it."""
+    """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it.
+
+    A run that an earlier version of this code began keeps the `schema_version` it was begun with.
+    """
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
-    known = settings_document(settings, plan, shard_size, exact_scheduler)
+    known = settings_document(settings, plan, shard_size, exact_scheduler, schema_version)
     of_the_device = {
         "batch_size": batch_size,
         "dtype": dtype,
         "device": "cuda" if gpu else "cpu",
     }
+    schema = {}
+    if schema_version != "1":
+        size = len(references["identity"][0]) if settings.embeddings else 0
+        schema = {"schema": {"version": schema_version, "embedding_size": size}}
     return {
         **known,
+        **schema,
         "settings": {**known["settings"], **of_the_device},
         "models": models,
         "scorers": scorers,

@@ -13,7 +13,7 @@ from facediffuser.dataset.added_columns import ADDED_PREFIX
 from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, Part, find_row, object_entry, read_sound_manifest
 from facediffuser.dataset.plan import encode_groups, encode_part, read_shard_rows
 from facediffuser.dataset.reading import read_columns
-from facediffuser.dataset.schema import PLAN_SCHEMA, RESULT_FIELDS, SUBJECTS_KEY, with_marks
+from facediffuser.dataset.schema import PLAN_SCHEMA, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
@@ -183,8 +183,7 @@ class Remade:
     @property
     def differing(self) -> list[str]:
         """The columns that are not as in the dataset."""
-        names = [field.name for field in RESULT_FIELDS]
-        return [name for name in names if self.row[name] != self.stored[name]]
+        return [name for name in self.row if self.row[name] != self.stored[name]]
 
     @property
     def equal(self) -> bool:
@@ -204,8 +203,10 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     part, shard, place = find_row(store, manifest, settings.sample_id)
     job = job_of_dataset(store, part, settings.models, settings.scorers, gpu)
     planned = read_shard_rows(store, job.layout, shard, job.fingerprint)
-    names = ["sample_id", *(field.name for field in RESULT_FIELDS)]
-    table = read_columns(store, job.layout.shard_key(shard), names)
+    schema = pa.schema(
+        [field for field in job.shard_schema if field.name not in PLAN_SCHEMA.names or field.name == "sample_id"]
+    )
+    table = read_columns(store, job.layout.shard_key(shard), schema.names)
     stored = next((row for row in table.to_pylist() if row["sample_id"] == planned[place]["sample_id"]), None)
     if stored is None:
         key = job.layout.shard_key(shard)
@@ -214,18 +215,16 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     batch = planned[start : start + job.batch_size]
     with threads_of(job):
         generator = ShardGenerator(job, pipeline, scorers)
-        made = Remade(_as_stored(generator.rows(batch)[place - start]), stored, len(batch))
+        made = Remade(_as_stored(generator.rows(batch)[place - start], schema), stored, len(batch))
         if made.equal or len(batch) == 1:
             return made
-        alone = Remade(_as_stored(generator.rows([planned[place]])[0]), stored, 1)
+        alone = Remade(_as_stored(generator.rows([planned[place]])[0], schema), stored, 1)
     return alone if alone.equal else made
 
 
-def _as_stored(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its numbers as Parquet keeps them (float32)."""
-    schema = pa.schema(RESULT_FIELDS)
-    values = {name: row[name] for name in schema.names}
-    return {"sample_id": row["sample_id"]} | pa.Table.from_pylist([values], schema=schema).to_pylist()[0]
+def _as_stored(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The row's columns of a schema with its numbers as Parquet keeps them (float32, float16)."""
+    return pa.Table.from_pylist([row], schema=schema).to_pylist()[0]
 
 
 @contextmanager

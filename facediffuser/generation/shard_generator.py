@@ -27,6 +27,7 @@ from facediffuser.means import NONE
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, provenance_here
 from facediffuser.schedulers import set_scheduler
+from facediffuser.scoring.face_labels import label_faces
 from facediffuser.stage_timer import StageTimer
 from facediffuser.storage import open_store
 from facediffuser.storage.opening import default_cache
@@ -79,6 +80,7 @@ class ShardGenerator:
             references=references,
             negative_prompt=job.settings.get("negative_prompt", ""),
             references_key=job.references_key,
+            plan_keys=job.layout.part_keys(),
         )
 
     def __call__(self, shard: int) -> dict[str, Any]:
@@ -292,8 +294,12 @@ class ShardGenerator:
             references = [self.conditions.identities(row["subject_ids"]) for row, _ in denoised]
             prompts = [without_markers(row["prompt"]) for row, _ in denoised]
             scores = self.scorers.score(images, references, prompts)
-        for score in scores:
-            score.require_finite()
+            for score in scores:
+                score.require_finite()
+            labels = [
+                label_faces(image, score.found, row["subject_ids"], score.subject_faces, self.conditions.gallery)
+                for (row, (image, _)), score in zip(denoised, scores, strict=True)
+            ]
         with timer("encode"):
             kind = self.job.settings["image_format"]
             marked = self.job.settings["provenance"]
@@ -314,8 +320,10 @@ class ShardGenerator:
                 "subject_fraction": fraction,
                 "status": "ok",
                 "error": None,
+                "faces": label.faces,
+                "ip_margin": label.ip_margin,
             }
-            for (row, (_, fraction)), data, score in zip(denoised, files, scores, strict=True)
+            for (row, (_, fraction)), data, score, label in zip(denoised, files, scores, labels, strict=True)
         ]
 
 

@@ -8,29 +8,42 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from scipy import ndimage
 
 from facediffuser.errors import InputError
+from facediffuser.extras import require_extra
 from facediffuser.prompts import without_markers
+from facediffuser.scoring.face_labels import laplacian_variance
+from facediffuser.scoring.files import scorer_file
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "facediffuser.scorers"
-BUILT_IN = {"sharpness": "facediffuser.scoring.columns:Sharpness"}
+BUILT_IN = {
+    "aesthetic": "facediffuser.scoring.picture_scorers:AestheticScorer",
+    "dlib": "facediffuser.scoring.recognisers:DlibScorer",
+    "nsfw": "facediffuser.scoring.picture_scorers:NsfwScorer",
+    "onnx-face": "facediffuser.scoring.recognisers:OnnxFaceScorer",
+    "sharpness": "facediffuser.scoring.columns:Sharpness",
+}
+# Scorers of a user's own file, `name:PATH`, which may be followed by `#` and what the scorer needs to know besides.
+OF_FILES = ("aesthetic", "onnx-face")
+NEEDED_EXTRAS = {"dlib": "dlib", "nsfw": "nsfw", "onnx-face": "onnx"}
 
 
 class ColumnScorer(Protocol):
     """The interface of a scorer. Its constructor takes the device (`cpu`, `cuda`) and loads the weights.
 
     The constructor raises InputError, naming the file, for whatever is missing: a run checks its scorers before its
-    first image. `digest` says which weights and which method it is (a sha256); it is recorded with the scores.
+    first image. `digest` says which weights and which method it is (a sha256); it is recorded with the scores, as is
+    `licence`, the licence of the weights, where the scorer has that attribute.
     """
 
     columns: pa.Schema
@@ -52,21 +65,22 @@ class ColumnScorer(Protocol):
 class Sharpness:
     """The variance of the Laplacian of the brightness (0..255): low for a blurred picture, 0 for an even one."""
 
+    licence = "Apache-2.0"
     columns = pa.schema([("sharpness", pa.float32())])
 
     def __init__(self, device: str = "cpu"):
         self.digest = hashlib.sha256(b"variance of the 4-neighbour Laplacian of ITU-R 601 luma, 1").hexdigest()
 
     def score(self, images, references, prompts) -> pa.Table:
-        luma = (np.asarray(image.convert("L"), np.float32) for image in images)
-        return pa.table([[float(ndimage.laplace(pixels).var()) for pixels in luma]], schema=self.columns)
+        return pa.table([[laplacian_variance(image) for image in images]], schema=self.columns)
 
 
 def load_columns(names: Sequence[str], device: str = "cpu") -> dict[str, ColumnScorer]:
     """Return scorers of further columns, loaded.
 
     Args:
-        names: `sharpness`, entry points of the group `facediffuser.scorers`, or `module:Class`; repeats count once.
+        names: built-in ones (see `find_scorer`), entry points of the group `facediffuser.scorers`, or `module:Class`;
+            repeats count once.
         device: where they run, `cpu` or `cuda`.
 
     Returns:
@@ -163,20 +177,37 @@ def score_rows(
 
 
 def short_name(name: str) -> str:
-    """Return a scorer's name as a file may be called: `package.module:Class` becomes `Class`."""
+    """Return a scorer's name as a file may be called: `module:Class` becomes `Class`, `name:FILE` `name-file`."""
+    own, argument = split_name(name)
+    if argument:
+        return f"{own}-{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(argument.partition('#')[0]).stem)}"
     return name.rpartition(":")[2]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return `onnx-face:PATH` as (onnx-face, PATH), any other name as it is with an empty text."""
+    own, _, argument = name.partition(":")
+    return (own, argument) if own in OF_FILES else (name, "")
 
 
 def find_scorer(name: str) -> str:
     """Return the `module:Class` of a scorer without importing it.
 
     Args:
-        name: `sharpness`, an entry point of the group `facediffuser.scorers`, or `module:Class`.
+        name: one of `BUILT_IN`, `aesthetic:HEAD`, `onnx-face:PATH`, an entry point of the group `facediffuser.scorers`,
+            or `module:Class`.
 
     Raises:
-        InputError: there is no scorer of that name, or no such module.
+        InputError: there is no scorer of that name, no such module or file, or it needs an extra that is not installed.
     """
-    reference = BUILT_IN.get(name, name)
+    own, argument = split_name(name)
+    if own in OF_FILES:
+        if not argument:
+            raise InputError(f"scorer {name!r}: names no file; give {own}:PATH")
+        scorer_file(own, argument.partition("#")[0])
+    if own in NEEDED_EXTRAS:
+        require_extra(NEEDED_EXTRAS[own])
+    reference = BUILT_IN.get(own, name)
     if ":" not in reference:
         points = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
         if not points:
@@ -197,12 +228,13 @@ def find_scorer(name: str) -> str:
 
 def _load_scorer(name: str, device: str) -> ColumnScorer:
     module, _, attribute = find_scorer(name).partition(":")
+    argument = split_name(name)[1]
     try:
         scorer_class = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is anybody's code, and may raise as it comes
         raise InputError(f"scorer {name!r}: cannot be imported ({error}); check module:Class") from error
     try:
-        scorer = scorer_class(device)
+        scorer = scorer_class(device, argument) if argument else scorer_class(device)
     except InputError:
         raise
     except MemoryError:
@@ -216,9 +248,13 @@ def _load_scorer(name: str, device: str) -> ColumnScorer:
                          "says; check module:Class")  # fmt: skip
     for column in columns:
         if not (_is_number(column.type) and column.name):
-            raise InputError(f"scorer {name!r}: column {column.name!r} of type {column.type}; give numbers or booleans")
+            raise InputError(
+                f"scorer {name!r}: column {column.name!r} of type {column.type}; give numbers, booleans or lists of them"
+            )
     return scorer
 
 
 def _is_number(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):  # a number per subject
+        return _is_number(kind.value_type)
     return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)

@@ -12,6 +12,7 @@ from PIL import Image
 from facediffuser.errors import NotFiniteError
 from facediffuser.scoring.folder import PAPER, scorers_folder
 from facediffuser.scoring.identity import (
+    FaceEmbeddings,
     IdentityScorer,
     detector_digest,
     load_facenet,
@@ -36,6 +37,7 @@ class ImageScore:
         face_probs: the detector's probability of each face, 0..1.
         pc: prompt consistency, -1..1.
         subject_faces: the index of each subject's face, -1 for none.
+        found: the faces and their vectors.
     """
 
     ip: float
@@ -45,6 +47,7 @@ class ImageScore:
     face_probs: list[float]
     pc: float
     subject_faces: list[int] = field(default_factory=list)
+    found: FaceEmbeddings = FaceEmbeddings([], np.zeros((0, 0), np.float32))
 
     def require_finite(self) -> None:
         """Raise NotFiniteError when a score is NaN or infinite."""
@@ -122,9 +125,22 @@ class Scorers:
                     face_probs=[float(face.prob) for face in found.faces],
                     pc=pc,
                     subject_faces=chosen,
+                    found=found,
                 )
             )
         return scores
+
+
+def load_identity_scorer(name: str, device: str | torch.device = "cpu") -> tuple[IdentityScorer, dict[str, str]]:
+    """Return the identity scorer of the scorers called `name` and the digests of its parts (face_detector, identity).
+
+    Raises InputError, naming the file, when a weight is missing.
+    """
+    if name == PAPER:
+        identity, digest = load_facenet(published_facenet(), device)
+    else:
+        identity, digest = load_identity(scorers_folder(name) / "identity", device)
+    return identity, {"face_detector": detector_digest(), "identity": digest}
 
 
 def load_scorers(name: str, device: str | torch.device = "cpu") -> Scorers:
@@ -140,13 +156,10 @@ def load_scorers(name: str, device: str | torch.device = "cpu") -> Scorers:
     """
     if name == PAPER:
         # Both are looked for before either is loaded: the answer to a missing one comes within seconds.
-        facenet, clip = published_facenet(), published_clip()
-        identity, identity_digest = load_facenet(facenet, device)
-        prompt, prompt_digest = load_prompt(clip, device)
+        _, clip = published_facenet(), published_clip()
     else:
-        folder = scorers_folder(name)
-        identity, identity_digest = load_identity(folder / "identity", device)
-        prompt, prompt_digest = load_prompt(folder / "prompt", device)
-    digests = {"face_detector": detector_digest(), "identity": identity_digest, "prompt": prompt_digest}
+        clip = scorers_folder(name) / "prompt"
+    identity, digests = load_identity_scorer(name, device)
+    prompt, digests["prompt"] = load_prompt(clip, device)
     logger.info("scorers %s on %s: %s", name, device, {part: digest[:12] for part, digest in digests.items()})
     return Scorers(name, identity, prompt, digests)

@@ -20,6 +20,7 @@ from facediffuser.dataset.references import encode_references
 from facediffuser.dataset.schema import (
     DATASET_SCHEMA,
     PLAN_SCHEMA,
+    SCHEMA_VERSION,
     SUBJECTS_KEY,
     SUBJECTS_SCHEMA,
     canonical_json,
@@ -51,6 +52,7 @@ def finish_dataset(
     digests = {"models": {"unet": "0" * 64}, "scorers": {"identity": "1" * 64}}
     settings = {"batch_size": 2, "shard_size": shard_size, "device": "cpu"}
     run = {"settings": settings, "libraries": {}, "code": "0", **digests}
+    run |= {"schema": {"version": SCHEMA_VERSION, "embedding_size": 0}}
     if (tuple(names), tuple(prompts), images) != (("ada", "bob"), ALONE, 1):
         run["plan"] = plan.digest()
     fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()

@@ -109,6 +109,6 @@ def test_it_is_one_line_with_exit_code_2_and_nothing_slow_was_imported(outcomes)
 
 
 def test_every_command_that_starts_a_flow_is_checked_first(outcomes):
-    without_flow = {"assemble", "convert", "verify", "remake", "card", "explain", "miniature render"}
+    without_flow = {"assemble", "convert", "verify", "remake", "card", "check", "explain", "miniature render"}
     checked = every_command().keys() - without_flow
     assert {next(command for command in checked if name.startswith(command)) for name in outcomes} == checked

@@ -24,6 +24,7 @@ NEEDED = {
     "convert": "--base b --image-encoder i --sdm s --tdm t --output o",
     "generate": "--models m --subjects s --prompts p --output o --max-workers 9",
     "evaluate": "--dataset d --subjects s --models m --output o --prompts p",
+    "check": "--models m",
     "explain": "--models m --prompt p --reference r",
     "miniature render": "--count 1 --output o",
     "rehearse": "--output o",
@@ -44,7 +45,10 @@ SPECIAL = {
     ("miniature claim", "fusion_end"): ("", 12),
     ("merge", "urls"): ("--output o", ["one", "two"]),
     ("publish", "places"): ("", ["one", "hf://datasets/a/b"]),
-    **{(name, "device"): (NEEDED[name], "cuda:1") for name in ("evaluate", "score", "copies", "explain", "rehearse")},
+    **{
+        (name, "device"): (NEEDED[name], "cuda:1")
+        for name in ("evaluate", "score", "copies", "check", "explain", "rehearse")
+    },
     **{(name, "fusion_end"): (NEEDED[name], 40) for name in ("generate", "evaluate", "explain")},
 }
 

@@ -19,7 +19,7 @@ from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.manifest import build_manifest, build_part, object_entries, shard_entry, write_manifest
 from facediffuser.dataset.plan import read_shard_rows
-from facediffuser.dataset.schema import DATASET_SCHEMA, DIGITAL_SOURCE_TYPE, PROVENANCE_KEY
+from facediffuser.dataset.schema import DIGITAL_SOURCE_TYPE, PROVENANCE_KEY, dataset_schema
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
@@ -69,7 +69,7 @@ def test_every_planned_row_is_there_once_and_scored(made):
     job, _ = made
     table = pq.read_table(job.output + "/data")
     planned = [row for shard in range(job.layout.shards) for row in read_shard_rows(job.store(), job.layout, shard)]
-    assert table.schema.equals(DATASET_SCHEMA)
+    assert table.schema.equals(dataset_schema(embedding_size=16))
     assert table["sample_id"].to_pylist() == [row["sample_id"] for row in planned]
     assert len(set(table["sample_id"].to_pylist())) == 12
     assert set(table["status"].to_pylist()) == {"ok"}

@@ -126,14 +126,17 @@ def test_missing_weights_are_reported_before_the_first_image_and_nothing_is_writ
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["sharpnes"], "'sharpnes': no such scorer; give one of sharpness, or module:Class"),
+        (
+            ["sharpnes"],
+            "'sharpnes': no such scorer; give one of aesthetic, dlib, nsfw, onnx-face, sharpness, or module:Class",
+        ),
         (["no.such.module:Scorer"], "cannot be imported"),
         (["scoring.plugins:Nothing"], "cannot be imported"),
         ([BRIGHTNESS, "scoring.plugins:Rival"], "both add 'brightness'"),
         (["json:loads"], "'json:loads': does not load"),
         (["os:getcwd"], "'os:getcwd': does not load .TypeError"),
         (["builtins:len"], "has no columns, digest and score"),
-        (["scoring.plugins:Words"], "column 'words' of type string; give numbers or booleans"),
+        (["scoring.plugins:Words"], "column 'words' of type string; give numbers, booleans or lists"),
         (["scoring.plugins:Clumsy"], "does not load .ZeroDivisionError"),
         (["sharpness", "scoring.plugins:sharpness"], "both write sharpness.parquet"),
     ],

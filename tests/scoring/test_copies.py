@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
-from scoring.small_world import beside, row, write_dataset
+from scoring.small_world import beside, png, row, write_dataset
 
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.added_columns import write_added_columns
 from facediffuser.errors import InputError
 from facediffuser.evaluation import similarity
-from facediffuser.evaluation.copies import find_copies
+from facediffuser.evaluation.copies import copy_paste, find_copies
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
 from facediffuser.evaluation.score_settings import CopySettings
@@ -193,3 +193,35 @@ def test_a_thumbnail_recognises_a_picture_and_distinguishes_two(photograph):
     same = thumbnail(photograph) @ thumbnail(again(photograph))
     assert same > 0.995
     assert thumbnail(photograph) @ thumbnail(ImageOps.mirror(photograph)) < 0.9
+
+
+def test_copy_paste_is_one_at_a_reference_and_none_between_them():
+    one, two = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    between = (one + two) / np.linalg.norm(one + two)
+    assert copy_paste(one, [one, two]) == (pytest.approx(1), 0)
+    assert copy_paste(two, [one, two]) == (pytest.approx(1), 1)
+    assert copy_paste(between, [one, two])[0] == pytest.approx(0, abs=1e-9)
+    assert copy_paste(np.array([np.cos(0.3), np.sin(0.3)]), [one, two])[0] == pytest.approx(
+        (np.pi / 2 - 0.6) / (np.pi / 2)
+    )
+    assert copy_paste(one, [one, one])[0] == 0  # the same picture twice
+
+
+def test_which_of_several_references_was_copied_is_named(scorers, people, tmp_path):
+    ada, mirrored = beside(people["ada"]), beside(turned(people["ada"]), size=200)
+    rows = [
+        pictured(0, again(ada), scorers),
+        pictured(1, again(mirrored), scorers),
+        pictured(2, ada, scorers, subject_ids=["bob"]),
+    ]
+    folder = write_dataset(tmp_path / "dataset", rows, {"ada": ada, "bob": beside(people["bob"])})
+    path = folder / "subjects.parquet"
+    table = pq.read_table(path)
+    second = table.slice(0, 1).to_pylist()[0] | {
+        "reference": "ada/2.png",
+        "image": {"bytes": png(mirrored), "path": None},
+    }
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([second], schema=table.schema)]), path)
+    found = find_copies(open_store(folder), scorers.identity, CopySettings(url=str(folder)), None).to_pydict()
+    assert found["copy_paste_reference"] == ["ada/1.png", "ada/2.png", None]
+    assert min(found["copy_paste"][:2]) > 0.5 and found["copy_paste"][2] is None
