@@ -14,7 +14,7 @@ from facediffuser.flows.stopping import report_stop, watch_process
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "prefect.yaml"
-NAMES = ["preprocess-ffhq", "train", "generate-dataset", "evaluate"]
+NAMES = ["preprocess-ffhq", "train", "rehearse", "generate-dataset", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def _load(entrypoint: str) -> Flow:
     return load_flow_from_entrypoint(f"{ROOT}/{entrypoint}")
 
 
-def test_the_four_stages_are_deployed(deployments):
+def test_the_stages_and_their_rehearsal_are_deployed(deployments):
     assert list(deployments) == NAMES
 
 
