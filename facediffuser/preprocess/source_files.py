@@ -38,7 +38,7 @@ class Record:
     author: str | None = None
     pixel_md5: str | None = None
     problem: str | None = None
-    bytes: int = field(default=0, repr=False)
+    bytes: int = field(default=0, repr=False, compare=False)
 
     @property
     def files(self) -> tuple[str, ...]:
