@@ -20,8 +20,8 @@ from PIL import Image
 from facediffuser.errors import InputError
 from facediffuser.extras import require_extra
 from facediffuser.prompts import without_markers
-from facediffuser.scoring.face_labels import laplacian_variance
 from facediffuser.scoring.files import scorer_file
+from facediffuser.scoring.sharpness import laplacian_variance
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from facediffuser.faces import Face, crop_square, face_crop_box, head_pose
 from facediffuser.scoring.identity import FaceEmbeddings, subject_embedding
+from facediffuser.scoring.sharpness import laplacian_variance
 
 SHARPNESS_SIDE = 112
 
@@ -126,8 +126,3 @@ def measure_face(image: Image.Image, face: Face) -> dict[str, Any]:
         "size": float(min(right - left, bottom - top)),
         "sharpness": laplacian_variance(crop_square(image, face_crop_box(face.box, margin=0.0), SHARPNESS_SIDE)),
     }
-
-
-def laplacian_variance(image: Image.Image) -> float:
-    """Return the variance of the Laplacian of the brightness (0..255): low for a blurred picture, 0 for an even one."""
-    return float(ndimage.laplace(np.asarray(image.convert("L"), np.float32)).var())
