@@ -391,7 +391,7 @@ def test_an_endpoint_that_goes_away_while_reading_is_said(aws, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [
-    "gs://bucket/x", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", "",
+    "ftp://bucket/x", "gs://", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", "",
     "s3://bucket/x?X-Amz-Signature=key:secret", "file://host/x", "file://host:1/x",
     "FILE://[", "file:///%00", "FILE:///a%00/b",
     "s3:/bucket/x", "S3:/x", "file:/x", "file://", "file://localhost", "file://[::1]/x"])  # fmt: skip

@@ -41,7 +41,7 @@ def references_digest(table: pa.Table) -> str:
 
 def encode_references(table: pa.Table, schema: pa.Schema, parts: Sequence[str] = ()) -> bytes:
     """Return subjects.parquet; `schema` carries the run's marks, `parts` the fingerprints of several runs."""
-    marks = dict(schema.metadata)
+    marks = dict(schema.metadata or {})
     if len(parts) > 1:
         marks[PARTS_KEY] = canonical_json(list(parts)).encode()
     return parquet_bytes(table.replace_schema_metadata(marks), row_group_size=ROWS_PER_GROUP)
