@@ -125,17 +125,22 @@ def _holds_text(kind: pa.DataType) -> bool:
 def without_mentions(value: Any, subject: str) -> Any:
     """Return a value with null for every text in it that names a subject.
 
-    A struct with such a text (a face of the person, the likeness to one of their images) keeps its texts, numbers and
-    lists of others only: all of its other fields are null, too.
+    A struct whose `subject_id` it is, a face of the person, is null in all of its fields. Where another field names the
+    subject, such as `other_subject_id`, that and those that begin alike (`other_similarity`) are.
     """
     if isinstance(value, str):
         return None if names_subject(value, subject) else value
     if isinstance(value, list):
         return [without_mentions(one, subject) for one in value]
     if isinstance(value, dict):
-        if any(isinstance(one, str) and names_subject(one, subject) for one in value.values()):
+        named = [name for name, one in value.items() if isinstance(one, str) and names_subject(one, subject)]
+        if "subject_id" in named:
             return dict.fromkeys(value)
-        return {name: without_mentions(one, subject) for name, one in value.items()}
+        alike = tuple(f"{name.partition('_')[0]}_" for name in named)
+        return {
+            name: None if name in named or name.startswith(alike) else without_mentions(one, subject)
+            for name, one in value.items()
+        }
     return value
 
 

@@ -15,7 +15,7 @@ from facediffuser.curation.curation_settings import RetractSettings
 from facediffuser.curation.retract import retract_stage
 from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
 from facediffuser.dataset.manifest import read_manifest, read_sound_manifest
-from facediffuser.dataset.mentions import Search, find_mentions
+from facediffuser.dataset.mentions import Search, find_mentions, without_mentions
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
@@ -164,6 +164,13 @@ def test_a_mention_is_found_wherever_it_is(store):
         assert not search.in_text(text), text
     for text in ("ada", "ada~p0", "bob+ada~p", "(ada)", "ada.", "ada/1.png", "b, ada"):
         assert search.in_text(text), text
+
+
+def test_a_face_of_another_keeps_all_but_the_likeness_to_the_person():
+    face = {"subject_id": "bob", "box": [1.0, 2.0], "other_subject_id": "ada", "other_similarity": 0.3, "yaw": 4.0}
+    assert without_mentions([face], "ada") == [face | {"other_subject_id": None, "other_similarity": None}]
+    assert without_mentions(face, "bob") == dict.fromkeys(face)
+    assert without_mentions({"duplicate_of": "ada+bob~p0~0", "n": 1}, "cyd") == {"duplicate_of": "ada+bob~p0~0", "n": 1}
 
 
 def test_an_id_that_is_a_word_of_the_prompts(tmp_path):
