@@ -31,15 +31,19 @@ LANDMARKS = [[20.0, 24.0], [44.0, 24.0], [32.0, 36.0], [22.0, 46.0], [42.0, 46.0
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Four people alone and in pairs, 14 rows of 64 px; `faces` and `sharpness` stand beside."""
+    """Four people alone and in pairs, 14 rows of 64 px with a face for each subject; `sharpness` stands beside."""
     root = tmp_path_factory.mktemp("export") / "dataset"
-    store = finish_dataset(root, names=("ada", "bob", "cyd", "d.an"), prompts=(*ALONE, TOGETHER), side=64, shard_size=4)
+    names, prompts = ("ada", "bob", "cyd", "d.an"), (*ALONE, TOGETHER)
+    store = finish_dataset(root, names=names, prompts=prompts, side=64, shard_size=4, labels=faces_of)
     ids = list(images(root))
-    people = [name.split("~")[0].split("+") for name in ids]
-    faces = [[{"subject_id": one, "landmarks": LANDMARKS, "similarity": 0.5} for one in names] for names in people]
-    columns = {"sample_id": ids, "sharpness": [float(n) for n in range(len(ids))], "faces": faces}
+    columns = {"sample_id": ids, "sharpness": [float(n) for n in range(len(ids))]}
     rewrite_card(store, [write_added_columns(store, "beside", pa.table(columns), {})])
     return store
+
+
+def faces_of(row):
+    faces = [{"subject_id": one, "landmarks": LANDMARKS, "similarity": 0.5} for one in row["subject_ids"]]
+    return {"faces": faces}
 
 
 def export(dataset, output, to, **others):

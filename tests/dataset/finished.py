@@ -3,8 +3,9 @@
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +43,12 @@ def finish_dataset(
     images: int = 1,
     side: int = 8,
     shard_size: int = 2,
+    labels: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: {},
 ) -> Store:
-    """Write the dataset to `folder`, a folder or a URL; return its store. By default: four rows in two shards."""
+    """Write the dataset to `folder`, a folder or a URL; return its store. By default: four rows in two shards.
+
+    `labels` returns further columns of a row of the plan.
+    """
     store = open_store(folder)
     people = tuple(Subject(name, WORDS.get(name, "person"), (f"{name}/1.png",)) for name in sorted(names))
     row = RowSettings(method="face-diffuser", num_inference_steps=2, guidance_scale=5.0, fusion_start=0, fusion_end=1,
@@ -73,7 +78,7 @@ def finish_dataset(
             data = encode_image(_picture(values["seed"], side), "png", values["sample_id"])
             path = f"{values['sample_id']}.png"
             values |= {"image": {"bytes": data, "path": path}, "image_sha256": hashlib.sha256(data).hexdigest(),
-                       "ip": values["seed"] % 100 / 100, "pc": 0.2, "status": "ok"}  # fmt: skip
+                       "ip": values["seed"] % 100 / 100, "pc": 0.2, "status": "ok", **labels(values)}  # fmt: skip
         store.put(layout.shard_key(shard), encode_shard(rows, with_marks(DATASET_SCHEMA, fingerprint, run, True)))
     entries = [shard_entry(store, layout, shard, info) for shard, info in enumerate(list_shards(store))]
     for shard, entry in enumerate(entries):

@@ -41,7 +41,7 @@ def test_the_rows_kept_are_a_fair_sample_and_do_not_depend_on_the_order_of_rows(
 
 
 def test_plots_say_how_many_rows_their_shapes_are_of(monkeypatch):
-    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    monkeypatch.setattr(plots, "as_png", lambda figure: figure)
     whole, part = (filled(np.arange(9000), limit).groups(7, "others") for limit in (9000, 4500))
     for groups, shares, density in (
         (whole, "images, %", "images"),
