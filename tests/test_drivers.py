@@ -192,14 +192,23 @@ def test_a_ray_started_here_listens_on_the_loopback_address_only(ray_session):
     assert addresses and not outside
 
 
-@pytest.mark.parametrize(("address", "switch"), [
-    (None, "0"), ("local", "0"), ("127.0.0.1:6379", "0"), ("ray://localhost:10001", "0"), ("10.0.0.7:6379", "None"),
-    ("auto", "None"), ("ray://head:10001", "None"),
+@pytest.mark.parametrize(("address", "loopback", "mode"), [
+    (None, "0", "token"), ("local", "0", "token"), ("127.0.0.1:6379", "0", "None"),
+    ("ray://localhost:10001", "0", "None"), ("10.0.0.7:6379", "None", "None"), ("auto", "None", "None"),
+    ("ray://head:10001", "None", "None"),
 ])  # fmt: skip
-def test_the_switch_for_loopback_is_set_for_a_ray_of_one_machine_only(address, switch):
-    names = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-    environment = {name: value for name, value in os.environ.items() if name not in names}
+def test_the_switches_of_ray_are_set_for_a_ray_of_one_machine_only(address, loopback, mode):
+    switches = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", *switches)}
     environment |= {"RAY_ADDRESS": address} if address else {}
-    code = "import os, facediffuser.tasks; print(os.environ.get('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'))"
+    code = f"import os, facediffuser.tasks; print(*map(os.environ.get, {switches}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == switch
+    assert done.stdout.split() == [loopback, mode]
+
+
+@pytest.mark.slow
+def test_a_ray_started_from_python_says_nothing():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code = "from facediffuser.tasks.ray_session import connect_ray; connect_ray(); import ray; ray.shutdown()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -26,7 +26,14 @@ class Annotation:
 
 
 def read_caption(data: bytes) -> Annotation:
-    """Return the caption of a text file; Rejection when it is no UTF-8 text."""
+    """Return the caption of a text file.
+
+    Args:
+        data: the file, UTF-8 with or without a byte order mark; white space of any length becomes one space.
+
+    Raises:
+        Rejection: the file is not UTF-8.
+    """
     try:
         return Annotation(" ".join(data.decode("utf-8-sig").split()))
     except UnicodeDecodeError as error:
@@ -42,7 +49,15 @@ def _require_text(name: str, text: str) -> None:
 
 
 def read_annotation(data: bytes) -> Annotation:
-    """Return what a FastComposer JSON says; Rejection when it is not JSON of that layout."""
+    """Return what a FastComposer JSON says of its picture.
+
+    Args:
+        data: the file: an object with `caption` and, if it has them, `segments` (objects with `id`, `bbox`, `start`,
+            `end` and `identity`) and `identity`.
+
+    Raises:
+        Rejection: the file is not JSON of that layout.
+    """
     try:
         content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -78,10 +93,17 @@ def _is_integer(value: Any) -> bool:
 
 
 def annotated_segments(annotation: Annotation, ids: np.ndarray) -> list[Segment]:
-    """Return the annotation's segments, with boxes taken from the map; Rejection when they are not that map's.
+    """Return the annotation's segments, with boxes taken from the map.
 
     The JSON's own `bbox` only repeats what the map says, so it serves as a check: elsewhere than its segment, the JSON
     is another picture's. It is read both as h1, w1, h2, w2 and as x1, y1, x2, y2, since the released code does either.
+
+    Args:
+        annotation: what the JSON says.
+        ids: the picture's segment map, (height, width) integers.
+
+    Raises:
+        Rejection: a segment is not in the map, its `bbox` is elsewhere, or an id stands twice.
     """
     segments = []
     for item in annotation.segments:
@@ -107,9 +129,15 @@ def _touch(box: Sequence[float], other: Sequence[float]) -> bool:
 def annotated_subjects(annotation: Annotation, segments: list[Segment]) -> list[Subject]:
     """Return the person segments to which the source gives a phrase, in the order of the caption.
 
-    `end` is taken as it stands; where `start` is missing the phrase is parsed backwards from `end`. Rejection when an
-    offset is outside of the caption or cuts a word: then caption and offsets are not of the same text, and no guess
-    would be right.
+    `end` is taken as it stands; where `start` is missing the phrase is parsed backwards from `end`.
+
+    Args:
+        annotation: what the JSON says.
+        segments: those of `annotated_segments`, in the annotation's order.
+
+    Raises:
+        Rejection: an offset is outside of the caption or cuts a word. Then caption and offsets are not of the same
+            text, and no guess would be right.
     """
     subjects = []
     for item, segment in zip(annotation.segments, segments, strict=True):
@@ -133,7 +161,15 @@ def _phrase(caption: str, start: int | None, end: int) -> Phrase:
 
 
 def identity_of(annotation: Annotation, segments: list[Segment]) -> str | None:
-    """Return who is on the picture: the annotation's own word, or the segments' identities from left to right."""
+    """Return who is on the picture: the annotation's own word, or the segments' identities from left to right.
+
+    Args:
+        annotation: what the JSON says.
+        segments: those of `annotated_segments`, in the annotation's order.
+
+    Returns:
+        One identity, several joined by `+`, or None where the source names nobody.
+    """
     if annotation.identity is not None:
         return annotation.identity
     named = [

@@ -43,8 +43,12 @@ def is_archive(url: str) -> bool:
 def scan_archive(url: str) -> FileTable:
     """Return the table of an archive's files, by one reading of it; a single folder around all of them is left off.
 
-    InputError for a damaged archive, for a member whose name leads out of it (`../`, absolute): such an archive was
-    made to harm, and nothing of it is used; for more than MOST_MEMBERS, and for two lists of ids of one name.
+    Args:
+        url: a .tar, .tar.gz or .tgz file, local or on S3.
+
+    Raises:
+        InputError: the archive is damaged, has more than MOST_MEMBERS files or two lists of ids of one name, or a
+            member's name leads out of it (`../`, absolute): such an archive was made to harm, and nothing of it is used.
     """
     sizes: dict[str, int] = {}
     links: set[str] = set()
@@ -89,9 +93,15 @@ def _top_folder(names: dict[str, int]) -> str:
 
 
 def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tuple[Record, dict[str, bytes]]]:
-    """Yield the records, which must be in the order of `list_source`, each with the bytes of its files by name.
+    """Yield the records, each with the bytes of its files by name.
 
-    `top`: the folder that the listing left off.
+    Args:
+        url: the archive.
+        top: the folder that the listing left off, with its slash, or "".
+        records: those to read, in the order of `list_source`, which is the archive's.
+
+    Raises:
+        InputError: the files of one picture stand too far apart to be read in place, or the archive changed meanwhile.
     """
     owner = {key: index for index, record in enumerate(records) for key in record.files}
     missing = [len(record.files) for record in records]

@@ -53,12 +53,20 @@ def run_identity(
 
 
 def split_into_parts(records: Sequence[Record], part_size: int) -> list[list[Record]]:
-    """Return the records of each part: as many as `part_size` in the order of the source."""
+    """Return the records of each part: `part_size` of them in the order of the source, fewer in the last."""
     return [list(records[start : start + part_size]) for start in range(0, len(records), part_size)]
 
 
 def require_parts_fit(url: str, parts: Sequence[Sequence[Record]]) -> None:
-    """Raise InputError for a source with a part whose files do not fit the memory of a worker, which holds all of them."""
+    """Check that each part's files fit the memory of a worker, which holds all of them.
+
+    Args:
+        url: the source, for the error.
+        parts: the records of each part.
+
+    Raises:
+        InputError: the files of a part have more than MOST_PART_BYTES.
+    """
     for records in parts:
         size = sum(record.bytes for record in records)
         if size > MOST_PART_BYTES:
@@ -69,7 +77,7 @@ def require_parts_fit(url: str, parts: Sequence[Sequence[Record]]) -> None:
 
 
 def part_name(folder: str, part: int, ending: str) -> str:
-    """Return the key of one of a part's files."""
+    """Return the key of one of a part's files, such as `train/part-00000.parquet`; `ending` is without its dot."""
     return f"{folder}/part-{part:05d}.{ending}"
 
 
@@ -79,7 +87,13 @@ def to_json(content: Any) -> bytes:
 
 
 def encode_part(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str) -> bytes:
-    """Return the rows as the bytes of a Parquet file: row groups of 100, images as they are, the rest zstd."""
+    """Return the rows as the bytes of a Parquet file: row groups of 100, images as they are, the rest zstd.
+
+    Args:
+        rows: a dictionary by column for each row.
+        schema: PREPARED_SCHEMA or REJECTED_SCHEMA.
+        fingerprint: the run's, for the footer.
+    """
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: fingerprint.encode()})
     plain = ("image.bytes", "segmentation")
     others = [path for path in column_paths(schema) if path not in plain]
@@ -93,9 +107,19 @@ def encode_part(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: 
 
 
 def put_part(store: Store, part: int, fingerprint: str, rows: dict[str, list[dict]], facts: dict[str, Any]) -> dict:
-    """Write a part's files and, last, its `parts/part-*.json`; return that file's content.
+    """Write a part's files and, last, its `parts/part-*.json`.
 
-    `rows` by folder: train, test, rejected. The same rows give the same bytes, so doing it twice changes nothing.
+    The same rows give the same bytes, so doing it twice changes nothing.
+
+    Args:
+        store: the output.
+        part: the part's number, from 0.
+        fingerprint: the run's.
+        rows: the rows by folder: train, test, rejected. A folder without rows gets no file.
+        facts: counts and provenance for the part's JSON.
+
+    Returns:
+        The content of the part's JSON.
     """
     files = {}
     for folder, content in rows.items():
@@ -131,9 +155,18 @@ def begin_or_resume_prepared(store: Store, identity: dict[str, Any], listing: Li
 
 
 def require_startable(store: Store, identity: dict[str, Any], listing: Listing | None = None) -> dict[str, int]:
-    """Return the sizes by key of what is in the store; InputError when it holds something else or another run.
+    """Check that the store is empty or holds the same run.
 
-    `identity` may be a part of a run's document: then that part is compared.
+    Args:
+        store: the output.
+        identity: what decides the rows; it may be a part of a run's document, then that part is compared.
+        listing: the source's pictures, by which a difference is explained.
+
+    Returns:
+        The sizes in bytes, by key, of what is in the store.
+
+    Raises:
+        InputError: the store holds something else, a damaged `run.json`, or another run; the last says what differs.
     """
     there = {info.key: info.size for info in store.list()}
     if not there:
@@ -158,7 +191,14 @@ def require_startable(store: Store, identity: dict[str, Any], listing: Listing |
 def explain_differences(
     store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None = None
 ) -> list[str]:
-    """Return a phrase for each thing that differs between two runs: pictures and models by name, settings by value."""
+    """Return a phrase for each thing that differs between two runs: pictures and models by name, settings by value.
+
+    Args:
+        store: the output, where the earlier run's parts name its pictures.
+        earlier: the identity recorded there.
+        now: the identity of this run.
+        listing: this run's pictures; without it pictures are compared by number only.
+    """
     lines = []
     if earlier.get("source") != now.get("source"):
         lines.append(_source_difference(store, earlier["source"], now["source"], listing))
@@ -211,7 +251,11 @@ def prepared_ids(store: Store) -> list[str]:
 
 
 def earlier_splits(url: str) -> dict[str, str]:
-    """Return the side of each picture in prepared data, by id; InputError when there is none at the URL."""
+    """Return the side, `train` or `test`, of each picture in prepared data, by its id.
+
+    Raises:
+        InputError: there is no finished prepared data at the URL.
+    """
     store = open_store(url)
     try:
         keys = [key for key in json.loads(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
@@ -226,7 +270,17 @@ def earlier_splits(url: str) -> dict[str, str]:
 
 
 def finished_parts(store: Store, there: dict[str, int], fingerprint: str, count: int) -> dict[int, dict[str, Any]]:
-    """Return the summaries of the parts that are whole: their json is there, and every file it names at its size."""
+    """Return the summaries of the parts that are whole: their JSON is there, and every file it names at its size.
+
+    Args:
+        store: the output.
+        there: sizes in bytes by key, as `require_startable` returns them.
+        fingerprint: the run's; parts of another are not finished.
+        count: how many parts the run has.
+
+    Returns:
+        Summaries by part, from 0.
+    """
     finished = {}
     for part in range(count):
         key = part_name("parts", part, "json")

@@ -108,19 +108,25 @@ class Stage(ABC):
 
     @abstractmethod
     def wants(self, item: Item) -> bool:
-        """Return whether the stage has something to find in this picture: not what the source says already."""
+        """Return whether the stage has something to find in this picture that the source does not say already."""
 
     @abstractmethod
     def run(self, items: Sequence[Item]) -> None:
-        """Find it, and note it in the items."""
+        """Find it in the pictures, and write it into the items."""
 
     @abstractmethod
     def pack(self, item: Item) -> tuple[Any, bytes | None]:
-        """Return what was found as JSON values, and as bytes what is no JSON."""
+        """Return what was found: JSON values, and bytes for what is no JSON."""
 
     @abstractmethod
     def unpack(self, item: Item, found: Any, map: bytes | None) -> None:
-        """Note in the item what `pack` returned earlier."""
+        """Write into the item what `pack` returned earlier.
+
+        Args:
+            item: the picture.
+            found: the JSON values.
+            map: the bytes, None where `pack` gave none.
+        """
 
 
 class Faces(Stage):
@@ -262,7 +268,7 @@ class Findings:
         return {(row["image_id"], row["inputs"]): row for row in table.to_pylist()}
 
     def complete(self, items: Sequence[Item]) -> None:
-        """Give the items what the stage found: kept from earlier, or found now."""
+        """Write into the items what the stage found: kept from an earlier run of the same inputs, or found now."""
         wanted = [item for item in items if self.stage.wants(item)]
         inputs = [self.stage.inputs(item) for item in wanted]
         new = []

@@ -101,9 +101,14 @@ def find_person_phrases(caption: str) -> list[Phrase]:
 
 
 def phrase_ending_at(caption: str, end: int) -> Phrase:
-    """Return the noun phrase that ends at a character offset; the last word alone when it is no person noun.
+    """Return the noun phrase that ends at a place of the caption; the last word alone when it is no person noun.
 
-    Raises ValueError when the offset is outside of the caption or inside of a word.
+    Args:
+        caption: the caption.
+        end: where the phrase ends, in characters, exclusive.
+
+    Raises:
+        ValueError: the place is outside of the caption or inside of a word.
     """
     if not 0 < end <= len(caption):
         raise ValueError(f"subject end {end} is not within the caption's {len(caption)} characters")

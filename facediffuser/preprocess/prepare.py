@@ -63,9 +63,16 @@ class PartPreparer:
         self.timer = StageTimer()
 
     def prepare(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
-        """Prepare and write one part; return its summary, and the seconds of each stage under `seconds`.
+        """Prepare and write one part.
 
-        `files`: the bytes of the records' files, when the caller has read them (an archive is read in one go).
+        Args:
+            part: its number, from 0.
+            records: its pictures.
+            files: the bytes of the records' files, where the caller has read them (an archive is read in one go); None
+                reads them from the source.
+
+        Returns:
+            The part's summary, with the seconds of each stage under `seconds`.
         """
         self.timer = StageTimer()
         rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], TEST: [], REJECTED: []}
@@ -96,7 +103,16 @@ class PartPreparer:
         return {**summary, "seconds": dict(self.timer.seconds)}
 
     def check(self, part: int, records: Sequence[Record], files: Sequence[Files] | None = None) -> dict[str, Any]:
-        """Write and return, under `hashes`, the perceptual hash (hex) of each picture; null for one to be rejected."""
+        """Write the perceptual hashes of a part's pictures, by which near-identical ones are found.
+
+        Args:
+            part: its number, from 0.
+            records: its pictures.
+            files: as for `prepare`.
+
+        Returns:
+            What was written: under `hashes` 64 hexadecimal digits for each picture, None for one that will be rejected.
+        """
         hashes: list[str | None] = []
         for chunk, content in self._chunks(records, files, READERS):
             for record, data in zip(chunk, content, strict=True):

@@ -13,7 +13,16 @@ from facediffuser.storage import Store
 
 
 def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the manifest of a run from its parts' summaries; RuntimeError when the counts do not add up."""
+    """Return the manifest of a run.
+
+    Args:
+        run: the run, with its document.
+        listing: the pictures that went in.
+        summaries: those of all parts.
+
+    Raises:
+        RuntimeError: fewer or more rows came out than pictures went in.
+    """
     counts: Counter[str] = Counter({TRAIN: 0, TEST: 0, REJECTED: 0})
     rejected: Counter[str] = Counter()
     facts: dict[str, Counter[int]] = {}
@@ -41,7 +50,7 @@ def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any
 
 
 def recorded_provenance(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what a finished part was computed with; what an earlier version's run document says, or nothing."""
+    """Return what a finished part was computed with; of an earlier version what its run document says, or nothing."""
     return summary.get("computed_with") or provenance_of(run.document)
 
 

@@ -16,10 +16,13 @@ from facediffuser.storage import LocalStore, open_store
 
 
 def check_preprocess(settings: PreprocessSettings) -> None:
-    """Raise InputError for a source, models or an output that cannot be used; writes nothing.
+    """Check the source, the models and the output of a run; nothing is written.
 
     Folders on this machine are listed. Archives, sources on S3 and FFHQ's metadata take long to list: of those only
     whether they are there is asked, and the task looks into them.
+
+    Raises:
+        InputError: one of them cannot be used.
     """
     require_apart(settings)
     known = _require_source(settings)
@@ -36,7 +39,11 @@ def check_preprocess(settings: PreprocessSettings) -> None:
 
 
 def require_apart(settings: PreprocessSettings) -> None:
-    """Raise InputError for an output, or a place of stages, inside of the source."""
+    """Check that output and kept stages are outside of the source.
+
+    Raises:
+        InputError: `--output` or `--stages` is inside of it.
+    """
     source = open_store(settings.source).url.rstrip("/")
     for option in ("output", "stages"):
         url = getattr(settings, option)
@@ -45,7 +52,11 @@ def require_apart(settings: PreprocessSettings) -> None:
 
 
 def require_earlier(url: str) -> None:
-    """Raise InputError unless finished prepared data is there."""
+    """Check that finished prepared data is at the URL of `--earlier`.
+
+    Raises:
+        InputError: there is none.
+    """
     if not open_store(url).exists(MANIFEST):
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there")
 

@@ -37,7 +37,16 @@ class CheckWorker(PartWorker):
 def check_stage(
     job: Job, identity: Mapping[str, Any], listing: Listing, parts: Parts, gpu: bool, finish: Callable[[Results], Any]
 ) -> Stage:
-    """Return the stage that checks the pictures of parts."""
+    """Return the stage that checks the pictures of parts (sources without splits of their own).
+
+    Args:
+        job: settings, models and source of the run.
+        identity: what decides the rows.
+        listing: the source's pictures.
+        parts: the records of the parts to do, by number.
+        gpu: whether a worker takes a GPU.
+        finish: called with the results of all parts; what it returns is the stage's result.
+    """
     return _stage("Check", CheckWorker, "checks", job, identity, listing, parts, gpu, finish)
 
 
@@ -50,7 +59,17 @@ def prepare_stage(
     finish: Callable[[Results], Any],
     worker: type[PartWorker] = PartWorker,
 ) -> Stage:
-    """Return the stage that prepares parts."""
+    """Return the stage that prepares parts.
+
+    Args:
+        job: settings, models and source of the run.
+        identity: what decides the rows.
+        listing: the source's pictures.
+        parts: the records of the parts to do, by number.
+        gpu: whether a worker takes a GPU.
+        finish: called with the results of all parts; what it returns is the stage's result.
+        worker: the class that prepares a part.
+    """
     return _stage("Preprocess", worker, "parts", job, identity, listing, parts, gpu, finish)
 
 

@@ -33,11 +33,22 @@ def read_picture(
     encode: str = "same",
     pixel_md5: str | None = None,
 ) -> Picture:
-    """Return the picture of a file's bytes; Rejection when it is not a usable picture.
+    """Return the picture of a file's bytes.
 
     A file that is already upright 8-bit RGB or grey of the right size is kept byte for byte. Others are encoded
     again: turned by EXIF, CMYK, 16 bits, palette, transparent (laid on white), or shorter side above `size`.
-    `pixel_md5`: FFHQ's checksum of the decoded pixels.
+
+    Args:
+        data: the file.
+        path: its name, for the reason of a rejection.
+        min_side: the least shorter side, in pixels.
+        max_megapixels: the most pixels, in millions.
+        size: what a longer shorter side is reduced to, in pixels; None keeps every size.
+        encode: `same` keeps the file's format where it can, `png` or `jpeg` names the one of pictures encoded again.
+        pixel_md5: FFHQ's checksum of the decoded pixels, to be compared; None compares nothing.
+
+    Raises:
+        Rejection: it is not a usable picture.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     opened = read_header(data, max_megapixels)

@@ -21,9 +21,10 @@ def model_folder(name: str) -> str | Path:
 
 
 def require_models(settings: PreprocessSettings, listing: Listing) -> dict[str, str]:
-    """Return the digest of each model that this source needs, by option.
+    """Return the SHA-256 of each model that this source needs, by option (`captioner`, `segmenter`, `matcher`).
 
-    InputError, one line with the option, when one cannot be had.
+    Raises:
+        InputError: one cannot be had; the error names its option.
     """
     names = needed_models(settings, listing.format, captions_of(listing))
     return {option: _digest(option, name) for option, name in names.items()}
@@ -36,7 +37,13 @@ def captions_of(listing: Listing) -> Captions:
 
 
 def needed_models(settings: PreprocessSettings, format: str, captions: Captions) -> dict[str, str]:
-    """Return the names of the models that a source needs, by option; `captions`: how many of its pictures have one."""
+    """Return the names of the models that a source needs, by option.
+
+    Args:
+        settings: which models are chosen; `none` is never needed.
+        format: the source's format.
+        captions: how many of its pictures have a caption of their own: all, some or none.
+    """
     described = format == FASTCOMPOSER
     # CLIP compares the persons of captions with segments: without either it has nothing to do.
     compared = settings.segmenter != NONE and (settings.captioner != NONE or captions != "none")
@@ -50,7 +57,15 @@ def needed_models(settings: PreprocessSettings, format: str, captions: Captions)
 
 
 def require_there(option: str, name: str) -> None:
-    """Raise InputError for a model that should lie in a folder or on S3 and does not; those of a hub are not asked for."""
+    """Check that a model which should lie in a folder or on S3 is there; a hub is not asked.
+
+    Args:
+        option: the option that names it, for the error.
+        name: a path, an s3:// URL or a hub id.
+
+    Raises:
+        InputError: there is no model.
+    """
     path = Path(name).expanduser()
     if "://" in name:
         found = open_store(name).exists("config.json")

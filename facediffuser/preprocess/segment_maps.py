@@ -22,9 +22,18 @@ class Segment:
 
 
 def read_map(data: bytes, height: int, width: int) -> np.ndarray:
-    """Return the map of a .npy file: (height, width) int32 ids from 0; ids below 0 (no segment) become 0.
+    """Return the map of a .npy file.
 
-    Raises Rejection when the file is no integer array or not as large as its picture.
+    Args:
+        data: the file.
+        height: rows of its picture.
+        width: columns of its picture.
+
+    Returns:
+        (height, width) int32 ids from 0; ids below 0 (no segment) become 0.
+
+    Raises:
+        Rejection: the file is no array of integers, is not as large as its picture, or has an id above LARGEST_ID.
     """
     stream = io.BytesIO(data)
     try:
@@ -51,7 +60,7 @@ def read_map(data: bytes, height: int, width: int) -> np.ndarray:
 
 
 def encode_map(ids: np.ndarray) -> bytes:
-    """Return the map as PNG bytes: grey of 8 bits, or of 16 when an id is above 255."""
+    """Return a map of ids, (height, width), as PNG bytes: grey of 8 bits, or of 16 when an id is above 255."""
     wide = int(ids.max(initial=0)) > 255
     buffer = io.BytesIO()
     Image.fromarray(ids.astype(np.uint16 if wide else np.uint8)).save(buffer, "PNG")
@@ -64,7 +73,7 @@ def decode_map(data: bytes) -> np.ndarray:
 
 
 def resize_map(ids: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return the map at another size; each cell takes the id at its centre."""
+    """Return a map of ids at another size, in pixels; each cell takes the id at its centre, so no new ids arise."""
     if ids.shape == (height, width):
         return ids
     rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
@@ -73,7 +82,15 @@ def resize_map(ids: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def segment_box(ids: np.ndarray, segment_id: int) -> tuple[int, int, int, int] | None:
-    """Return the box around a segment's pixels, far edges exclusive; None when the map has none of them."""
+    """Return the box around a segment's pixels, or None when the map has none of them.
+
+    Args:
+        ids: the map, (height, width).
+        segment_id: the segment.
+
+    Returns:
+        left, top, right, bottom in pixels, right and bottom exclusive.
+    """
     inside = ids == segment_id
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     if not len(rows):

@@ -70,7 +70,16 @@ class FileTable:
 
 
 def require_list_size(url: str, name: str, size: int) -> None:
-    """Raise InputError for a list of ids, or FFHQ's metadata, of more bytes than are read."""
+    """Check the size of a list of ids, or of FFHQ's metadata, before it is read.
+
+    Args:
+        url: the source, for the error.
+        name: the file's name.
+        size: its bytes.
+
+    Raises:
+        InputError: the file has more bytes than are read.
+    """
     most = MOST_METADATA_BYTES if posixpath.basename(name) == FFHQ_METADATA else MOST_LIST_BYTES
     if size > most:
         raise InputError(f"{url}: {name} has {size:,} bytes, at most {most:,} are read; split the source")

@@ -55,9 +55,15 @@ class Listing:
 
 
 def list_source(url: str, format: str = "auto", ffhq_images: str = "auto") -> Listing:
-    """Return the pictures found at a URL; InputError when there is nothing of that format.
+    """Return the pictures found at a URL.
 
-    `url`: a folder, an s3:// prefix, or a .tgz, .tar.gz or .tar file in either, which is read without unpacking.
+    Args:
+        url: a folder, an s3:// prefix, or a .tgz, .tar.gz or .tar file in either, which is read without unpacking.
+        format: `ffhq`, `ffhq-fastcomposer`, `folder`, or `auto` for what the file names show.
+        ffhq_images: which of FFHQ's folders: `aligned`, `in-the-wild`, `thumbnails`, or `auto` for the one there is.
+
+    Raises:
+        InputError: there is nothing of that format, or it cannot be read.
     """
     archive = is_archive(url)
     table = scan_archive(url) if archive else scan_store(url)
@@ -93,7 +99,11 @@ def recognise(table: FileTable) -> str:
 
 
 def scan_store(url: str) -> FileTable:
-    """Return the table of the files in a folder or below an s3:// prefix."""
+    """Return the table of the files in a folder or below an s3:// prefix.
+
+    Raises:
+        InputError: the URL is a file that is no archive, or cannot be read.
+    """
     store = open_store(url)
     if isinstance(store, LocalStore) and store.root.is_file():
         raise InputError(

@@ -14,7 +14,12 @@ HASH_SIDE = 16
 
 
 def split_of(image_id: str, test_share: float) -> str:
-    """Return `train` or `test`, from a hash of the id alone: what else is in the set does not matter."""
+    """Return `train` or `test`, from a hash of the id alone: what else is in the set does not matter.
+
+    Args:
+        image_id: the picture's id.
+        test_share: the share of test in a large set, 0 to 1.
+    """
     number = int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")
     return TEST if number < test_share * 2**64 else TRAIN
 
@@ -31,10 +36,17 @@ def perceptual_hash(image: Image.Image) -> bytes:
 
 
 def near_duplicates(hashes: Sequence[bytes], bits: int) -> np.ndarray:
-    """Return for each hash the index of its group, the smallest index in it: (n,) int64.
+    """Return for each hash the index of its group, the smallest index in it.
 
     Hashes that differ in at most `bits` bits are in one group, and so are those joined by a chain of such pairs. Found
     by bands: of bits + 1 pieces of two such hashes one at least is equal.
+
+    Args:
+        hashes: n hashes of `perceptual_hash`, of 32 bytes.
+        bits: how many of the 256 bits may differ.
+
+    Returns:
+        (n,) int64.
     """
     if not len(hashes):
         return np.zeros(0, np.int64)
@@ -79,8 +91,15 @@ def assign_splits(
     So a picture that has once been in train is never in test of a larger set. More cannot be had from a set alone: a
     picture of train and one of test may become one group when the set grows, and then one of them has to move.
 
-    `earlier`: the sides that pictures had in a smaller set, by id. They keep them, and a group takes the side of those in
-    it; None for a new picture whose group has earlier ones on both sides.
+    Args:
+        ids: n ids of pictures.
+        groups: their groups, (n,), as `near_duplicates` returns them.
+        test_share: the share of test in a large set, 0 to 1.
+        earlier: the sides that pictures had in a smaller set, by id. They keep them, and a group takes the side of
+            those in it.
+
+    Returns:
+        n sides; None for a new picture whose group has earlier ones on both sides.
     """
     earlier = earlier or {}
     decided = [earlier.get(image_id) for image_id in ids]

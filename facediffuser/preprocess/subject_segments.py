@@ -53,8 +53,14 @@ def match_subjects(
 ) -> list[Subject]:
     """Return the subjects, from left to right in the caption: phrases tied to person segments one to one.
 
-    Greedily by the similarity of crop and phrase. One phrase and one segment need no opinion; without a matcher all
-    pairs are equally similar, so they go from left to right. Phrases or segments left over are no subjects.
+    Greedily by the similarity of crop and phrase. One phrase and one segment need no opinion. Phrases or segments left
+    over are no subjects.
+
+    Args:
+        image: the picture, from which the segments are cropped.
+        phrases: the person phrases of its caption.
+        segments: its segments; only those of people count.
+        matcher: compares crops and phrases; without one all pairs are equally similar, so they go from left to right.
     """
     people = sorted((item for item in segments if item.label in PERSON_LABELS), key=lambda item: (item.box, item.id))
     if not phrases or not people:
@@ -71,7 +77,12 @@ def match_subjects(
 def assign_faces(subjects: Sequence[Subject], faces: Sequence[Face], ids: np.ndarray) -> list[Subject]:
     """Return the subjects, each with the face that lies most in its segment, one to one.
 
-    A face with none of its pixels in the segment is not the subject's. `ids`: the segmentation map, (height, width).
+    A face with none of its pixels in the segment is not the subject's.
+
+    Args:
+        subjects: the subjects of a picture.
+        faces: its faces.
+        ids: its segment map, (height, width).
     """
     share = np.array([[_share(face, ids, subject.segment_id) for face in faces] for subject in subjects])
     faces_of = {}
