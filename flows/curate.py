@@ -2,22 +2,20 @@
 
 from typing import Any
 
-from prefect import flow
-
 from facediffuser.curation.curation_settings import ExportSettings, MergeSettings, PublishSettings, RetractSettings
-from facediffuser.flows.stopping import report_stop, watch_process
+from facediffuser.flows.product_flow import product_flow
 from facediffuser.storage import open_store
 from facediffuser.tasks.curate import export_subset, merge_datasets, publish_dataset, retract_subject
 
 
-@flow(name="merge", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("merge", "merge {settings.urls} in {settings.output}")
 def merge(settings: MergeSettings) -> dict[str, Any]:
     """Join datasets; return where the merged one is and what it holds."""
     manifest = merge_datasets(settings)
     return {"output": settings.output, "parts": len(manifest.parts), **manifest.counts.model_dump()}
 
 
-@flow(name="retract", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("retract", "take a subject out of {settings.url}")
 def retract(settings: RetractSettings) -> dict[str, Any]:
     """Take a person out of a dataset; return what remains, and how many old versions of objects the bucket keeps."""
     manifest = retract_subject(settings)
@@ -31,7 +29,7 @@ def retract(settings: RetractSettings) -> dict[str, Any]:
     }
 
 
-@flow(name="export", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("export", "export {settings.url} as {settings.to} in {settings.output}")
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Export a subset; return where it is, what it holds and what was left out."""
     manifest = export_subset(settings)
@@ -40,7 +38,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     return {"output": settings.output, "files": len(manifest["objects"]), **manifest["counts"], **left_out, **sides}
 
 
-@flow(name="publish", on_running=[watch_process], on_failure=[report_stop])
+@product_flow("publish", "publish {settings.dataset} as {settings.target}")
 def publish(settings: PublishSettings) -> dict[str, Any]:
     """Publish a dataset; return the URL of its page."""
     return {"page": publish_dataset(settings)}

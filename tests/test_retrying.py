@@ -6,6 +6,7 @@ import ray
 from facediffuser.errors import InputError, LimitReached, RunError, Stopped, UnreachableError
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.storage import StorageError, open_store
+from facediffuser.tasks.curate import export_subset, merge_datasets, publish_dataset, retract_subject
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.ray_place import require_reachable
 from facediffuser.tasks.retrying import DELAYS_S, passes
@@ -35,8 +36,17 @@ def test_a_store_and_a_cluster_that_are_away_count_as_passing(monkeypatch):
         assert passes(caught.value)
 
 
-def test_delays_grow_and_every_task_of_the_nightly_flow_has_them():
+def test_delays_grow_and_the_tasks_of_the_nightly_flow_and_of_finished_datasets_have_them():
     assert DELAYS_S == sorted(set(DELAYS_S))
-    for one in (plan_dataset, generate_shards, finish_dataset):
+    tasks = (
+        plan_dataset,
+        generate_shards,
+        finish_dataset,
+        merge_datasets,
+        retract_subject,
+        export_subset,
+        publish_dataset,
+    )
+    for one in tasks:
         assert (one.retries, one.retry_delay_seconds) == (len(DELAYS_S), DELAYS_S)
     assert generate_dataset.retries == 0

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
@@ -12,7 +11,8 @@ from facediffuser.curation.curation_settings import PublishSettings
 from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, ObjectEntry, ShardEntry, read_sound_manifest
 from facediffuser.dataset.seal import README_KEY
 from facediffuser.errors import InputError
-from facediffuser.storage import StorageError, open_store
+from facediffuser.storage import open_store
+from facediffuser.storage.hub import hub_client, hub_errors
 
 # Objects of one commit: few commits, and memory for about so many bytes.
 COMMIT_BYTES, COMMIT_OBJECTS = 512 << 20, 100
@@ -74,35 +74,9 @@ def _commits(objects: Sequence[Listed]) -> Iterator[list[Listed]]:
         yield some
 
 
-def _hub() -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi()
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn what the hub's client raises in the block into one line without a token."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403, 404):
-            raise InputError(f"{what}: the hub answered {status}; log in (`hf auth login`), and check the name and your rights "
-                             "there") from None  # fmt: skip
-        raise StorageError(f"{what}: the hub answered {status}; run the same command again") from None
-    except httpx.HTTPError as error:
-        raise StorageError(
-            f"{what}: the hub cannot be reached ({type(error).__name__}); run the same command again"
-        ) from None
-
-
 def _objects_there(settings: PublishSettings, repository: str) -> dict[str, str]:
     """Make the repository unless it is there; return the SHA-256, or the Git digest, of each of its files."""
-    api = _hub()
+    api = hub_client()
     with hub_errors(settings.target):
         api.create_repo(repository, repo_type="dataset", private=settings.private, exist_ok=True)
         found = {}
@@ -148,11 +122,11 @@ def commit(
     operations: list[Any] = [CommitOperationAdd(key, data) for key, data in files.items()]
     operations += [CommitOperationDelete(key) for key in gone]
     with hub_errors(settings.target):
-        _hub().create_commit(repository, operations, commit_message=message, repo_type="dataset")
+        hub_client().create_commit(repository, operations, commit_message=message, repo_type="dataset")
 
 
 def _finish(settings: PublishSettings, repository: str, gone: Sequence[str], results: Results) -> str:
     store = open_store(settings.dataset)
     files = {README_KEY: store.get(README_KEY), MANIFEST_KEY: store.get(MANIFEST_KEY)}
     commit(settings, repository, files, "Card and manifest", gone)
-    return f"{_hub().endpoint}/datasets/{repository}"
+    return f"{hub_client().endpoint}/datasets/{repository}"

@@ -157,14 +157,14 @@ def published_clip(model: str = PAPER_CLIP) -> Path:
     Raises:
         InputError: it is not in the cache and cannot be downloaded.
     """
-    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     # Only what is read: such a repository holds the same weights for several frameworks.
     patterns = [*TEXT_FILES, "special_tokens_map.json", "model.safetensors"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise InputError(
             f"{model}: not in the cache of huggingface_hub and cannot be downloaded; fetch it once with "
             "`hf download`, or give --scorers a folder with identity/ and prompt/"

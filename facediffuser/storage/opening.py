@@ -19,7 +19,7 @@ def open_store(url: str | Path) -> Store:
     """Return the store of a URL; nothing is contacted, read or created yet.
 
     Args:
-        url: a local folder (path or file://), or s3://, gs:// or az://bucket/prefix.
+        url: a local folder (path or file://), s3://, gs:// or az://bucket/prefix, or, to read, hf://datasets/ORG/NAME.
 
     Raises:
         InputError: it is none of these.
@@ -44,6 +44,12 @@ def open_store(url: str | Path) -> Store:
         from facediffuser.storage.cloud import CloudStore
 
         return CloudStore(scheme, bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
+    if scheme == "hf":
+        if has_credentials(text):
+            raise InputError("an hf:// URL cannot carry credentials; log in with `hf auth login` or set HF_TOKEN")
+        from facediffuser.storage.hub import open_hub
+
+        return open_hub(text)
     if scheme == "file":
         # By hand: urlsplit raises at "file://[" and drops what stands behind # or ?, which a folder's name may hold.
         host, slash, path = text[len("file://") :].partition("/")
@@ -81,7 +87,7 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return a local file or folder with the contents of a URL.
 
     Args:
-        url: a local path, returned as it is, or a bucket's URL, downloaded once; a source that changed is downloaded again.
+        url: a local path, returned as it is, or another URL, downloaded once; a source that changed is downloaded again.
         cache_dir: where downloads go (default `$XDG_CACHE_HOME/facediffuser` or `~/.cache/facediffuser`).
 
     Raises:
@@ -93,9 +99,10 @@ def local_copy(url: str | Path, cache_dir: str | Path | None = None) -> Path:
             raise InputError(f"{url}: no such file or folder; check the path")
         return store.root
     from facediffuser.storage.cloud import CloudStore
+    from facediffuser.storage.hub import HubStore
     from facediffuser.storage.s3 import S3Store
 
-    assert isinstance(store, S3Store | CloudStore)  # there is no fourth kind
+    assert isinstance(store, S3Store | CloudStore | HubStore)  # there is no fifth kind
     store.require_readable()
     bucket = store.whole()
     inside = [info for info in bucket.list(store.prefix) if _is_at(info.key, store.prefix)]

@@ -1,4 +1,4 @@
-"""A hub on loopback: repositories, commits and large files, as far as huggingface_hub's client needs them to publish."""
+"""A hub on loopback: repositories, commits and large files, as far as huggingface_hub's client needs them to publish and read."""
 
 import base64
 import hashlib
@@ -11,10 +11,16 @@ import yaml
 
 
 class Hub:
-    """A server of one user's repositories; used as a context manager. `fail_after`: commits it takes before it answers 500."""
+    """A server of one user's repositories; used as a context manager.
+
+    fail_after: commits it takes before it answers 500.
+    states: the files of every commit of a repository, by its SHA.
+    ranges: the ranges of bytes that were asked for.
+    """
 
     def __init__(self, large: int = 2000):
         self.large, self.files, self.blobs, self.commits, self.tokens = large, {}, {}, [], set()
+        self.states, self.ranges = {}, []
         self.fail_after = -1
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
 
@@ -39,8 +45,12 @@ class Hub:
                 return 409, {"error": "exists", "url": f"{self.endpoint}/datasets/{name}"}
             self.files[name] = {}
             return 200, {"url": f"{self.endpoint}/datasets/{name}", "name": name, "id": name}
-        if match := re.match(r"/api/datasets/([^/]+/[^/]+)/tree/main", path):
-            return 200, [self._entry(key, data) for key, data in sorted(self.files[match[1]].items())]
+        if match := re.match(r"/api/datasets/([^/]+/[^/]+)/tree/(\w+)", path):
+            files = self.files[match[1]] if match[2] == "main" else self.states[match[2]]
+            return 200, [self._entry(key, data) for key, data in sorted(files.items())]
+        if match := re.match(r"/datasets/[^/]+/[^/]+/resolve/(\w+)/(.+)", path):
+            data = self.states.get(match[1], {}).get(match[2])
+            return (404, {"error": "Entry not found"}) if data is None else (200, data)
         if match := re.match(r"/api/datasets/([^/]+/[^/]+)/preupload/main", path):
             files = json.loads(body)["files"]
             modes = [{"path": one["path"], "uploadMode": "lfs" if one["size"] > self.large else "regular",
@@ -61,8 +71,10 @@ class Hub:
             front = json.loads(body)["content"].split("---")[1]
             errors = [] if isinstance(yaml.safe_load(front), dict) else [{"message": "not YAML"}]
             return (400 if errors else 200), {"errors": errors, "warnings": []}
-        if method == "GET" and path.startswith("/api/datasets/"):
-            return 200, {"id": path.split("/api/datasets/")[1], "sha": "0" * 40}
+        if match := re.match(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(\w+))?$", path):
+            if match[1] not in self.files or match[2] not in (None, "main", *self.states):
+                return 404, {"error": "Repository not found"}
+            return 200, {"id": match[1], "sha": match[2] if match[2] in self.states else self.head}
         return 404, {"error": f"{method} {path}"}
 
     def _entry(self, key: str, data: bytes) -> dict:
@@ -85,8 +97,14 @@ class Hub:
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         self.commits.append([line["value"].get("path") for line in lines if line["key"] != "header"])
-        url = f"{self.endpoint}/datasets/{name}/commit/{'1' * 40}"
-        return 200, {"commitUrl": url, "commitOid": "1" * 40, "success": True}
+        self.states[self.head] = dict(files)
+        url = f"{self.endpoint}/datasets/{name}/commit/{self.head}"
+        return 200, {"commitUrl": url, "commitOid": self.head, "success": True}
+
+    @property
+    def head(self) -> str:
+        """The SHA of the last commit."""
+        return f"{len(self.commits):040x}"
 
     def _handler(hub):  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
@@ -94,7 +112,11 @@ class Hub:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.tokens.add(self.headers.get("Authorization"))
                 status, document = hub.answer(self.command, self.path.split("?")[0], body)
-                data = json.dumps(document).encode()
+                data = document if isinstance(document, bytes) else json.dumps(document).encode()
+                if isinstance(document, bytes) and (given := self.headers.get("Range")):
+                    start, end = (int(part) for part in given.removeprefix("bytes=").split("-"))
+                    hub.ranges.append((start, end + 1))
+                    status, data = 206, data[start : end + 1]
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

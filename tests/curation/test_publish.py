@@ -1,6 +1,7 @@
 """`publish`: everything that the manifest lists reaches the hub, once; interrupted, the rest follows."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -28,13 +29,14 @@ except (OSError, ValueError) as error:
 
 
 def publish(hub, store, target="hf://datasets/org/name"):
-    import os
+    return with_hub(hub.endpoint, PUBLISH, store.url, target)
 
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_OFFLINE": "0"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", PUBLISH, store.url, target], capture_output=True, text=True, env=environment
-    )
+
+def with_hub(endpoint, script, *words, **variables):
+    """Run a script in a process whose hub is the one at `endpoint`; return its last line."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1",
+                   "HF_HUB_OFFLINE": "0", **variables}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hf_secret" not in done.stdout + done.stderr
     return done.stdout.splitlines()[-1]

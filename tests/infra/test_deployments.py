@@ -14,7 +14,8 @@ from facediffuser.flows.stopping import report_stop, watch_process
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "prefect.yaml"
-NAMES = ["preprocess-ffhq", "train", "rehearse", "generate-dataset", "evaluate"]
+NAMES = ["preprocess-ffhq", "train", "rehearse", "generate-dataset", "evaluate",
+         "merge", "retract", "export", "publish"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def _load(entrypoint: str) -> Flow:
     return load_flow_from_entrypoint(f"{ROOT}/{entrypoint}")
 
 
-def test_the_stages_and_their_rehearsal_are_deployed(deployments):
+def test_the_stages_their_rehearsal_and_what_follows_are_deployed(deployments):
     assert list(deployments) == NAMES
 
 
@@ -84,5 +85,6 @@ def test_datasets_are_generated_every_night_and_nothing_else_runs_by_itself(depl
     assert CronSchedule(cron=schedule.cron, timezone=schedule.timezone).timezone == "UTC"
 
 
-def test_two_runs_of_one_dataset_do_not_meet(deployments):
-    assert deployments["generate-dataset"].concurrency_limit == 1
+@pytest.mark.parametrize("name", ["generate-dataset", "retract"])
+def test_two_runs_of_one_dataset_do_not_meet(deployments, name):
+    assert deployments[name].concurrency_limit == 1
