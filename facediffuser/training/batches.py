@@ -54,6 +54,13 @@ class Batch:
         """Return the batch with all tensors on a device."""
         return self._map_tensors(lambda value: value.to(device, non_blocking=True))
 
+    def record_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Keep the memory of all tensors, which are on a GPU, until what is queued on a stream by then is done."""
+        for group in (self, self.tokens):
+            for value in vars(group).values():
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(stream)
+
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (the name is DataLoader's)."""
         return self._map_tensors(torch.Tensor.pin_memory)

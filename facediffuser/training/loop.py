@@ -22,7 +22,7 @@ from facediffuser.training.denoisers import load_parts
 from facediffuser.training.losses import localization_loss, min_snr_weights, noise_loss, update_average
 from facediffuser.training.monitoring import TrainingMonitor
 from facediffuser.training.parameters import select_trained
-from facediffuser.training.prefetch import prefetch_batches
+from facediffuser.training.prefetch import DeviceBatches, prefetch_batches
 from facediffuser.training.recipe import Recipe
 from facediffuser.training.throughput import Throughput
 from facediffuser.training.train_check import data_fingerprint
@@ -149,19 +149,20 @@ class TrainingRun:
         if self.monitor:
             self.monitor.close()
 
-    def batch_iterator(self) -> Iterator[Batch]:
+    def batch_iterator(self) -> DeviceBatches:
         """Return this worker's batches from its current step to the last, prepared by the loader processes."""
         recipe, worker = self.recipe, self.worker
         first, last = (step * recipe.accumulate for step in (self.step, recipe.steps))
         all_workers = recipe.batch_size * worker.count
         positions = range(first * all_workers + worker.rank * recipe.batch_size, last * all_workers, all_workers)
-        return prefetch_batches(self.batches, positions, worker.loaders, pin_memory=self.device.type == "cuda")
+        prepared = prefetch_batches(self.batches, positions, worker.loaders, pin_memory=self.device.type == "cuda")
+        return DeviceBatches(prepared, self.device)
 
-    def train_step(self, batches: Iterator[Batch], throughput: Throughput) -> dict[str, float]:
+    def train_step(self, batches: DeviceBatches, throughput: Throughput) -> dict[str, float]:
         """Do one optimiser step.
 
         Args:
-            batches: iterator of this worker's batches; `recipe.accumulate` of them are taken.
+            batches: what `batch_iterator` returned; `recipe.accumulate` of its batches are taken.
             throughput: counts the step and the time spent waiting for the batches.
 
         Returns:
@@ -181,8 +182,10 @@ class TrainingRun:
             with throughput.waiting():
                 batch = next(batches)
             with nullcontext() if part == recipe.accumulate - 1 else self._without_gradient_sync():
-                losses = self.losses(batch.to(self.device))
+                losses = self.losses(batch)
                 (losses[0] / recipe.accumulate).backward()
+            with throughput.waiting():
+                batches.start_next()
             sums += torch.stack([loss.detach() for loss in losses]) / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.trained, recipe.max_grad_norm)
         if self.worker.count > 1:

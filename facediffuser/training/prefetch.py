@@ -1,8 +1,9 @@
-"""Batches decoded and augmented by background processes, ahead of the training step that uses them."""
+"""Batches decoded and augmented by background processes and copied to the device ahead of the step that uses them."""
 
 import threading
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch.utils.data import DataLoader
 
 from facediffuser.training.batches import Batch, Batches
@@ -40,6 +41,45 @@ def prefetch_batches(
         worker_init_fn=_drop_inherited_exit_hooks,
     )
     return iter(loader)
+
+
+class DeviceBatches(Iterator[Batch]):
+    """Batches on the training device; on a GPU the next one is copied while the current one is computed.
+
+    Args:
+        batches: batches on the CPU, in page-locked memory for copies that run beside computation.
+        device: the training device.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device):
+        self._batches, self._device = batches, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: Batch | None = None
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            return next(self._batches).to(self._device)
+        if self._copied is None:
+            self._copied = self._copy()
+        batch, self._copied = self._copied, None
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        # The allocator must not give the batch's memory to the copies before the computation that reads it is done.
+        batch.record_stream(current)
+        return batch
+
+    def start_next(self) -> None:
+        """Start the copy of the next batch, if there is one; called when the current batch's computation is queued."""
+        if self._stream is not None and self._copied is None:
+            try:
+                self._copied = self._copy()
+            except StopIteration:
+                return
+
+    def _copy(self) -> Batch:
+        batch = next(self._batches)
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device)
 
 
 def _drop_inherited_exit_hooks(number: int) -> None:
