@@ -37,9 +37,15 @@ class AddedColumns:
         self.schema = pa.schema(list(fields.values()))
 
     def rows(self, sample_ids: pa.Array | pa.ChunkedArray) -> pa.Table:
-        """Return the added columns of rows by their ids, in that order; null for a row that has none.
+        """Return the added columns of rows by their ids, in that order.
 
         Quick for rows asked for in the order they were added in, piece by piece, as one reads a dataset.
+
+        Args:
+            sample_ids: n ids of rows, strings.
+
+        Returns:
+            A table of n rows with the columns of `schema`; null for a row that has no values there.
         """
         columns: dict[str, pa.ChunkedArray] = {}
         wanted = pa.chunked_array(sample_ids if isinstance(sample_ids, pa.ChunkedArray) else [sample_ids])
@@ -106,7 +112,11 @@ def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | Non
 
 
 def read_added_columns(store: Store) -> AddedColumns:
-    """Return a dataset's added columns; none when nothing was added. InputError for two files with one column."""
+    """Return a dataset's added columns; none when nothing was added.
+
+    Raises:
+        InputError: two files have one column, or a file cannot be read.
+    """
     tables = {}
     for key in [info.key for info in store.list(ADDED_PREFIX) if info.key.endswith(".parquet")]:
         with open_parquet(store, key) as file:

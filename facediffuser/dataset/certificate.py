@@ -57,10 +57,17 @@ def sample_size(rows: int) -> int:
 
 
 def choose_sample(store: Store, layout: Layout) -> list[tuple[int, int]]:
-    """Return (shard, place in it) of the rows of the sample, in the plan's order.
+    """Return the rows of the sample, in the plan's order.
 
     They are those whose sample_id has the smallest hashes: the same rows for the same plan, whatever their prompts and
     subjects. Memory does not grow with the rows.
+
+    Args:
+        store: the dataset with its plan.
+        layout: how the plan is cut into shards.
+
+    Returns:
+        (shard, place in it) of each row, both from 0.
     """
 
     def hashed() -> Iterator[tuple[bytes, int, int]]:
@@ -82,7 +89,12 @@ def rows_per_part(batch_size: int) -> int:
 
 
 def part_keys(rows: int, per_part: int = FEWEST_PER_PART) -> list[str]:
-    """Return the keys of the certificate's parts for so many rows of the sample, `per_part` in each."""
+    """Return the keys of the certificate's parts.
+
+    Args:
+        rows: the rows of the sample.
+        per_part: the rows of a part; the last one has what remains.
+    """
     parts = -(-rows // per_part)
     return [f"{CERTIFICATE_PREFIX}part-{part:04d}-of-{parts:04d}.parquet" for part in range(parts)]
 
@@ -93,7 +105,12 @@ def stats_key(key: str) -> str:
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """Return a part's Parquet; `schema` is CERTIFICATE_SCHEMA with the run's marks. The same rows give the same bytes."""
+    """Return a part's Parquet; the same rows give the same bytes.
+
+    Args:
+        rows: a dictionary by column for each row.
+        schema: CERTIFICATE_SCHEMA with the run's marks.
+    """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     others = [path for path in column_paths(CERTIFICATE_SCHEMA) if path != IMAGE_BYTES]
     return parquet_bytes(

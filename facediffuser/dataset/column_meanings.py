@@ -51,7 +51,7 @@ MEANINGS = {
 
 
 def column_lines(schema: pa.Schema) -> list[tuple[str, str, str]]:
-    """Return (column, type, meaning) of a dataset's columns, the fields of structs below them; "" for an unknown meaning."""
+    """Return (column, type, meaning) of a dataset's columns, the fields of structs below them; "" where none is known."""
     return list(_lines(schema))
 
 

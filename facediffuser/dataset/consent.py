@@ -51,7 +51,12 @@ def recorded_terms(store: Store) -> dict[str, dict[str, str | None]]:
 
 
 def expired_subjects(store: Store, today: datetime.date | None = None) -> list[str]:
-    """Return a line for each subject of a dataset whose consent has expired."""
+    """Return a line for each subject of a dataset whose consent has expired.
+
+    Args:
+        store: the dataset.
+        today: the day to compare with; None for the machine's, in UTC.
+    """
     day = (today or _today()).isoformat()
     return [
         f"{SUBJECTS_KEY}: consent of {name} expired on {terms['expires']}; `facediffuser retract` takes them out"

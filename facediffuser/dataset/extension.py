@@ -41,7 +41,7 @@ class SampleIds:
         return len(self._sorted)
 
     def contain(self, ids: Iterable[str]) -> np.ndarray:
-        """Return for each id whether it is in the set."""
+        """Return for each of n ids whether it is in the set: (n,) bool."""
         asked = _digests(ids)
         if not len(self._sorted):
             return np.zeros(len(asked), bool)
@@ -85,7 +85,7 @@ class NewRows:
         return digest.hexdigest()
 
     def tables(self, rows_per_table: int) -> Iterator[pa.Table]:
-        """Yield the rows as tables of PLAN_SCHEMA, `rows_per_table` rows each, the last one what remains."""
+        """Yield the rows as tables of PLAN_SCHEMA, each of `rows_per_table` rows, the last one of what remains."""
         waiting: list[pa.Table] = []
         count = 0
         for table in self._filtered():
@@ -128,7 +128,11 @@ def part_name(number: int) -> str:
 
 
 def standing(store: Store) -> Standing:
-    """Return what an output holds; InputError when its manifest is damaged."""
+    """Return what an output holds.
+
+    Raises:
+        InputError: its manifest is damaged.
+    """
     manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
     listed = {part.name for part in manifest.parts} if manifest else set()
     return Standing(
@@ -143,7 +147,12 @@ def last_run(store: Store, there: Standing) -> Run | None:
 
 
 def references_key(name: str, fingerprint: str) -> str:
-    """Return where the references of a part lie while it is generated."""
+    """Return where the references of a part lie while it is generated.
+
+    Args:
+        name: the part's name, "" for the first.
+        fingerprint: that of the part's run.
+    """
     return f"{UNFINISHED_REFERENCES}{name}-{fingerprint[:16]}.parquet" if name else SUBJECTS_KEY
 
 
@@ -189,7 +198,12 @@ def finished_part(store: Store, name: str) -> Part | None:
 
 
 def without_growth(document: Mapping[str, Any], undecided: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the part of a run's document that an extension must have, too; `undecided`: settings left out."""
+    """Return the part of a run's document that an extension must have, too.
+
+    Args:
+        document: the run's document.
+        undecided: names of settings to leave out, because the other side does not know them yet.
+    """
     identity = {name: value for name, value in identity_of(document).items() if name not in GROWS}
     left_out = {*GROWING_SETTINGS, *undecided}
     identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in left_out}
@@ -241,7 +255,12 @@ def require_extendable(
 
 
 def add_references(there: pa.Table, here: pa.Table) -> pa.Table:
-    """Return the rows of both tables of references, the first's first; a picture that both have stands once."""
+    """Return the rows of both tables of references, the first's first; a picture that both have stands once.
+
+    Args:
+        there: the dataset's, of the columns of SUBJECTS_SCHEMA and perhaps of terms.
+        here: those to add.
+    """
     known = set(zip(there["subject_id"].to_pylist(), there["reference"].to_pylist(), strict=True))
     names = zip(here["subject_id"].to_pylist(), here["reference"].to_pylist(), strict=True)
     new = here.filter(pa.array([name not in known for name in names], pa.bool_()))

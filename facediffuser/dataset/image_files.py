@@ -14,9 +14,13 @@ QUALITY = 95
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat, sample_id: str, synthetic: bool = True) -> bytes:
-    """Return the file of a generated image; `synthetic`: with its provenance as XMP and, in PNG, as text chunks too.
+    """Return the file of a generated image; the same image and id give the same bytes with the same libraries.
 
-    The same image and id give the same bytes with the same libraries.
+    Args:
+        image: the image, 8-bit RGB.
+        image_format: png, jpeg or webp.
+        sample_id: the row's, named in the provenance.
+        synthetic: whether the file says that it is synthetic: as XMP and, in PNG, as text chunks too.
     """
     sink = io.BytesIO()
     packet = xmp_packet(sample_id)

@@ -23,7 +23,11 @@ Row = tuple[int, dict[str, Any]]
 
 
 def read_table_file(store: Store, key: str) -> bytes:
-    """Return the file of a table; InputError when it may not be read or is larger than MOST_TABLE_BYTES."""
+    """Return the bytes of a table's file.
+
+    Raises:
+        InputError: it cannot be read, or is larger than MOST_TABLE_BYTES.
+    """
     name = store.url_of(key)
     try:
         with store.open(key) as file:
@@ -36,7 +40,15 @@ def read_table_file(store: Store, key: str) -> bytes:
 
 
 def json_rows(data: bytes, name: str) -> list[Row]:
-    """Return the objects of a JSONL file with their line numbers; InputError naming the line that is none."""
+    """Return the objects of a JSONL file with their line numbers, from 1; empty lines count and have no object.
+
+    Args:
+        data: the file.
+        name: its path or URL, for errors.
+
+    Raises:
+        InputError: a line is not an object of JSON, or has two values of one name.
+    """
     rows = []
     # Lines end at line feeds alone: JSON may hold U+2028 and other ends of lines inside of its strings.
     for number, line in enumerate(_text(data, name).split("\n"), 1):
@@ -67,9 +79,16 @@ def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def csv_rows(data: bytes, name: str, known: tuple[str, ...] = ()) -> list[Row]:
-    """Return the rows of a CSV file with the lines they end at, cells that a row lacks as None.
+    """Return the rows of a CSV file with the lines they end at; cells that a row lacks are None.
 
-    `known`: the columns that a file without rows may have; any when none is named.
+    Args:
+        data: the file.
+        name: its path or URL, for errors.
+        known: the columns that a file without rows may have; any when none is named.
+
+    Raises:
+        InputError: the file is not CSV, a row has more cells than there are columns, or column names are
+            missing or repeat.
     """
     reader = csv.DictReader(io.StringIO(_text(data, name), newline=""), strict=True)
     rows = []
@@ -88,7 +107,15 @@ def csv_rows(data: bytes, name: str, known: tuple[str, ...] = ()) -> list[Row]:
 
 
 def require_column_names(columns: Sequence[str], name: str) -> None:
-    """Raise InputError for columns of a table without a name, as pandas writes its index, or with the same one."""
+    """Check the names of a table's columns.
+
+    Args:
+        columns: the names.
+        name: the file's path or URL, for errors.
+
+    Raises:
+        InputError: a column has no name, as pandas writes its index, or two have the same.
+    """
     for number, column in enumerate(columns, 1):
         if not column.strip():
             raise InputError(
@@ -99,7 +126,16 @@ def require_column_names(columns: Sequence[str], name: str) -> None:
 
 
 def parquet_rows(data: bytes, name: str, known: tuple[str, ...]) -> list[Row]:
-    """Return the rows of a Parquet file, counted from 1; `known`: the columns it may have."""
+    """Return the rows of a Parquet file, counted from 1.
+
+    Args:
+        data: the file.
+        name: its path or URL, for errors.
+        known: the columns it may have.
+
+    Raises:
+        InputError: the file is not Parquet, has other columns, or more than MOST_TABLE_BYTES of text.
+    """
     rows: list[Row] = []
     size = 0
     try:
@@ -147,21 +183,45 @@ def normalised(name: str) -> str:
 
 
 def shown_value(value: object, quoted: bool = True) -> str:
-    """Return a value for a message: escaped as in Python, and cut where it is long."""
+    """Return a value for a message: escaped as in Python, and cut where it is long.
+
+    Args:
+        value: the value.
+        quoted: whether text keeps its quotes.
+    """
     text = repr(value)
     text = text if quoted else text[1:-1]
     return text if len(text) <= MOST_SHOWN_CHARACTERS else text[:MOST_SHOWN_CHARACTERS] + "..."
 
 
 def require_text(text: str, where: str, kind: str) -> None:
-    """Raise InputError for text that a dataset cannot hold: halves of characters, and control characters but space."""
+    """Check that a dataset can hold a text.
+
+    Args:
+        text: the text.
+        where: file and row, for errors.
+        kind: what the text is, such as `prompt`.
+
+    Raises:
+        InputError: it has halves of characters, or control characters other than tab and ends of lines.
+    """
     for place, char in enumerate(text, 1):
         if "\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") or char == "\x7f":
             raise InputError(f"{where}: character {place} of the {kind} is {char!r}, no text; remove it")
 
 
 def require_columns(row: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], name: str) -> None:
-    """Raise InputError for a row with a column that is not known, or without one that is needed."""
+    """Check the columns of a row.
+
+    Args:
+        row: values by column.
+        known: the columns it may have.
+        needed: the columns it must have.
+        name: file and row, for errors.
+
+    Raises:
+        InputError: a column is not known, or one that is needed is missing.
+    """
     unknown = [column for column in row if column not in known]
     if unknown:
         raise InputError(f"{name}: unknown column {shown_value(unknown[0])}; known are {', '.join(known)}")

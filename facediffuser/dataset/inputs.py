@@ -70,7 +70,11 @@ class Prompt:
         return len(self.order)
 
     def text(self, class_words: Iterable[str]) -> str:
-        """Return the prompt with "<class word> <|image|>" in its places; class words in the order of the subjects."""
+        """Return the prompt with "<class word> <|image|>" in its places.
+
+        Args:
+            class_words: one for each subject, in the order of the subjects.
+        """
         words = tuple(class_words)
         parts = [self.pieces[0]]
         for subject, piece in zip(self.order, self.pieces[1:], strict=True):
@@ -79,7 +83,7 @@ class Prompt:
         return "".join(parts)
 
     def subjects_in_order(self, subject_ids: tuple[str, ...]) -> tuple[str, ...]:
-        """Return subject ids in the order of the prompt's places."""
+        """Return the ids of a set of subjects in the order of the prompt's places."""
         return tuple(subject_ids[place if place >= 0 else n] for n, place in enumerate(self.order))
 
 
@@ -90,10 +94,14 @@ def read_subjects(url: str) -> list[Subject]:
     """Return the subjects of a folder `<subject_id>/*.jpg` with an optional `subjects.csv`, sorted by id.
 
     An id is its folder's name in Unicode's composed form (NFC): file systems give the same name in either form. Files
-    that are no pictures by their names are counted and named in the log.
+    that are no pictures by their names are counted and named in the log. Pictures are not opened.
 
-    Raises InputError for a missing or empty folder, ids that cannot be names or are the same in composed form, unknown
-    columns. Pictures are not opened.
+    Args:
+        url: a folder or an s3:// prefix.
+
+    Raises:
+        InputError: the folder is missing or empty, an id cannot be a name or two are the same in composed form, or
+            `subjects.csv` has unknown columns or subjects.
     """
     store = open_store(url)
     store.require_readable()
@@ -193,11 +201,17 @@ def class_words_line(subjects: Sequence[Subject]) -> str:
 
 
 def read_prompts(url: str, subjects_per_image: int | None = None) -> list[Prompt]:
-    """Return the prompts of a JSONL, CSV or Parquet file, in its order.
+    """Return the prompts of a file, in its order.
 
-    Each prompt says by its places how many subjects it shows. Raises InputError for a missing or empty file, unknown
-    columns, ids that repeat, templates that do not name each of their subjects once, and, with `subjects_per_image`,
-    prompts that show another number.
+    Each prompt says by its places how many subjects it shows.
+
+    Args:
+        url: a .jsonl, .csv or .parquet file, local or on S3.
+        subjects_per_image: how many subjects each prompt must show; None for any number.
+
+    Raises:
+        InputError: the file is missing or empty, has unknown columns or ids that repeat, a template does not name
+            each of its subjects once, or shows another number of them.
     """
     path = local_copy(url)
     if not path.is_file():
@@ -255,8 +269,15 @@ def _prompt(row: dict[str, Any], number: int, index: int, name: str, subjects: i
 def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the pieces of text around a template's places, and whose each place is (from 0; -1: literal marker).
 
-    A place is `{subject}` (of one), `{subject_1}`, `{subject_2}` ..., or the marker `<|image|>` after a word. Raises
-    InputError unless every subject is named exactly once, and, with `subjects`, unless there are so many.
+    A place is `{subject}` (of one), `{subject_1}`, `{subject_2}` ..., or the marker `<|image|>` after a word.
+
+    Args:
+        text: the template.
+        subjects: how many subjects it must show; None for any number.
+        where: file and row, for errors.
+
+    Raises:
+        InputError: a subject is not named exactly once, or there are not so many.
     """
     shown = shown_value(text)
     if IMAGE_MARKER in text:

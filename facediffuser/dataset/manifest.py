@@ -126,6 +126,7 @@ class Part(_Entry):
 
     @property
     def layout(self) -> Layout:
+        """How the part's plan is cut into shards."""
         return Layout(self.rows, self.shard_size, self.name, tuple(self.kept))
 
     def computed_with(self, shard: int) -> dict[str, Any] | None:
@@ -231,7 +232,13 @@ def build_part(
 def build_manifest(
     parts: Sequence[Part], objects: list[ObjectEntry] | None = None, retractions: Sequence[Retraction] = ()
 ) -> Manifest:
-    """Return the manifest of a dataset of these parts; `objects`: the entries of plans and references."""
+    """Return the manifest of a dataset.
+
+    Args:
+        parts: its parts, the first one first.
+        objects: the entries of plans and references.
+        retractions: those that were carried out.
+    """
     first = {name: getattr(parts[0], name) for name in Part.model_fields}
     return Manifest(
         **first, schema_version=run_schema_version(parts[0].run), counts=count_parts(parts), objects=objects or [],
@@ -254,15 +261,22 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """Return a dataset's manifest; InputError when there is none or it cannot be read.
+    """Return a dataset's manifest.
 
     Its digest is not checked: `manifest_problems` does, and `read_sound_manifest`.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
     """
     return parse_manifest(store, read_manifest_bytes(store))
 
 
 def read_sound_manifest(store: Store) -> Manifest:
-    """Return a dataset's manifest; InputError also when it is damaged. What writes a manifest anew begins with this."""
+    """Return a dataset's manifest, its digest checked. What writes a manifest anew begins with this.
+
+    Raises:
+        InputError: there is none, it cannot be read, or it is damaged.
+    """
     data = read_manifest_bytes(store)
     manifest = parse_manifest(store, data)
     for problem in manifest_problems(manifest, data):
@@ -272,7 +286,11 @@ def read_sound_manifest(store: Store) -> Manifest:
 
 
 def read_manifest_bytes(store: Store) -> bytes:
-    """Return a manifest as it stands; InputError when there is none or it is larger than any manifest."""
+    """Return a manifest as it stands.
+
+    Raises:
+        InputError: there is none, it cannot be read, or it is larger than any manifest.
+    """
     store.require_readable()
     url = store.url_of(MANIFEST_KEY)
     try:
@@ -291,7 +309,15 @@ def read_manifest_bytes(store: Store) -> bytes:
 
 
 def parse_manifest(store: Store, data: bytes) -> Manifest:
-    """Return the manifest that the bytes hold; InputError naming the first thing that cannot be."""
+    """Return the manifest that the bytes hold.
+
+    Args:
+        store: the dataset, for the error.
+        data: the content of manifest.json.
+
+    Raises:
+        InputError: they are not a manifest; the error names the first field that is wrong.
+    """
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
@@ -303,7 +329,12 @@ def parse_manifest(store: Store, data: bytes) -> Manifest:
 
 
 def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
-    """Yield what is wrong with a manifest taken by itself; `data`: the bytes it was read from."""
+    """Yield what is wrong with a manifest taken by itself, a line each.
+
+    Args:
+        manifest: what `data` holds.
+        data: the bytes it was read from, for its digest.
+    """
     if manifest.digest:
         unsigned = data.replace(f'"digest": "{manifest.digest}"'.encode(), b'"digest": ""', 1)
         if hashlib.sha256(unsigned).hexdigest() != manifest.digest:
@@ -376,7 +407,16 @@ def object_entries(store: Store, keys: Iterable[str]) -> list[ObjectEntry]:
 
 
 def find_row(store: Store, manifest: Manifest, sample_id: str) -> tuple[Part, int, int]:
-    """Return the part, the shard and the place in it of a row; InputError when the dataset has no such row."""
+    """Return the part of a row, its shard and its place in it, both from 0.
+
+    Args:
+        store: the dataset.
+        manifest: the dataset's.
+        sample_id: the row's.
+
+    Raises:
+        InputError: the dataset has no such row.
+    """
     for part in manifest.parts:
         if found := find_sample(store, part.layout, sample_id):
             return part, *found
@@ -389,7 +429,14 @@ def object_entry(key: str, data: bytes) -> ObjectEntry:
 
 
 def shard_entry(store: Store, layout: Layout, shard: int, info: ObjectInfo) -> ShardEntry:
-    """Return the entry of a finished shard: from its stats, or from the shard itself where they are missing or old."""
+    """Return the entry of a finished shard: from its stats, or from the shard itself where they are missing or old.
+
+    Args:
+        store: the dataset.
+        layout: how the plan is cut into shards.
+        shard: the shard's number, from 0.
+        info: its key and size in bytes.
+    """
     try:
         stats = json.loads(store.get(layout.stats_key(shard)))
         if stats["bytes"] == info.size and stats["rows"] == layout.shard_rows(shard):

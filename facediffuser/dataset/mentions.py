@@ -44,7 +44,7 @@ class Search:
     subject: str
 
     def in_text(self, text: str) -> bool:
-        """Return whether the id stands in a text, also written as JSON, XML or HTML would write it."""
+        """Return whether the id stands in a text as a word, also written as JSON, XML or HTML would write it."""
         forms = {self.subject, html.escape(self.subject), json.dumps(self.subject)[1:-1]}
         return any(
             re.search(rf"(?<!{_WORD}){re.escape(form)}(?!\w|[.\-]\w)", text) is not None
@@ -60,7 +60,12 @@ class Search:
         return self.in_text(data.decode("utf-8", errors="replace"))
 
     def in_value(self, value: Any, free: bool = False) -> bool:
-        """Return whether a value of a column, or a part of it, names the subject; `free`: as a word of a text."""
+        """Return whether a value of a column, or a part of it, names the subject.
+
+        Args:
+            value: a string, bytes of a picture, or a list or dictionary of such; other values name nobody.
+            free: whether the id also counts as a word of a text.
+        """
         if isinstance(value, str):
             return names_subject(value, self.subject) or (free and self.in_text(value))
         if isinstance(value, bytes):
@@ -73,7 +78,7 @@ class Search:
 
 
 def text_of_picture(data: bytes) -> bytes:
-    """Return what a PNG, JPEG or WebP file holds beside its pixels; all of another file."""
+    """Return the bytes that a PNG, JPEG or WebP file holds beside its pixels; the whole of any other file."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             return b"\n".join(body for kind, body in _png_chunks(data) if kind != b"IDAT")
@@ -127,6 +132,10 @@ def without_mentions(value: Any, subject: str) -> Any:
 
     A struct whose `subject_id` it is, a face of the person, is null in all of its fields. Where another field names the
     subject, such as `other_subject_id`, that and those that begin alike (`other_similarity`) are.
+
+    Args:
+        value: a value of a column: text, number, list, dictionary or None.
+        subject: the subject's id.
     """
     if isinstance(value, str):
         return None if names_subject(value, subject) else value
@@ -172,7 +181,10 @@ def find_mentions(store: Store, subject: str) -> Absence:
     """Look for a subject in every byte of a dataset, and in the old versions of its objects that a bucket keeps.
 
     Parquet is read column by column, with its statistics, page index and footer, so that compression hides nothing;
-    pictures by all that they hold beside their pixels. Raises InputError when there is nothing at the URL.
+    pictures by all that they hold beside their pixels.
+
+    Raises:
+        InputError: there is nothing at the URL.
     """
     store.require_readable()
     infos = store.list()
@@ -217,7 +229,14 @@ def _is_a_word(store: Store, search: Search) -> bool:
 
 
 def mentions_in(key: str, data: bytes, search: Search, words: bool) -> Iterator[str]:
-    """Yield a line for each kind of mention in one object; `words`: the id is a word of the prompts as well."""
+    """Yield a line for each kind of mention in one object.
+
+    Args:
+        key: the object's key.
+        data: its bytes.
+        search: the id to look for.
+        words: whether the id is a word of the prompts as well, so that texts say nothing.
+    """
     if search.in_text(key.replace("/", " ")):
         yield f"{key}: its name"
     if key.endswith(".parquet"):

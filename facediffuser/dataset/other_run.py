@@ -34,7 +34,15 @@ class PlannedPrompt:
 
 
 def run_there(store: Store, name: str = "") -> Run | None:
-    """Return the run that the output holds, None when it holds none; `name`: of the part that it made."""
+    """Return the run that made a part of an output, None when the output holds none.
+
+    Args:
+        store: the output.
+        name: the part's name, "" for the first.
+
+    Raises:
+        InputError: the plan there is no plan of ours.
+    """
     every = [info.key for info in store.list("plan/")]
     plans = [key for key in every if part_names([key]) == [name]] or (every if not name else [])
     if not plans:
@@ -72,16 +80,34 @@ def begin_or_resume_dataset(
 def require_same_run(
     store: Store, run: Run, plan: Plan | None = None, references: pa.Table | None = None, name: str = ""
 ) -> None:
-    """Raise InputError, with the differences in words, unless the output, or a part of it, is this very run's or none's."""
+    """Check that the output, or a part of it, is empty or holds this very run.
+
+    Args:
+        store: the output.
+        run: the run at hand.
+        plan: its plan, by which a difference is named.
+        references: its references, a table of SUBJECTS_SCHEMA, for the same.
+        name: the part's name, "" for the first.
+
+    Raises:
+        InputError: it holds another run; the error says what differs.
+    """
     there = run_there(store, name)
     if there is not None and there.fingerprint != run.fingerprint:
         _refuse(store, identity_of(there.document), identity_of(run.document), plan, references)
 
 
 def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence[str], plan: Plan) -> None:
-    """Raise InputError when the output holds a run that differs in what is known before models and pictures are read.
+    """Check an output by what is known before models and pictures are read.
 
-    `known` is a part of this run's document; `undecided` names settings that the document will have beside those.
+    Args:
+        store: the output.
+        known: a part of this run's document.
+        undecided: names of settings that the document will have beside those.
+        plan: the run's plan, by which a difference is named.
+
+    Raises:
+        InputError: it holds a run that differs already; the error says in what.
     """
     there = run_there(store)
     if there is None:
@@ -107,7 +133,15 @@ def explain_differences(
     plan: Plan | None = None,
     references: pa.Table | None = None,
 ) -> list[str]:
-    """Return how two run documents differ, one phrase each: prompts, subjects and models by name, settings by value."""
+    """Return how two run documents differ, one phrase each: prompts, subjects and models by name, settings by value.
+
+    Args:
+        store: the output, where the run `there` has its plan and subjects.
+        there: the identity of the run in the output.
+        here: that of the run at hand.
+        plan: the plan of the run at hand; without it prompts are compared by their digest.
+        references: its references, a table of SUBJECTS_SCHEMA; without them pictures are compared by name.
+    """
     found = []
     unlike = {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
     if plan is not None and unlike & {"plan", "subjects"}:
@@ -153,8 +187,11 @@ def _groups(store: Store, columns: list[str]) -> Iterator[pa.Table]:
 def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mapping[str, str]) -> list[str]:
     """Return a phrase that says how many prompts there are on both sides and which is the first that differs.
 
-    `words`: the class words of the subjects there. With them a prompt of `plan` becomes the text it would have had
-    there, so that other class words make no other prompts.
+    Args:
+        there: the prompts of the plan in the output.
+        plan: the plan of the run at hand.
+        words: the class words of the subjects there. With them a prompt of `plan` becomes the text it would have had
+            there, so that other class words make no other prompts.
     """
     here = plan.prompts_in_order()
     for number, (one, two) in enumerate(zip_longest(there, here), 1):  # noqa: B007, used after the loop
@@ -180,7 +217,13 @@ def _same_prompt(one: PlannedPrompt, two: Prompt, words: Mapping[str, str]) -> b
 
 
 def conflicting_prompts(store: Store, plan: Plan, words: Mapping[str, str]) -> list[str]:
-    """Return a phrase for the first prompt of `plan` that the output has with the same id and another text."""
+    """Return a phrase for the first prompt of a plan that the output has with the same id and another text, or nothing.
+
+    Args:
+        store: the output.
+        plan: the plan of the run at hand.
+        words: the class words by subject id.
+    """
     there = {one.prompt_id: one for one in planned_prompts(store)}
     for two in plan.prompts_in_order():
         one = there.get(two.prompt_id)
@@ -219,8 +262,10 @@ def subject_differences(
 ) -> list[str]:
     """Return phrases for subjects that came or went, for other class words, and for reference pictures that changed.
 
-    `rows` as `recorded_subjects` returns them. With `references`, a table of SUBJECTS_SCHEMA, the pictures' contents are
-    compared too, else their names alone.
+    Args:
+        rows: what `recorded_subjects` returns of the output.
+        subjects: the subjects of the run at hand.
+        references: a table of SUBJECTS_SCHEMA: the pictures' contents are compared too. None compares names alone.
     """
     if not rows:
         return []

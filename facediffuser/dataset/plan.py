@@ -66,14 +66,17 @@ class Layout:
 
     @property
     def shards(self) -> int:
+        """How many shards there are."""
         return len(self.kept) or -(-self.rows // self.shard_size)  # whole numbers: exact however many rows
 
     @property
     def shards_per_part(self) -> int:
+        """How many shards have their rows in one file of the plan."""
         return max(1, min(GROUPS_PER_PART, ROWS_PER_PART // self.shard_size))
 
     @property
     def parts(self) -> int:
+        """How many files the plan has."""
         return -(-self.shards // self.shards_per_part)
 
     def shard_rows(self, shard: int) -> int:
@@ -81,7 +84,7 @@ class Layout:
         return self.kept[shard] if self.kept else min(self.shard_size, self.rows - shard * self.shard_size)
 
     def row_group(self, shard: int) -> tuple[int, int]:
-        """Return the number of the plan file, and of the row group in it, that hold a shard's rows."""
+        """Return where a shard's rows are planned: the number of the plan's file, and of the row group in it, from 0."""
         part, place = divmod(shard, self.shards_per_part)
         empty = self.kept[shard - place : shard].count(0)
         return part, place - empty
@@ -92,6 +95,7 @@ class Layout:
         return range(first, min(first + self.shards_per_part, self.shards))
 
     def part_key(self, part: int) -> str:
+        """Return the key of one of the plan's files."""
         return f"plan/part-{self._infix}{part:05d}-of-{self.parts:05d}.parquet"
 
     def part_keys(self) -> list[str]:
@@ -99,9 +103,11 @@ class Layout:
         return [self.part_key(part) for part in range(self.parts)]
 
     def shard_key(self, shard: int) -> str:
+        """Return the key of a shard."""
         return f"data/shard-{self._infix}{shard:05d}-of-{self.shards:05d}.parquet"
 
     def stats_key(self, shard: int) -> str:
+        """Return the key of a shard's timings."""
         return f"stats/shard-{self._infix}{shard:05d}.json"
 
     @property
@@ -212,7 +218,7 @@ class Plan:
                 yield sample_id, prompt.prompt_id, text, prompt.category, ordered, row_seed(self.seed, sample_id)
 
     def tables(self, rows_per_table: int) -> Iterator[pa.Table]:
-        """Yield the plan as tables of PLAN_SCHEMA, `rows_per_table` rows each, the last one what remains."""
+        """Yield the plan as tables of PLAN_SCHEMA, each of `rows_per_table` rows, the last one of what remains."""
         same = self.row.model_dump()
         rows = self.rows()
         while chunk := list(itertools.islice(rows, rows_per_table)):
@@ -230,7 +236,7 @@ class Plan:
 
 
 def row_seed(run_seed: int, sample_id: str) -> int:
-    """Return a row's seed: 63 bits of a hash of the run's seed and the sample_id."""
+    """Return a row's seed, 0 to 2^63 - 1: from a hash of the run's seed and the sample_id."""
     digest = hashlib.blake2b(f"{run_seed}\0{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -250,11 +256,22 @@ class Rows(Protocol):
 
 
 def write_plan(store: Store, plan: Rows, layout: Layout, schema: pa.Schema) -> int:
-    """Write the plan's missing parts and return how many were written; memory holds one part at a time.
+    """Write the plan's missing files; memory holds one of them at a time.
 
-    `schema` is PLAN_SCHEMA with the run's marks. The first part is put only where none is: it settles which of two runs
-    started at once on one output goes on (FileExistsError for the other). Parts appear whole, so a part that is there
-    is finished.
+    The first file is put only where none is: it settles which of two runs started at once on one output goes on. Files
+    appear whole, so one that is there is finished.
+
+    Args:
+        store: the output.
+        plan: the rows.
+        layout: how the plan is cut into shards.
+        schema: PLAN_SCHEMA with the run's marks.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        FileExistsError: another run was the first on this output.
     """
     there = {info.key for info in store.list("plan/")}
     if there.issuperset(layout.part_keys()):
@@ -269,12 +286,12 @@ def write_plan(store: Store, plan: Rows, layout: Layout, schema: pa.Schema) -> i
 
 
 def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:
-    """Return the Parquet of a plan file; the same rows give the same bytes."""
+    """Return the Parquet of a plan's file, a row group for each shard; the same rows give the same bytes."""
     return parquet_bytes(rows.replace_schema_metadata(schema.metadata), row_group_size=layout.shard_size)
 
 
 def encode_groups(groups: Iterable[pa.Table], schema: pa.Schema) -> bytes:
-    """Return the Parquet of a plan file whose row groups, one a shard, differ in size; empty ones are left out."""
+    """Return the Parquet of a plan's file whose row groups, one a shard, differ in size; empty ones are left out."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_index=True) as writer:
         for rows in groups:
@@ -286,7 +303,20 @@ def encode_groups(groups: Iterable[pa.Table], schema: pa.Schema) -> bytes:
 
 
 def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str | None = None) -> list[dict[str, Any]]:
-    """Return the planned rows of one shard; with `fingerprint`, InputError when the plan is another run's."""
+    """Return the planned rows of one shard.
+
+    Args:
+        store: the dataset.
+        layout: how the plan is cut into shards.
+        shard: the shard's number, from 0.
+        fingerprint: the run's; None reads the plan of any run.
+
+    Returns:
+        A dictionary by column of PLAN_SCHEMA for each row.
+
+    Raises:
+        InputError: the plan is another run's.
+    """
     part, group = layout.row_group(shard)
     with open_parquet(store, layout.part_key(part)) as file:
         mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
@@ -296,9 +326,16 @@ def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str |
 
 
 def find_sample(store: Store, layout: Layout, sample_id: str) -> tuple[int, int] | None:
-    """Return (shard, place in it) of a row by its sample_id, None when none is planned; reads that column only.
+    """Return where a row is planned, by reading one column only.
 
-    The id may be given in another of Unicode's forms than the plan's, as a file system or a keyboard writes it.
+    Args:
+        store: the dataset.
+        layout: how the plan is cut into shards.
+        sample_id: the row's; it may be given in another of Unicode's forms than the plan's, as a file system or a
+            keyboard writes it.
+
+    Returns:
+        (shard, place in it), both from 0; None when no such row is planned.
     """
     wanted = pa.array(dict.fromkeys((sample_id, normalised(sample_id))))
     for part in range(layout.parts):

@@ -29,7 +29,11 @@ READERS = 16
 
 
 def list_shards(store: Store) -> list[ObjectInfo]:
-    """Return the Parquet objects of a dataset's `data/`; InputError when there is none."""
+    """Return the Parquet objects of a dataset's `data/`.
+
+    Raises:
+        InputError: there are none.
+    """
     store.require_readable()
     shards = [info for info in store.list(DATA_PREFIX) if info.key.endswith(".parquet")]
     if not shards:
@@ -38,7 +42,11 @@ def list_shards(store: Store) -> list[ObjectInfo]:
 
 
 def require_no_dataset(store: Store) -> None:
-    """Raise InputError for an output that holds a dataset, to which something else's files do not belong."""
+    """Check that an output for something else holds no dataset.
+
+    Raises:
+        InputError: it does.
+    """
     if any(info.key.endswith(".parquet") for info in store.list(DATA_PREFIX)):
         raise InputError(f"{store.url}: holds a dataset; give another output")
 
@@ -129,7 +137,11 @@ def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
 
 @contextmanager
 def readable_parquet(store: Store, key: str) -> Iterator[None]:
-    """Turn what reading a damaged Parquet object raises in the block into InputError, one line that names it."""
+    """Turn what reading a damaged Parquet object raises in the block into one line that names it.
+
+    Raises:
+        InputError: instead of what PyArrow raises.
+    """
     with reading(store.url_of(key), "Parquet of a dataset", "put it back, or let `facediffuser repair` make it again"):
         yield
 
@@ -137,9 +149,16 @@ def readable_parquet(store: Store, key: str) -> Iterator[None]:
 def row_groups(
     store: Store, keys: Sequence[str], columns: Sequence[str], needed: Sequence[str] = ()
 ) -> Iterator[tuple[str, int, pa.Table]]:
-    """Yield (key, row group, table) of Parquet objects with those of `columns` that they have.
+    """Yield (key, row group, table) of Parquet objects, one row group at a time.
 
-    Raises InputError naming the object that lacks one of the `needed` columns.
+    Args:
+        store: the dataset.
+        keys: the objects.
+        columns: those to read; an object without one of them gives a table without it.
+        needed: those of `columns` that must be there.
+
+    Raises:
+        InputError: an object lacks one of the needed columns, or is damaged.
     """
     for key in keys:
         with open_parquet(store, key) as file:
@@ -152,14 +171,22 @@ def row_groups(
 
 
 def require_readable_shards(store: Store) -> None:
-    """Raise InputError, naming the first, unless every shard can be opened and holds what work on a dataset needs."""
+    """Check that every shard can be opened and holds what work on a dataset needs.
+
+    Raises:
+        InputError: one cannot; the first is named.
+    """
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(lambda info: read_footer(store, info.key), list_shards(store)):
             pass
 
 
 def count_rows(store: Store) -> int:
-    """Return how many rows a dataset has, from its shards' footers; InputError when there is none."""
+    """Return how many rows a dataset has, from its shards' footers.
+
+    Raises:
+        InputError: there is no shard.
+    """
     return sum(read_footer(store, info.key).num_rows for info in list_shards(store))
 
 
@@ -170,7 +197,11 @@ def read_footer(store: Store, key: str) -> pq.FileMetaData:
 
 
 def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
-    """Return fingerprint and run document from the metadata of a Parquet object that a run wrote; None and {} without."""
+    """Return fingerprint and run document from the metadata of a Parquet object that a run wrote; None and {} without.
+
+    Raises:
+        InputError: the metadata is damaged.
+    """
     metadata = (schema.metadata if schema is not None else None) or {}
     fingerprint = metadata.get(FINGERPRINT_KEY)
     with reading("the run in a Parquet footer", "JSON", "run `facediffuser verify` to find the damaged file"):
@@ -179,7 +210,15 @@ def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_chosen(store: Store, key: str, names: Sequence[str], column: str, values: Sequence[str]) -> pa.Table:
-    """Return the columns `names` of the rows whose `column` is one of `values`; only row groups with such are read."""
+    """Return some columns of some rows; row groups without such rows are not read.
+
+    Args:
+        store: the dataset.
+        key: the Parquet object.
+        names: the columns to return; those that are not there are left out.
+        column: the column to choose by.
+        values: a row is returned when its `column` is one of these.
+    """
     with open_parquet(store, key) as file:
         present = [name for name in names if name in file.schema_arrow.names]
     with readable_parquet(store, key), store.open(key) as source:
@@ -187,7 +226,11 @@ def read_chosen(store: Store, key: str, names: Sequence[str], column: str, value
 
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:
-    """Return some columns of a shard or of another Parquet object of a dataset."""
+    """Return some columns of a shard or of another Parquet object of a dataset.
+
+    Raises:
+        InputError: a column is not there, or the object is damaged.
+    """
     wanted = list(columns)
     with open_parquet(store, key) as file:
         absent = [name for name in wanted if name not in file.schema_arrow.names]

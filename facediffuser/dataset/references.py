@@ -32,7 +32,7 @@ class References:
 
 
 def references_digest(table: pa.Table) -> str:
-    """Return the sha256 of who the subjects are and what their pictures hold."""
+    """Return the SHA-256 of who the subjects are and what their pictures hold; `table` is one of SUBJECTS_SCHEMA."""
     digest = hashlib.sha256()
     for name in ("subject_id", "class_word", "reference", "source_sha256"):
         digest.update(("\0".join(table[name].to_pylist()) + "\n").encode())
@@ -40,7 +40,13 @@ def references_digest(table: pa.Table) -> str:
 
 
 def encode_references(table: pa.Table, schema: pa.Schema, parts: Sequence[str] = ()) -> bytes:
-    """Return subjects.parquet; `schema` carries the run's marks, `parts` the fingerprints of several runs."""
+    """Return the bytes of subjects.parquet.
+
+    Args:
+        table: rows of SUBJECTS_SCHEMA and perhaps of terms.
+        schema: carries the run's marks.
+        parts: the fingerprints of all runs, where there are several.
+    """
     marks = dict(schema.metadata or {})
     if len(parts) > 1:
         marks[PARTS_KEY] = canonical_json(list(parts)).encode()
@@ -59,7 +65,16 @@ def references_marks(store: Store, key: str = SUBJECTS_KEY) -> list[str]:
 
 
 def load_references(store: Store, subject_ids: Iterable[str], key: str = SUBJECTS_KEY) -> dict[str, References]:
-    """Return the references of the named subjects from a file of a dataset's references, in the order of their names."""
+    """Return the references of the named subjects from a file of a dataset's references, in the order of their names.
+
+    Args:
+        store: the dataset.
+        subject_ids: the subjects; one named twice is loaded once.
+        key: the file.
+
+    Raises:
+        InputError: a subject is not in the file.
+    """
     wanted = sorted(set(subject_ids))
     if not wanted:
         return {}
@@ -72,7 +87,7 @@ def load_references(store: Store, subject_ids: Iterable[str], key: str = SUBJECT
 
 
 def references_of(table: pa.Table, subject_ids: Iterable[str]) -> dict[str, References]:
-    """Return the references of the named subjects that are in a table of SUBJECTS_SCHEMA."""
+    """Return the references of the named subjects that are in a table of SUBJECTS_SCHEMA; others are left out."""
     found: dict[str, References] = {}
     rows = table.select(["subject_id", "image", "identity"]).to_pylist()
     for name in subject_ids:

@@ -79,7 +79,11 @@ SUBJECTS_SCHEMA = pa.schema(
 
 
 def face_type(embedding_size: int = 0) -> pa.DataType:
-    """Return the type of a face: a struct, with its embedding as float16 of that length unless the size is 0."""
+    """Return the type of a face: a struct.
+
+    Args:
+        embedding_size: the length of its embedding, kept as float16; 0 keeps none.
+    """
     fields = [
         pa.field("box", pa.list_(pa.float32(), 4)),
         pa.field("probability", pa.float32()),
@@ -95,7 +99,7 @@ def face_type(embedding_size: int = 0) -> pa.DataType:
 
 
 def face_fields(embedding_size: int = 0) -> list[pa.Field]:
-    """Return the fields that version 2 added: `faces` and `ip_margin`."""
+    """Return the fields that version 2 added: `faces`, with embeddings of `embedding_size` numbers, and `ip_margin`."""
     return [pa.field(FACES, pa.list_(face_type(embedding_size))), pa.field(IP_MARGIN, pa.float32())]
 
 

@@ -27,10 +27,11 @@ KEPT_ENTRIES = (ADDED_PREFIX, CERTIFICATE_PREFIX)
 
 
 def require_sealable(store: Store) -> Manifest | None:
-    """Return a dataset's manifest, None where there is none, before something is added to the dataset.
+    """Return a dataset's manifest before something is added to the dataset, None where there is none.
 
-    Raises InputError, one line that names the object, when the manifest, the plan, the references or columns that were
-    added before are damaged: the card could not be written after hours of work.
+    Raises:
+        InputError: the manifest, the plan, the references or columns that were added before are damaged: the card could
+            not be written after hours of work. The error names the object.
     """
     manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
     for key in [info.key for info in store.list("plan/") if info.key.endswith(".parquet")][:1]:
@@ -63,7 +64,11 @@ def beside_entries(
 ) -> list[ObjectEntry]:
     """Return the entries of a dataset's card, just written, of its added columns and its certificate, by key.
 
-    Added columns and parts of a certificate in `listed` keep their entries unless they were `written` or are gone.
+    Args:
+        store: the dataset.
+        listed: the entries in the manifest. Those of added columns and of a certificate are kept unless they were
+            written since or are gone.
+        written: the keys that were written since.
     """
     before = {entry.key: entry for entry in listed if entry.key.startswith(KEPT_ENTRIES) and entry.key not in written}
     card = [README_KEY] if store.exists(README_KEY) else []

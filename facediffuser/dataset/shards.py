@@ -63,7 +63,7 @@ def encode_shard(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """Return the Parquet of a shard's table, whose schema carries the marks; see `encode_shard`."""
+    """Return the Parquet of a shard's table, whose schema carries the marks; the same table gives the same bytes."""
     others = [path for path in column_paths(table.schema.remove_metadata()) if path != IMAGE_BYTES]
     options: dict[str, Any] = {}
     if FACES in table.schema.names:
@@ -100,7 +100,13 @@ def shard_mark(store: Store, key: str) -> str | None:
 
 
 def finished_shards(store: Store, layout: Layout, fingerprint: str) -> dict[int, FinishedShard]:
-    """Return the shards that are there and whole, with the run's fingerprint, by number."""
+    """Return the shards that are there and whole, with the run's fingerprint, by number.
+
+    Args:
+        store: the dataset.
+        layout: how the plan is cut into shards.
+        fingerprint: the run's; shards of another are not finished.
+    """
     there = {}
     for info in store.list("data/"):
         shard = layout.shard_of_key(info.key)

@@ -22,14 +22,22 @@ def suites() -> list[str]:
 
 
 def suite_prompts(name: str) -> Path:
-    """Return the prompts' file of a suite; InputError names the suites there are."""
+    """Return the prompts' file of a suite.
+
+    Raises:
+        InputError: there is no suite of that name; the error names those there are.
+    """
     if name not in suites():
         raise InputError(f"{name}: no such benchmark; give one of {', '.join(suites())}, or a file of prompts")
     return FOLDER / f"{name}.jsonl"
 
 
 def suite_subjects(name: str) -> int:
-    """Return how many subjects an image of a suite shows; InputError for no suite."""
+    """Return how many subjects an image of a suite shows.
+
+    Raises:
+        InputError: there is no suite of that name.
+    """
     first = json.loads(suite_prompts(name).read_text().splitlines()[0])
     return len(_PLACE.findall(first["prompt"]))
 

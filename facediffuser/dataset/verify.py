@@ -72,15 +72,27 @@ def verify(url: str) -> list[str]:
     """Return what is wrong with a dataset, one line each; an empty list when all is as the manifest says.
 
     The manifest is checked against its own digest, and every other object (plan, references, card, added scores) for
-    presence and sha256; what is there and not listed is named. Each shard is also checked for schema, fingerprint, rows
-    (each planned row once, in its order), images (present, their sha256, decodable) and counts. Raises InputError when
-    there is no manifest, or one that cannot be read.
+    presence and SHA-256; what is there and not listed is named. Each shard is also checked for schema, fingerprint,
+    rows (each planned row once, in its order), images (present, their SHA-256, decodable) and counts.
+
+    Args:
+        url: the dataset: a folder or a URL that `open_store` knows.
+
+    Raises:
+        InputError: there is no manifest, or one that cannot be read.
     """
     return [str(problem) for problem in inspect(url).problems]
 
 
 def inspect(url: str) -> Findings:
-    """Return what `verify` finds, and notes: whose consent has expired, what an earlier version's manifest leaves out."""
+    """Return what `verify` finds, and notes: whose consent has expired, what an earlier version's manifest leaves out.
+
+    Args:
+        url: the dataset.
+
+    Raises:
+        InputError: there is no manifest, or one that cannot be read.
+    """
     store = open_store(url)
     manifest = read_manifest(store)
     problems = find_problems(store, manifest)
@@ -205,7 +217,13 @@ def _read(store: Store, entry: ObjectEntry | ShardEntry) -> tuple[bytes, str | N
 
 
 def check_shard(store: Store, part: Part, shard: int) -> list[str]:
-    """Return what is wrong with one shard of a part, one line each."""
+    """Return what is wrong with one shard, one line each.
+
+    Args:
+        store: the dataset.
+        part: the part of the dataset that it belongs to.
+        shard: its number in the part, from 0.
+    """
     entry = part.shards[shard]
     data, what = _read(store, entry)
     if what:
