@@ -43,22 +43,27 @@ class Card:
 
     @property
     def rows(self) -> int:
+        """How many rows the dataset has."""
         return self.survey.rows
 
     @property
     def table(self) -> list[ScoreRow]:
+        """The means of IP, PC and the share of right faces."""
         return [row for row in self.survey.table if row.metric not in self.survey.added]
 
     @property
     def added(self) -> list[ScoreRow]:
+        """The means of columns that other scorers added."""
         return [row for row in self.survey.table if row.metric in self.survey.added]
 
     @property
     def failed(self) -> int:
+        """How many rows failed."""
         return sum(self.survey.failures.values())
 
     @property
     def subjects(self) -> int:
+        """How many subjects there are."""
         return self.survey.subjects
 
 
@@ -184,7 +189,12 @@ def flag_lines(survey: Survey) -> list[tuple[str, str]]:
 
 
 def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return what the plan's metadata says of the run as (dotted name, value) lines."""
+    """Return what the plan's metadata says of the run as (dotted name, value) lines.
+
+    Args:
+        run: a document, or a part of one.
+        prefix: the dotted name of that part, with a dot at its end.
+    """
     lines = []
     for name, value in run.items():
         if isinstance(value, dict):

@@ -40,7 +40,13 @@ class SheetRow:
 
 
 def contact_sheet(rows: Sequence[SheetRow], title: str, remark: str = "") -> Image.Image:
-    """Return the sheet as an RGB picture: a line per `SheetRow`, its references at the left, its images beside them."""
+    """Return the sheet as an RGB picture: a line per `SheetRow`, its references at the left, its images beside them.
+
+    Args:
+        rows: the lines.
+        title: the text above them.
+        remark: smaller text below the title.
+    """
     columns = max([len(row.tiles) for row in rows] or [1])
     width = 2 * MARGIN + REFERENCE_WIDTH + columns * (TILE + GAP)
     top = MARGIN + 62
@@ -93,7 +99,14 @@ def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: 
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
-    """Return `text` broken into at most `lines` lines of `width` px; what does not fit ends in an ellipsis."""
+    """Return text broken into lines; what does not fit ends in an ellipsis.
+
+    Args:
+        text: the text; its own line breaks count as spaces.
+        face: the font.
+        width: that of a line, in px.
+        lines: how many there may be.
+    """
     broken: list[str] = []
     rest = one_line(text).split()
     while rest and len(broken) < lines:
@@ -113,7 +126,7 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -> l
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib brings, so that the sheet looks the same on every machine."""
+    """Return DejaVu Sans, which matplotlib brings, so that the sheet looks the same on every machine; `size` is in px."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -51,9 +51,15 @@ SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_
 def write_card(store: Store) -> list[ScoreRow]:
     """Write `README.md`, `card/index.html` and the pictures of both in `card/`.
 
-    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the same
-    bytes. Memory does not grow with the rows, but with the different people and prompts, and with columns that were added. Returns the
-    table of scores. Raises InputError when there is no dataset.
+    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the
+    same bytes. Memory does not grow with the rows, but with the different people and prompts, and with columns that
+    were added.
+
+    Returns:
+        The table of scores.
+
+    Raises:
+        InputError: there is no dataset.
     """
     survey = survey_dataset(store)
     shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
@@ -87,10 +93,17 @@ def write_card(store: Store) -> list[ScoreRow]:
 
 
 def rewrite_card(store: Store, written: Collection[str] = ()) -> list[ScoreRow]:
-    """Write a finished dataset's card anew and list it in the manifest; return the table of scores.
+    """Write a finished dataset's card anew and list it in the manifest, where the dataset has one.
 
-    A dataset without a manifest gets its card alone. `written`: keys below scores/ that were written just before.
-    Raises InputError, nothing written, when the dataset is damaged.
+    Args:
+        store: the dataset.
+        written: keys below scores/ that were written just before.
+
+    Returns:
+        The table of scores.
+
+    Raises:
+        InputError: the dataset is damaged; nothing is written then.
     """
     manifest = require_sealable(store)
     table = write_card(store)
@@ -100,7 +113,13 @@ def rewrite_card(store: Store, written: Collection[str] = ()) -> list[ScoreRow]:
 
 
 def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, str]]) -> str:
-    """Return the text of README.md, with the front matter that the Hugging Face Hub reads."""
+    """Return the text of README.md, with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        card: what the card shows.
+        facts: (name, value) lines.
+        settings: (dotted name, value) lines.
+    """
     tag = next((tag for limit, tag in SIZE_TAGS if card.rows < limit), "n>1M")
     front_matter = {
         "pretty_name": card.name,
@@ -162,7 +181,12 @@ def _sheet(card: Card) -> bytes:
 
 
 def tile(located: LocatedRow, images: dict[str, bytes]) -> Tile:
-    """Return one image of the sheet with its prompt and scores."""
+    """Return one image of the sheet with its prompt and scores.
+
+    Args:
+        located: the row.
+        images: encoded images by sample id; without the row's its place stays empty.
+    """
     values = located.values
     data = images.get(values["sample_id"])
     return Tile(

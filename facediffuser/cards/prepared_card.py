@@ -43,7 +43,12 @@ TITLES = {
 
 
 def write_card(store: Store, manifest: dict[str, Any]) -> None:
-    """Write README.md, card/contact-sheet.png and card/histograms.png from the manifest and the prepared rows."""
+    """Write README.md, card/contact-sheet.png and card/histograms.png of prepared data.
+
+    Args:
+        store: the prepared data.
+        manifest: its manifest.
+    """
     rows = list(islice(_sample(store, manifest), CELLS))
     if rows:
         store.put("card/contact-sheet.png", png_bytes(contact_sheet(rows)))
@@ -63,7 +68,11 @@ def _sample(store: Store, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def contact_sheet(rows: list[dict[str, Any]]) -> Image.Image:
-    """Return a grid of pictures: face boxes red, reference crops yellow, subjects outlined, captions below."""
+    """Return a grid of pictures: face boxes red, reference crops yellow, subjects outlined, captions below.
+
+    Args:
+        rows: dictionaries by column of PREPARED_SCHEMA.
+    """
     cells = [_cell(row) for row in rows]
     return picture_grid([cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)])
 

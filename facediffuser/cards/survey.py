@@ -54,10 +54,12 @@ class LocatedRow:
 
     @property
     def subject_ids(self) -> tuple[str, ...]:
+        """Who the image shows."""
         return tuple(self.values["subject_ids"])
 
     @property
     def category(self) -> str:
+        """The prompt's category."""
         return self.values["category"] or NO_CATEGORY
 
 
@@ -101,9 +103,13 @@ class Survey:
 
 
 def survey_dataset(store: Store) -> Survey:
-    """Return what one pass over `data/*.parquet` finds; only sums, a sample of scores and a few chosen rows stay in memory.
+    """Return what one pass over `data/*.parquet` finds.
 
+    Only sums, a sample of scores and a few chosen rows stay in memory.
     The choice of rows depends on their ids alone, not on how they lie in shards.
+
+    Raises:
+        InputError: there are no shards, or one is damaged.
     """
     infos = list_shards(store)
     rows, prompts, subjects = 0, set(), set()
@@ -169,7 +175,7 @@ def survey_dataset(store: Store) -> Survey:
 
 
 def fetch_images(store: Store, wanted: list[LocatedRow]) -> dict[str, bytes]:
-    """Return sample_id -> encoded image of rows found by the survey, reading only the row groups they lie in."""
+    """Return the encoded images of rows found by the survey, by sample id, reading only the row groups they lie in."""
     places: dict[str, dict[int, list[LocatedRow]]] = {}
     for located in wanted:
         places.setdefault(located.file, {}).setdefault(located.group, []).append(located)

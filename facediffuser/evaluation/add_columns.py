@@ -85,7 +85,7 @@ class ColumnWorker:
         return {"rows": unit.rows}
 
     def score(self, key: str) -> pa.Table:
-        """Return the sample ids of a shard with the columns of all scorers."""
+        """Return the sample ids of a shard with the columns of all scorers; `key` is the shard's."""
         parts, ids = [], []
         columns = (*COLUMNS, FACES) if self.added is not None else COLUMNS
         for _, _, table in row_groups(self.store, [key], columns):

@@ -13,8 +13,10 @@ from facediffuser.settings import GenerateWorkers, Repeats, Sampling, Seeded
 def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
     """Return a run for each suite and method; their rows have the same ids and seeds, so the same first noise.
 
-    The dataset of a method goes to `images/<suite>/<method>` of the output. Raises InputError for suites that cannot be
-    read or ask for more subjects than there are.
+    The dataset of a method goes to `images/<suite>/<method>` of the output.
+
+    Raises:
+        InputError: a suite cannot be read, or asks for more subjects than there are.
     """
     # One table has one set of scorers: what scores other systems' images scores these too.
     scorers = settings.scorers if settings.images or "scorers" in settings.model_fields_set else None

@@ -57,7 +57,12 @@ def summarise(
 
 
 def verdict(differences: Sequence[Interval], max_loss: float) -> str:
-    """Return `passed`, `failed` or `undecided`: what intervals of fast minus exact say of a loss of at most `max_loss`."""
+    """Return what a certificate's intervals say of a loss: `passed`, `failed` or `undecided`.
+
+    Args:
+        differences: those of fast minus exact, of IP and PC.
+        max_loss: the most that may be lost of either, above 0.
+    """
     if any(interval.high < -max_loss for interval in differences):
         return "failed"
     return "passed" if all(interval.low >= -max_loss for interval in differences) else "undecided"

@@ -42,8 +42,12 @@ def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> li
     """Return the paired differences of every two methods of a table of scored rows.
 
     Rows are paired by subjects, prompt and instance: the n-th image of a method for a prompt and subjects, by
-    sample_id. Failed rows pair with nothing. `rows` needs sample_id, method, subject_ids, prompt_id, ip, pc, status and
-    the columns of numbers that `others` names.
+    sample_id. Failed rows pair with nothing.
+
+    Args:
+        rows: with sample_id, method, subject_ids, prompt_id, ip, pc, status and the columns of `others`.
+        seed: that of the bootstrap.
+        others: further columns of numbers to compare.
     """
     metrics = (*METRICS, *others)
     columns = ("sample_id", "method", "subject_ids", "prompt_id", "status", *metrics)
@@ -72,7 +76,7 @@ def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> li
 
 
 def as_arrow(found: list[Difference]) -> pa.Table:
-    """Return the differences as an Arrow table."""
+    """Return the differences as an Arrow table, a row for each."""
     records = [
         {
             "method": item.method,

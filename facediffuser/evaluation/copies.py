@@ -40,12 +40,12 @@ def find_copies(
 ) -> pa.Table:
     """Return a row per image of a dataset: how much it copies, of whom, and whether that is flagged.
 
-    Columns: sample_id; with `training`: training_similarity (the highest cosine of its faces to a training face, 0..1),
-    training_nearest (the picture that face is in), training_copy; paste_similarity (the highest correlation of a face's
-    pixels with a reference's of the same row, 0..1), pasted_reference; copy_paste (see the function of that name: the
-    highest of the row's subjects that have several references, 0..1), copy_paste_reference; duplicate_similarity (of
-    the whole picture to the most alike other one, 0..1), duplicate_of (its sample_id), duplicate. Null where there is
-    nothing to compare. Memory grows by about 3 KB an image and 2 KB a face.
+    Args:
+        store: the dataset.
+        identity: finds and embeds the faces.
+        settings: the limits from which on an image is flagged.
+        training: the faces of the training set; None compares with none.
+        advance: called with the number of rows done since the last call.
     """
     references = reference_faces(store, identity)
     ids: list[str] = []
@@ -134,7 +134,7 @@ class ReferenceFace:
 
 
 def reference_faces(store: Store, identity: "IdentityScorer") -> dict[str, list[ReferenceFace]]:
-    """Return subject id -> the faces of a dataset's reference pictures; empty without subjects.parquet.
+    """Return the faces of a dataset's reference pictures by subject id; empty without subjects.parquet.
 
     A picture without a face contributes none.
     """

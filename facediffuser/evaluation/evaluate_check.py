@@ -20,7 +20,12 @@ from facediffuser.storage import Store, open_store
 
 
 def check_evaluate(settings: EvaluateSettings) -> None:
-    """Raise InputError for an output, datasets, folders of images, scorers or benchmark runs that cannot be used."""
+    """Check what an evaluation reads and writes, before anything is loaded.
+
+    Raises:
+        InputError: an output, datasets, folders of images, scorers or benchmark runs cannot be used, or one is given
+            twice.
+    """
     if settings.output:
         require_usable_output(settings.output)
     for option in ("dataset", "images"):
@@ -41,21 +46,33 @@ def check_evaluate(settings: EvaluateSettings) -> None:
 
 
 def require_usable_output(url: str) -> None:
-    """Raise InputError when the tables cannot be written to a place, or would lie in a dataset."""
+    """Check that tables can be written to a place.
+
+    Raises:
+        InputError: they cannot, or would lie in a dataset.
+    """
     store = open_store(url)
     store.require_writable()
     require_no_dataset(store)
 
 
 def check_score(settings: ScoreSettings) -> None:
-    """Raise InputError when there is no dataset, when it cannot be written to, or when a scorer is not to be found."""
+    """Check what `score` reads and writes, before anything is loaded.
+
+    Raises:
+        InputError: there is no dataset, it cannot be written to, or a scorer is not to be found.
+    """
     check_row_scorers(settings, _require_extendable(settings.url))
     if settings.scorers:
         require_scorers(settings.scorers)
 
 
 def check_copies(settings: CopySettings) -> None:
-    """Raise InputError when there is no dataset, no training set where one is named, or no scorers."""
+    """Check what `copies` reads, before anything is loaded.
+
+    Raises:
+        InputError: there is no dataset, no training set where one is named, or no scorers.
+    """
     store = _require_extendable(settings.url)
     if settings.training:
         training_keys(settings.training)

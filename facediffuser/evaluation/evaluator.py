@@ -138,7 +138,7 @@ class Evaluator:
 
 
 def write_evaluation(store: Store, evaluation: Evaluation) -> None:
-    """Write table.parquet, per_subject.parquet, table.md, plot.png, scores.parquet, of several methods differences."""
+    """Write table.parquet, per_subject.parquet, table.md, plot.png, scores.parquet and, of several methods, differences."""
     digests = {f"facediffuser_scorer_{name}": digest for name, digest in evaluation.digests.items()}
     store.put("scores.parquet", parquet_bytes(evaluation.images.replace_schema_metadata(digests)))
     if evaluation.differences:

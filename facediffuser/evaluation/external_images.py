@@ -40,8 +40,15 @@ def from_fastcomposer_layout(
 
     `subject_0003_prompt_0012_instance_0000.jpg`: the fourth subject (ids sorted), the thirteenth prompt of the file.
     For a prompt of several subjects the first number counts their sets in the order `generate` makes them: 0 is the
-    first and second subject, 1 the first and third, and so on. Raises InputError for other names and for numbers beyond
-    the subjects or prompts, and for two files of one number, such as a .png beside a .jpg.
+    first and second subject, 1 the first and third, and so on.
+
+    Args:
+        store: the folder.
+        subjects: sorted by id.
+        prompts: in the order of their file.
+
+    Raises:
+        InputError: a file has another name, or a number beyond what there is.
     """
     found = []
     seen: dict[tuple[int, ...], str] = {}
@@ -74,7 +81,17 @@ def from_index(
 
     Columns: `image` (path inside the folder), `subject_ids` (several joined by +), and `prompt_id` (of --prompts) or
     `prompt` (what the image should show; placeholders allowed), optionally `category`. Images that are not listed are
-    counted and named in the log. Raises InputError naming the line that is wrong.
+    counted and named in the log.
+
+    Args:
+        store: the folder of images.
+        index: the CSV.
+        index_name: its path, for errors.
+        subjects: those that it may name.
+        prompts: those that its `prompt_id` may name.
+
+    Raises:
+        InputError: a line is wrong; the error says which.
     """
     by_name = {subject.subject_id: subject for subject in subjects}
     by_id = {prompt.prompt_id: prompt for prompt in prompts}

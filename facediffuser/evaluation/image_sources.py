@@ -56,7 +56,15 @@ class Source:
 
 
 def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
-    """Return the keys of a dataset's shards; InputError without any, or without the references if they are needed."""
+    """Return the keys of a dataset's shards.
+
+    Args:
+        store: the dataset.
+        with_subjects: whether its references are needed.
+
+    Raises:
+        InputError: there are no shards, or no references where they are needed.
+    """
     keys = [info.key for info in list_shards(store)]
     if with_subjects and not store.exists("subjects.parquet"):
         raise InputError(f"{store.url}/subjects.parquet: missing; scoring again needs the reference pictures")
@@ -64,7 +72,16 @@ def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
 
 
 def dataset_source(name: str | None, store: Store, settings: TableSettings) -> Source:
-    """The images of a dataset; `name` stands for the method its rows name."""
+    """Return the images of a dataset.
+
+    Args:
+        name: what the table calls the method; None for the name in the rows.
+        store: the dataset.
+        settings: scorers, added columns, and whether images are scored again.
+
+    Raises:
+        InputError: the dataset cannot be read.
+    """
     keys = dataset_keys(store, with_subjects=settings.rescore or bool(settings.add))
     footers = [read_footer(store, key) for key in keys]
     recorded = recorded_digests(footers[0].schema.to_arrow_schema())
@@ -97,7 +114,17 @@ def dataset_source(name: str | None, store: Store, settings: TableSettings) -> S
 
 
 def folder_source(method: str, url: str, settings: ExternalImageSettings, batch_size: int) -> Source:
-    """The images of a folder that another system made; `method` names it in the table."""
+    """Return the images of a folder that another system made.
+
+    Args:
+        method: what the table calls it.
+        url: the folder.
+        settings: subjects, prompts and index.
+        batch_size: how many images are scored at once.
+
+    Raises:
+        InputError: subjects, prompts, index or names of files are wrong.
+    """
     store = open_store(url)
     assert settings.subjects is not None  # the settings ask for them with folders of images
     people = settings.subjects
@@ -142,7 +169,16 @@ def _external_row(store: Store, method: str, image: ExternalImage) -> dict:
 
 
 def folder_references(store: Store, subjects: Sequence[Subject], scorers: "Scorers") -> dict[str, np.ndarray]:
-    """Return subject id -> embedding of subjects of a folder; InputError names a picture without a face."""
+    """Return the embedding, (d,) float32 of unit length, of each subject of a folder by its id.
+
+    Args:
+        store: the folder of subjects.
+        subjects: those to embed.
+        scorers: whose identity scorer measures.
+
+    Raises:
+        InputError: a picture has no face; the error names it.
+    """
     from facediffuser.scoring.identity import subject_embedding
 
     return {
@@ -157,7 +193,7 @@ def folder_references(store: Store, subjects: Sequence[Subject], scorers: "Score
 
 
 def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray]:
-    """Return subject id -> embedding of a dataset's subjects, from its subjects.parquet.
+    """Return the embedding, (d,) float32 of unit length, of each of a dataset's subjects by its id.
 
     What the dataset recorded of its references is used when the same scorers made it; other scorers look at the
     reference pictures that the dataset keeps.

@@ -22,7 +22,8 @@ MANY_POINTS = 4000
 def score_histograms(groups: Mapping[str, Scores]) -> bytes:
     """Return a PNG of the distributions of IP and PC: a line per category over the histogram of all images.
 
-    `groups`: category -> its scores. Counts and means are of all images, the shapes of those whose values are there.
+    Args:
+        groups: scores by category. Counts and means are of all images, the shapes of those whose values are there.
     """
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
     count = sum(scores.count for scores in groups.values())

@@ -130,14 +130,27 @@ class FaceQuality:
 
 
 def face_quality(face: Mapping[str, Any]) -> float:
-    """Return the quality of one face, 0..1, from its probability, size, sharpness, yaw and pitch."""
+    """Return the quality of one face, 0..1.
+
+    Args:
+        face: an element of the column `faces`: probability 0..1, size in px, sharpness (variance), yaw and pitch in
+            degrees.
+    """
     facing = max(0.0, math.cos(math.radians(face["yaw"]))) * max(0.0, math.cos(math.radians(face["pitch"])))
     sharp = min(1.0, math.sqrt(face["sharpness"] / FULL_SHARPNESS))
     return face["probability"] * min(1.0, face["size"] / FULL_SIZE) * sharp * facing
 
 
 def check_row_scorers(settings: ScoreSettings, store: Store) -> None:
-    """Raise InputError for a scorer that is not to be found, or whose column the dataset has or lacks; loads nothing."""
+    """Check the scorers that `score --add` names, without loading them.
+
+    Args:
+        settings: with the names.
+        store: the dataset.
+
+    Raises:
+        InputError: a scorer is not to be found, or the dataset has its column, or lacks what it reads.
+    """
     names: list[str] | None = None
     for name in settings.add:
         if name not in OF_DATASETS:
@@ -153,7 +166,16 @@ def check_row_scorers(settings: ScoreSettings, store: Store) -> None:
 
 
 def load_row_scorers(settings: ScoreSettings, store: Store, device: str = "cpu") -> dict[str, DatasetScorer]:
-    """Return the scorers named in the settings, loaded; InputError for one that cannot be used on the dataset."""
+    """Return the scorers named in the settings, loaded, by name.
+
+    Args:
+        settings: with the names.
+        store: the dataset.
+        device: where their models run.
+
+    Raises:
+        InputError: one cannot be used on the dataset.
+    """
     check_row_scorers(settings, store)
     others = load_columns([name for name in settings.add if name not in OF_DATASETS], device)
     found: dict[str, DatasetScorer] = {}
@@ -173,7 +195,17 @@ def score_dataset_rows(
     open_image: Callable[[Row], Image.Image],
     references: Mapping[str, list[Image.Image]],
 ) -> list[Row]:
-    """Return the values of all scorers' columns for each row, an empty dict for a row without an image."""
+    """Return the values of all scorers' columns for each row.
+
+    Args:
+        scorers: by name.
+        rows: dictionaries by column of a dataset.
+        open_image: decodes a row's image.
+        references: the reference pictures by subject id.
+
+    Returns:
+        A dictionary by column for each row, empty for a row without an image.
+    """
     indices = [index for index, row in enumerate(rows) if row["image"] and row["image"]["bytes"]]
     shown = [rows[index] for index in indices]
     images = [open_image(row) for row in shown]

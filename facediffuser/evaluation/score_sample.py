@@ -41,7 +41,14 @@ class ScoreSample:
         self._held = 0
 
     def add(self, sample_ids: Sequence[str], categories: Sequence[str], ip: np.ndarray, pc: np.ndarray) -> None:
-        """Take rows: ids and categories of length n, ip and pc (n,) with no NaN among them."""
+        """Take n rows.
+
+        Args:
+            sample_ids: n ids.
+            categories: n categories.
+            ip: (n,) without NaN.
+            pc: (n,) without NaN.
+        """
         if not len(sample_ids):
             return
         codes = np.array([self.names.setdefault(name, len(self.names)) for name in categories], np.int32)
@@ -64,7 +71,12 @@ class ScoreSample:
         self._pieces, self._held = [columns], len(columns[0])
 
     def groups(self, lines: int, others: str) -> dict[str, Scores]:
-        """Return category -> its scores; beyond `lines` + 1 categories the smallest are taken together as `others`."""
+        """Return the scores by category, the largest first.
+
+        Args:
+            lines: how many categories are shown; beyond one more than these the smallest are taken together.
+            others: what those are called.
+        """
         if not self._pieces:
             return {}
         self._shorten()

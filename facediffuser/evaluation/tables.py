@@ -62,9 +62,13 @@ class SubjectRow:
 def score_table(rows: pa.Table, others: Sequence[str] = ()) -> list[ScoreRow]:
     """Return the means of a dataset's rows, sorted by method, number of subjects, category (`all` last), metric.
 
-    `rows` needs the columns method, subject_ids, prompt_id, ip, pc, and uses category, status and face_count when it has
-    them; `others` names further columns of numbers. Failed rows and rows without a score count in no mean. Intervals
-    hold for other people and other prompts: both are resampled.
+    Failed rows and rows without a score count in no mean. Intervals hold for other people and other prompts: both are
+    resampled.
+
+    Args:
+        rows: with the columns method, subject_ids, prompt_id, ip, pc; category, status and face_count are used when
+            they are there.
+        others: further columns of numbers.
     """
     sums = ScoreSums(others)
     sums.add(rows)
@@ -83,7 +87,7 @@ class ScoreSums:
         self._means: dict[tuple[str, int, str, str], RunningMean] = {}
 
     def add(self, rows: pa.Table) -> None:
-        """Take rows with the columns that `score_table` asks for."""
+        """Add rows with the columns that `score_table` asks for."""
         rows = _ok(rows)
         methods = _codes(rows["method"], "unknown")
         categories = _codes(rows["category"] if "category" in rows.column_names else None, NO_CATEGORY, rows.num_rows)
@@ -112,8 +116,10 @@ class ScoreSums:
 def subject_table(rows: pa.Table) -> list[SubjectRow]:
     """Return the means of IP and PC for each subject, sorted by method, number of subjects, subject, metric.
 
-    `rows` needs the columns method, subject_ids, prompt_id, ip, ip_per_subject, pc and status. Of images of several people each
-    counts with their own value of IP, not with the minimum.
+    Of images of several people each counts with their own value of IP, not with the minimum.
+
+    Args:
+        rows: with the columns method, subject_ids, prompt_id, ip, ip_per_subject, pc and status.
     """
     found: dict[tuple[str, int, str], dict[str, list]] = {}
     columns = ["method", "subject_ids", "prompt_id", "ip", "ip_per_subject", "pc"]
@@ -173,7 +179,12 @@ def _groups(methods, subjects: np.ndarray, categories) -> Iterable[tuple[int, in
 
 
 def as_arrow(rows: Sequence[ScoreRow] | Sequence[SubjectRow], schema: pa.Schema = TABLE_SCHEMA) -> pa.Table:
-    """Return the rows as an Arrow table with their columns; SUBJECT_SCHEMA for a `subject_table`."""
+    """Return the rows as an Arrow table with their columns.
+
+    Args:
+        rows: of `score_table` or `subject_table`.
+        schema: TABLE_SCHEMA, or SUBJECT_SCHEMA for a `subject_table`.
+    """
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
 
 

@@ -40,7 +40,13 @@ def training_faces(
 ) -> TrainingFaces:
     """Return the faces of a training set: prepared Parquet, whose boxes are known, or a folder of pictures.
 
-    InputError when there is neither, or no face in any picture.
+    Args:
+        url: the training set.
+        identity: finds and embeds the faces.
+        advance: called with the number of pictures done since the last call.
+
+    Raises:
+        InputError: there is neither, or no face in any picture.
     """
     store, prepared, pictures, others = training_keys(url)
     if others and not prepared:
@@ -60,7 +66,11 @@ def training_faces(
 
 
 def count_training(url: str) -> int:
-    """Return how many pictures a training set holds; InputError when it holds none."""
+    """Return how many pictures a training set holds.
+
+    Raises:
+        InputError: it holds none.
+    """
     store, prepared, pictures, _ = training_keys(url)
     if not prepared:
         return len(pictures)
@@ -70,7 +80,8 @@ def count_training(url: str) -> int:
 def training_keys(url: str) -> tuple[Store, list[str], list[str], list[str]]:
     """Return a training set's store, the keys of its prepared Parquet, of its pictures, and of all other files.
 
-    InputError without prepared Parquet and pictures.
+    Raises:
+        InputError: there is neither prepared Parquet nor a picture.
     """
     store = open_store(url)
     store.require_readable()

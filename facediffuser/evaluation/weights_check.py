@@ -43,7 +43,11 @@ class Finding:
 
 
 def check_places(settings: CheckSettings) -> None:
-    """Raise InputError unless models and scorers named are there; loads nothing."""
+    """Check that the models and scorers named are there; nothing is loaded.
+
+    Raises:
+        InputError: one is not there.
+    """
     if settings.models:
         check_model_files(resolve_model(settings.models))
     if settings.scorers:
@@ -53,8 +57,12 @@ def check_places(settings: CheckSettings) -> None:
 def check_weights(settings: CheckSettings, device: str = "cpu") -> Iterator[Finding]:
     """Yield what is found of the weights that the settings name.
 
+    Args:
+        settings: models and scorers.
+        device: where they run.
+
     Raises:
-        InputError: a file is missing or damaged; the line names it.
+        InputError: a file is missing or damaged; the error names it.
     """
     if settings.models:
         yield from _check_models(settings.models, device)

@@ -58,7 +58,10 @@ class ColumnScorer(Protocol):
     ) -> pa.Table:
         """Return a table of `columns`, a row per image.
 
-        `references`: for each image, for each of its subjects, the reference pictures; `prompts`: without markers.
+        Args:
+            images: n RGB pictures.
+            references: for each image, for each of its subjects, the reference pictures.
+            prompts: n prompts, without markers.
         """
 
 

@@ -29,7 +29,11 @@ class Gallery:
 
 
 def gallery_of(references: Iterable[Mapping[str, Any]]) -> Gallery:
-    """Return the people of rows with `subject_id` and `identity`, a row per reference, in the order they first come."""
+    """Return the people of some references, in the order they first come.
+
+    Args:
+        references: rows with `subject_id` and `identity`, an embedding of unit length; a row per reference.
+    """
     vectors: dict[str, list[list[float]]] = {}
     for row in references:
         vectors.setdefault(row["subject_id"], []).append(row["identity"])
@@ -109,10 +113,16 @@ def identify_faces(
 
 
 def measure_face(image: Image.Image, face: Face) -> dict[str, Any]:
-    """Return what can be measured of a face without knowing whose it is: box, probability, landmarks, pose, size, sharpness.
+    """Return what can be measured of a face without knowing whose it is.
 
-    `size`: the shorter side of its box, px. `sharpness`: the variance of the Laplacian of the brightness (0..255) of the
-    square around it at 112 px, so that a small face, which is enlarged to that, is not called sharp.
+    Args:
+        image: the picture.
+        face: box and landmarks in px of the picture.
+
+    Returns:
+        box, probability, landmarks; yaw, pitch and roll in degrees; `size`, the shorter side of its box in px;
+        `sharpness`, the variance of the Laplacian of the brightness (0..255) of the square around it at 112 px, so that
+        a small face, which is enlarged to that, is not called sharp.
     """
     yaw, pitch, roll = head_pose(face.landmarks)
     left, top, right, bottom = face.box

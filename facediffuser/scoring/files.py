@@ -9,7 +9,11 @@ from facediffuser.storage import local_copy
 
 
 def scorer_file(scorer: str, url: str) -> Path:
-    """Return the local copy of the file that a scorer `scorer:URL` is to use; InputError when there is none."""
+    """Return the local copy of the file that a scorer `scorer:URL` is to use.
+
+    Raises:
+        InputError: there is no file.
+    """
     path = local_copy(url)
     if not path.is_file():
         raise InputError(f"{scorer}:{url}: not a file; give the weights' path")
@@ -17,7 +21,11 @@ def scorer_file(scorer: str, url: str) -> Path:
 
 
 def onnx_session(path: Path, device: str) -> Any:
-    """Return an ONNX Runtime session of a model; InputError when it is none, or the extra `onnx` is not installed."""
+    """Return an ONNX Runtime session of a model; `device` is torch's name of where it runs.
+
+    Raises:
+        InputError: the file is no model, or the extra `onnx` is not installed.
+    """
     require_extra("onnx")
     import onnxruntime
 

@@ -27,6 +27,7 @@ class IdentityEmbedder(nn.Module):
         self.head = nn.Sequential(nn.Flatten(), nn.LayerNorm(channels * cells), nn.Linear(channels * cells, dim))
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        """Return the unit vectors, (n, d), of face crops, (n, 3, height, width) in [-1, 1]."""
         return F.normalize(self.head(self.features(crops)), dim=-1)
 
 

@@ -38,6 +38,7 @@ class NsfwScorer:
         self.digest = files_digest([folder / "open_nsfw.onnx", folder / "preprocessing.py"])
 
     def score(self, images: Sequence[Image.Image], references, prompts) -> pa.Table:
+        """Return the column of `columns`, a row per image; references and prompts are not looked at."""
         # One by one: the last digits do not depend on the pictures beside it.
         values = [self.classifier.score(image.convert("RGB")) for image in images]
         return pa.table([pa.array(values, pa.float32())], schema=self.columns)
@@ -74,6 +75,7 @@ class AestheticScorer:
         self.digest = hashlib.sha256(f"{files_digest([file])} {digest} linear 1".encode()).hexdigest()
 
     def score(self, images: Sequence[Image.Image], references, prompts) -> pa.Table:
+        """Return the column of `columns`, a row per image; references and prompts are not looked at."""
         vectors = self.prompt.embed_images(images)
         values = vectors.astype(np.float64) @ self.weight + self.bias if len(images) else []
         return pa.table([pa.array(values, pa.float32())], schema=self.columns)

@@ -65,6 +65,7 @@ class DlibScorer:
         return np.array(self.network.compute_face_descriptor(pixels, self.landmarks(pixels, box)))
 
     def score(self, images: Sequence[Image.Image], references: References, prompts: Sequence[str]) -> pa.Table:
+        """Return the columns of `columns`, a row per image; see `ColumnScorer.score`."""
         rows = []
         for image, subjects in zip(images, references, strict=True):
             faces = self.embed(image)
@@ -125,6 +126,7 @@ class OnnxFaceScorer:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def score(self, images: Sequence[Image.Image], references: References, prompts: Sequence[str]) -> pa.Table:
+        """Return the column of `columns`, a row per image; see `ColumnScorer.score`."""
         values = []
         for image, subjects in zip(images, references, strict=True):
             people = [self._person(pictures) for pictures in subjects]
