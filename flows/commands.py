@@ -469,6 +469,7 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
 
     ```
     facediffuser miniature render --count 480 --output out/photos
+    facediffuser miniature render --count 40000 --world ffhq --workers 8 --output out/ffhq
     ```
     """
     logger.info("Rendering %d pictures in %s", settings.count, settings.output)
@@ -478,7 +479,16 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
     from facediffuser.miniature.render import render_set
 
     with output_folder(settings.output, "prompts.jsonl") as folder:
-        render_set(settings.count, settings.seed, folder, settings.size, settings.pairs, settings.actions)
+        render_set(
+            settings.count,
+            settings.seed,
+            folder,
+            settings.size,
+            settings.pairs,
+            settings.actions,
+            settings.world,
+            settings.workers,
+        )
     print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
 
 

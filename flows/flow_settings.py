@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from facediffuser.miniature.world_names import WorldName
 from facediffuser.schedulers import SchedulerName
 from facediffuser.settings import MOST_WORKERS, ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
 from facediffuser.training.train_settings import TrainSettings
@@ -101,5 +102,21 @@ class RenderSettings(Seeded):
     count: int = Field(ge=1, le=10_000_000, description="number of pictures")
     output: Output = Field(description="folder to write, or `s3://bucket/prefix`")
     size: Literal[64, 128] = Field(64, description="side of a picture, px")
-    pairs: float = Field(0.15, ge=0, le=1, description="share of the pictures that show two people")
-    actions: float = Field(0.3, ge=0, le=1, description="share of the people who do something")
+    world: WorldName | None = Field(
+        None,
+        description="named shares of what is shown: `broad`, what a base model knows, or `ffhq`, photographs of faces close up "
+        "(default: portraits in every style and place)",
+    )
+    pairs: float | None = Field(
+        None, ge=0, le=1, description="share of the pictures that show two people (default: 0.15, or the world's)"
+    )
+    actions: float | None = Field(
+        None, ge=0, le=1, description="share of the people who do something (default: 0.3, or the world's)"
+    )
+    workers: int = Field(1, ge=1, le=MOST_WORKERS, description="processes that render")
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> "RenderSettings":
+        if self.world and (self.pairs is not None or self.actions is not None):
+            raise ValueError(f"world {self.world} has shares of its own; leave --pairs and --actions out")
+        return self

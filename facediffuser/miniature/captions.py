@@ -6,6 +6,7 @@ import numpy as np
 
 from facediffuser.miniature.looks import ACTIONS, SCENES, Outfit, Setting
 from facediffuser.miniature.people import Identity, identity_words
+from facediffuser.miniature.worlds import World
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,81 @@ def write_captions(
 def _compose(
     people: list[Identity], outfits: list[Outfit], keep: np.ndarray, style: str, scene: str, count: int
 ) -> Caption:
+    words = [person.class_word for person in people]
+    return _joined(words, [looks_phrase(person, count) for person in people], outfits, keep, style, scene)
+
+
+def _joined(
+    words: list[str], looks: list[str], outfits: list[Outfit], keep: np.ndarray, style: str, scene: str
+) -> Caption:
     text, spans = style, []
-    for number, (person, outfit) in enumerate(zip(people, outfits, strict=True)):
+    for number, (word, told, outfit) in enumerate(zip(words, looks, outfits, strict=True)):
         text += " and " if number else ""
-        phrase = f"a {person.class_word}"
+        phrase = with_article(word)
         spans.append((len(text), len(text) + len(phrase)))
-        text += phrase + looks_phrase(person, count) + outfit_phrase(outfit, keep[number])
+        text += phrase + told + outfit_phrase(outfit, keep[number])
     return Caption(text + scene, tuple(spans))
+
+
+def write_world_captions(
+    people: list[Identity],
+    outfits: list[Outfit],
+    setting: Setting,
+    world: World,
+    rng: np.random.Generator,
+    thing: str = "",
+    framed: int = 0,
+) -> tuple[Caption, Caption]:
+    """The caption of a picture of a world without and with the looks of its people.
+
+    thing: what stands in a picture without people, "" for nothing; framed: who of two is in the middle of a close-up. A phrase
+    that names two people at once gives nobody a span, and neither has somebody whom the caption leaves out: (0, 0).
+    """
+    keep = rng.random((len(people), 4)) < world.said[:4]
+    placed, photo, named, counted, couple = rng.random(5)
+    style = f"a {setting.style} of " if setting.style != "photo" or photo < world.said[5] else ""
+    place = SCENES[setting.scene]
+    if not people:
+        shown = f"{with_article(thing)} {place}" if thing else place.split(" ", 1)[1]
+        return (Caption(style + shown, ()),) * 2
+    scene = f" {place}" if placed < world.said[4] else ""
+    words = [str(rng.choice(list(chances), p=list(chances.values()))) for chances in _words(people, world)]
+    looks = [_looks_said(person, world, rng) for person in people]
+    both = len(people) == 1 or named < world.both_named
+    if not both and not world.close_up:
+        alike = people[0].class_word == people[1].class_word and counted < 0.5
+        several = {"man": "two men", "woman": "two women"}[people[0].class_word] if alike else "two people"
+        return (Caption(style + ("a couple" if couple < 0.2 else several) + scene, ((0, 0),) * 2),) * 2
+    if both:
+        return (
+            _joined(words, [""] * len(people), outfits, keep, style, scene),
+            _joined(words, looks, outfits, keep, style, scene),
+        )
+    one = slice(framed, framed + 1)
+    alone = [_joined(words[one], told, outfits[one], keep[one], style, scene) for told in ([""], looks[one])]
+    empty = ((0, 0),) * framed, ((0, 0),) * (1 - framed)
+    first, second = (Caption(caption.text, empty[0] + caption.spans + empty[1]) for caption in alone)
+    return first, second
+
+
+def _words(people: list[Identity], world: World) -> list[dict[str, float]]:
+    return [world.words[person.class_word] for person in people]
+
+
+def _looks_said(person: Identity, world: World, rng: np.random.Generator) -> str:
+    kinds = ["skin", "hair"] + ["glasses"] * (person.glasses != "none") + ["beard"] * (person.beard != "none")
+    kinds += ["face", "eyes"]
+    said = [
+        words
+        for kind, words in zip(kinds, identity_words(person), strict=True)
+        if rng.random() < world.looks_said.get(kind, 0.0)
+    ]
+    return " with " + _listed(said) if said else ""
+
+
+def with_article(noun: str) -> str:
+    """The noun with `a` or `an`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def looks_phrase(person: Identity, count: int = 9) -> str:

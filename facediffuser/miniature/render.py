@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +12,23 @@ from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.miniature.canvas import Canvas
-from facediffuser.miniature.captions import Caption, write_captions
+from facediffuser.miniature.captions import Caption, write_captions, write_world_captions
 from facediffuser.miniature.figure import draw_person
 from facediffuser.miniature.looks import ACTION_SHARE, Outfit, Pose, Setting, sample_outfit, sample_pose, sample_setting
+from facediffuser.miniature.objects import OBJECTS, draw_object
 from facediffuser.miniature.people import Identity, sample_identity
 from facediffuser.miniature.prompts import PAIR_PROMPTS, PROMPTS
 from facediffuser.miniature.scenes import draw_scene
 from facediffuser.miniature.styles import finish
+from facediffuser.miniature.worlds import (
+    WorldName,
+    blur_background,
+    people_of,
+    world_of,
+    world_outfit,
+    world_poses,
+    world_setting,
+)
 
 PER_PERSON = 6
 PAIR_SHARE = 0.15
@@ -77,6 +89,31 @@ def render(
     return Rendering(image, ids, *captions, tuple(people), tuple(outfits), setting, tuple(boxes))
 
 
+def render_world(name: WorldName, people: list[Identity], seed: int, size: int = 64) -> Rendering:
+    """A picture of a world (`worlds.WORLDS`) with nobody, one or two people; all the rest of it follows from `seed`."""
+    if size not in (64, 128):
+        raise InputError(f"size {size}: the miniature world is rendered at 64 or 128 px")
+    world, rng = world_of(name), np.random.default_rng((seed, 37))
+    setting = world_setting(world, rng)
+    outfits = [world_outfit(world, rng) for _ in people]
+    poses = world_poses(world, people, rng)
+    thing = str(rng.choice(OBJECTS)) if not people and rng.random() < 0.6 else ""
+    framed = int(np.argmin([abs(pose.x) for pose in poses])) if poses else 0
+    captions = write_world_captions(people, outfits, setting, world, rng, thing, framed)
+    canvas = Canvas(size, rng)
+    draw_scene(canvas, setting.scene)
+    blur_background(canvas, world, rng)
+    canvas.image *= rng.uniform(0.94, 1.04)
+    if thing:
+        draw_object(canvas, thing)
+    # Whoever is in the middle of a close-up is in front.
+    for place in sorted(range(len(people)), key=lambda place: -abs(poses[place].x)):
+        draw_person(canvas, people[place], outfits[place], poses[place], place + 1)
+    boxes = [_face_box(who, pose, size) for who, pose in zip(people, poses, strict=True)]
+    image, ids = finish(canvas, setting.style)
+    return Rendering(image, ids, *captions, tuple(people), tuple(outfits), setting, tuple(boxes))
+
+
 def _face_box(who: Identity, pose: Pose, size: int) -> tuple[float, float, float, float]:
     """Where a face detector puts its box, in pixels: from the brows to the chin, from cheek to cheek."""
     cx, width = pose.x + 0.8 * pose.yaw * pose.scale, who.face_width * FACE_BOX_WIDTH * pose.scale
@@ -90,40 +127,92 @@ def render_set(
     seed: int,
     output: Path,
     size: int = 64,
-    pair_share: float = PAIR_SHARE,
-    action_share: float = ACTION_SHARE,
+    pair_share: float | None = None,
+    action_share: float | None = None,
+    world: WorldName | None = None,
+    workers: int = 1,
 ) -> None:
     """Write `count` pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
-    On `pair_share` of them stand two people, and `action_share` of all people do something. Besides that layout's files each
-    JSON names who is in the picture (`identity`). Few captions tell a person's looks, so that a reference picture has something
-    to add. `subjects/` has 15 people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl`
-    for two. The same seed gives the same files.
-    Raises InputError when the folder exists and is not empty.
+    On `pair_share` of them stand two people (default: PAIR_SHARE), and `action_share` of all people do something (default:
+    ACTION_SHARE); the pictures of a `world` have its own shares instead. Besides that layout's files each JSON names who is in
+    the picture (`identity`). Few captions tell a person's looks, so that a reference picture has something to add. `subjects/`
+    has 15 people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed
+    gives the same files, however many `workers` (processes) write them.
+    Raises InputError when the folder exists and is not empty, or when a share is given that the world decides.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: the folder is not empty; give a new one")
-    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
+    if world is not None and (pair_share is not None or action_share is not None):
+        raise InputError(f"world {world} has shares of its own of pairs and actions; leave --pairs and --actions out")
+    output.mkdir(parents=True, exist_ok=True)
     people = max(2, -(-count // PER_PERSON))
     first = SET_PEOPLE + seed * 10_000
-    train: list[str] = []
-    test: list[str] = []
-    for index in range(count):
-        rng = np.random.default_rng((seed, index, 13))
-        numbers = [first + index % people]
-        if rng.random() < pair_share:
-            numbers.append(first + (index + 1 + int(rng.integers(people - 1))) % people)
-        drawn = render(
-            [person(number) for number in numbers], int(rng.integers(2**31)), size, action_share=action_share
-        )
-        image_id = f"{index:08d}"
-        _write_picture(output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < LOOKS_SHARE))
-        (test if index % people >= 0.9 * people else train).append(image_id)
-    for name, ids in (("", sorted(train + test)), ("_train", train), ("_test", test)):
-        (output / f"image_ids{name}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+    numbers = list(range(first, first + people)) if world is None else people_of(world_of(world), first, people)
+    shares = (
+        (PAIR_SHARE if pair_share is None else pair_share),
+        (ACTION_SHARE if action_share is None else action_share),
+    )
+    job = _SetJob(seed, output, size, *shares, world, tuple(numbers))
+    if workers > 1:
+        parts = [range(start, min(start + 200, count)) for start in range(0, count, 200)]
+        # Before the detector below: a process that is forked after torch has started its threads may wait for ever.
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(job.write, parts))
+    else:
+        job.write(range(count))
+    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
+    ids = [f"{index:08d}" for index in range(count)]
+    tested = [index % people >= 0.9 * people for index in range(count)]
+    train = [image_id for image_id, test in zip(ids, tested, strict=True) if not test]
+    test = [image_id for image_id, test in zip(ids, tested, strict=True) if test]
+    for name, some in (("", ids), ("_train", train), ("_test", test)):
+        (output / f"image_ids{name}.txt").write_text("".join(f"{image_id}\n" for image_id in some))
     for name, prompts in (("prompts.jsonl", PROMPTS), ("prompts_pairs.jsonl", PAIR_PROMPTS)):
         (output / name).write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+
+@dataclass(frozen=True)
+class _SetJob:
+    """What decides each picture of a set."""
+
+    seed: int
+    output: Path
+    size: int
+    pair_share: float
+    action_share: float
+    world: WorldName | None
+    people: tuple[int, ...]
+
+    def write(self, indices: Sequence[int]) -> None:
+        """Write the pictures with these numbers."""
+        for index in indices:
+            rng = np.random.default_rng((self.seed, index, 13))
+            drawn, numbers = self._of_world(index, rng) if self.world else self._plain(index, rng)
+            looks = LOOKS_SHARE if self.world is None else world_of(self.world).looks
+            image_id = f"{index:08d}"
+            _write_picture(self.output / image_id[:5], image_id, drawn, numbers, with_looks=bool(rng.random() < looks))
+
+    def _plain(self, index: int, rng: np.random.Generator) -> tuple[Rendering, list[int]]:
+        numbers = self._numbers(index, rng, self.pair_share)
+        people = [person(number) for number in numbers]
+        return render(people, int(rng.integers(2**31)), self.size, action_share=self.action_share), numbers
+
+    def _of_world(self, index: int, rng: np.random.Generator) -> tuple[Rendering, list[int]]:
+        assert self.world is not None
+        world = world_of(self.world)
+        nobody = rng.random() < world.empty
+        numbers = [] if nobody else self._numbers(index, rng, world.pairs)
+        people = [person(number) for number in numbers]
+        return render_world(self.world, people, int(rng.integers(2**31)), self.size), numbers
+
+    def _numbers(self, index: int, rng: np.random.Generator, pair_share: float) -> list[int]:
+        count = len(self.people)
+        numbers = [self.people[index % count]]
+        if rng.random() < pair_share:
+            numbers.append(self.people[(index + 1 + int(rng.integers(count - 1))) % count])
+        return numbers
 
 
 def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJECTS) -> None:
@@ -161,7 +250,12 @@ def _write_picture(folder: Path, image_id: str, drawn: Rendering, numbers: list[
     segments = []
     for place, (start, end) in enumerate(caption.spans):
         rows, columns = np.nonzero(drawn.ids == place + 1)
+        if not len(rows):  # the edge or somebody in front left nothing of them
+            continue
         box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-        segments.append({"id": place + 1, "coco_label": "person", "bbox": box, "start": start, "end": end})
-    record = {"caption": caption.text, "segments": segments, "identity": "+".join(str(number) for number in numbers)}
+        phrase = {"start": start, "end": end} if end else {}
+        segments.append({"id": place + 1, "coco_label": "person", "bbox": box} | phrase)
+    record = {"caption": caption.text, "segments": segments}
+    if numbers:
+        record["identity"] = "+".join(str(number) for number in numbers)
     (folder / f"{image_id}.json").write_text(json.dumps(record))

@@ -201,7 +201,7 @@ def parsed(monkeypatch) -> list[Settings]:
     """The settings that the command `miniature render` was run with, which renders nothing here."""
     seen: list[Settings] = []
 
-    def render(count, seed, output, size, pairs, actions):
+    def render(count, seed, output, size, pairs, actions, world, workers):
         seen.append((count, seed, str(output), size, pairs, actions))
 
     monkeypatch.setattr("facediffuser.miniature.render.render_set", render)
@@ -221,7 +221,7 @@ def test_a_file_gives_the_options_that_the_command_line_leaves_open(name, text, 
     words = ["miniature", "render", "--config", str(tmp_path / name)]
     assert main(words) == 0
     assert main([*words, "--count", "5", "--size", "64"]) == 0
-    assert parsed == [(3, 0, "from/file", 128, 0.0, 0.3), (5, 0, "from/file", 64, 0.0, 0.3)]
+    assert parsed == [(3, 0, "from/file", 128, 0.0, None), (5, 0, "from/file", 64, 0.0, None)]
 
 
 def test_a_list_on_the_command_line_replaces_that_of_the_file(tmp_path):
@@ -288,4 +288,4 @@ print(json.dumps([codes, sorted({"prefect", "ray", "torch", "transformers"} & sy
 
 def test_of_an_option_given_twice_the_last_one_counts(parsed):
     assert main(["miniature", "render", "--count", "1", "--output", "o", "--count", "2", "--output", "p"]) == 0
-    assert parsed == [(2, 0, "p", 64, 0.15, 0.3)]
+    assert parsed == [(2, 0, "p", 64, None, None)]
