@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from facediffuser.evaluation.claim import claim_checks, markdown, ordering_holds
+from facediffuser.evaluation.claim import checks_by_set, claim_checks, markdown, ordering_holds, sets_markdown
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.tables import from_arrow
 from facediffuser.flows.evaluate import evaluate
 from facediffuser.flows.flow_check import check_claim
 from facediffuser.flows.flow_settings import ClaimSettings
 from facediffuser.flows.product_flow import product_flow
+from facediffuser.miniature.detector_gate import gate_markdown, rendered_gate
 from facediffuser.miniature.render import write_subjects
 from facediffuser.settings import Sampling, Seeded
 from facediffuser.storage import open_store
@@ -23,6 +24,10 @@ from facediffuser.tasks.retrying import RETRIES
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000
+SET_SIZE = 15
+"""People of a set; of more people the checks are shown set by set, too."""
+MOST_RENDERED = 45
+"""Most people whose renderings the detector is tried on."""
 
 
 @task(name="render-unseen-people", **RETRIES)
@@ -35,6 +40,18 @@ def render_people(count: int, url: str) -> str:
             write_subjects(folder, FIRST_PERSON, count=count)
             put_folder(store, folder, "subjects.csv")
     return url
+
+
+def set_of_person(subject_id: str) -> str:
+    """Return the name of the set of the person called so by `write_subjects`: people 1 to 15, 16 to 30, ..."""
+    first = int(subject_id.rpartition("_")[2]) // SET_SIZE * SET_SIZE
+    return f"people {first + 1} to {first + SET_SIZE}"
+
+
+@task(name="count-faces-of-renderings", **RETRIES)
+def count_rendered_faces(people: int) -> str:
+    """Return, as Markdown, in how many renderings of the people the detector finds them, by style."""
+    return gate_markdown(rendered_gate(FIRST_PERSON, people))
 
 
 @product_flow("claim", "claim in {settings.output}")
@@ -59,9 +76,14 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
             shard_size=settings.batch_size,
         )
     )
-    rows = from_arrow(pq.read_table(io.BytesIO(open_store(output).get("table.parquet"))))
-    checks = claim_checks(rows)
+    store = open_store(output)
+    rows = from_arrow(pq.read_table(io.BytesIO(store.get("table.parquet"))))
+    images = pq.read_table(io.BytesIO(store.get("scores.parquet")))
+    checks = claim_checks(rows, images)
     text = f"{tables}\n## The paper's claim\n\n{markdown(checks)}"
-    open_store(output).put("claim.md", text.encode())
+    if settings.people > SET_SIZE:
+        text += f"\n### In sets of {SET_SIZE} people\n\n{sets_markdown(checks_by_set(images, set_of_person))}"
+    text += f"\n## What the detector finds in renderings\n\n{count_rendered_faces(min(settings.people, MOST_RENDERED))}"
+    store.put("claim.md", text.encode())
     create_markdown_artifact(text, key="claim", description="Methods on the miniature world, and the paper's ordering")
     return text, ordering_holds(checks)

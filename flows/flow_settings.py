@@ -1,7 +1,8 @@
 """The settings of the flows that are made of other flows, and of commands without a flow."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,7 +53,7 @@ class DemoSettings(Workers, Seeded):
 class ClaimSettings(Sampling, Seeded):
     """The paper's table in small: 15 unseen people x 30 prompts, 15 pairs x 8 prompts, three images of each, 4 methods.
 
-    The defaults fit 20 minutes on two CPU cores.
+    The defaults fit 20 minutes on two CPU cores. `--people 45` is three sets of 15, each judged by itself, too.
     """
 
     models: str = Field("miniature", description="model folder to judge, or `miniature` for the shipped one")
@@ -68,8 +69,27 @@ class ClaimSettings(Sampling, Seeded):
         None, ge=0, description="first step in which both models are fused (default: 3 of 12)"
     )
     fusion_end: int | None = Field(None, ge=0, description="first step of the SDM alone (default: 11 of 12)")
+    choice: Path | None = Field(
+        None,
+        description="JSON with `steps`, `guidance_scale`, `fusion_start` and `fusion_end`, as `python -m "
+        "tools.miniature_weights.choose` writes it; what is given besides goes before it",
+    )
     workers: int = Field(2, ge=1, le=MOST_WORKERS, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images denoised together")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not given.get("choice"):
+            return given
+        path = Path(given["choice"])
+        names = ("steps", "guidance_scale", "fusion_start", "fusion_end")
+        try:
+            chosen = json.loads(path.read_text())
+            return {name: chosen[name] for name in names} | given
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fix = "make it with `python -m tools.miniature_weights.choose`"
+            raise ValueError(f"choice {path}: not a JSON object with {', '.join(names)} ({error}); {fix}") from error
 
     @property
     def default_fusion_window(self) -> tuple[int, int]:

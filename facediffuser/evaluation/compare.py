@@ -50,6 +50,24 @@ def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> li
         others: further columns of numbers to compare.
     """
     metrics = (*METRICS, *others)
+    values, found = paired_values(rows, metrics), []
+    methods = sorted({method for method, _, _ in values})
+    for (first, second), count, metric in itertools.product(
+        itertools.combinations(methods, 2), sorted({count for _, count, _ in values}), metrics
+    ):
+        ours, theirs = values.get((first, count, metric), {}), values.get((second, count, metric), {})
+        interval = paired_difference(ours, theirs, (itemgetter(0), itemgetter(1)), seed)
+        if interval.n:
+            found.append(Difference(first, second, count, metric, interval))
+    return found
+
+
+def paired_values(rows: pa.Table, metrics: Sequence[str] = METRICS) -> dict[tuple[str, int, str], dict[tuple, float]]:
+    """Return the values of a table of scored rows by (method, number of subjects, metric) and by row.
+
+    A row's key is (subjects, prompt, instance): the n-th image of a method for a prompt and subjects, by sample_id. Failed rows
+    are left out.
+    """
     columns = ("sample_id", "method", "subject_ids", "prompt_id", "status", *metrics)
     values: dict[tuple[str, int, str], dict[tuple, float]] = {}
     instances: Counter[tuple] = Counter()
@@ -63,16 +81,7 @@ def differences(rows: pa.Table, seed: int = 0, others: Sequence[str] = ()) -> li
                     continue
                 group = (row["method"], len(row["subject_ids"]), metric)
                 values.setdefault(group, {})[(*name[1:], instances[name])] = row[metric]
-    found = []
-    methods = sorted({method for method, _, _ in values})
-    for (first, second), count, metric in itertools.product(
-        itertools.combinations(methods, 2), sorted({count for _, count, _ in values}), metrics
-    ):
-        ours, theirs = values.get((first, count, metric), {}), values.get((second, count, metric), {})
-        interval = paired_difference(ours, theirs, (itemgetter(0), itemgetter(1)), seed)
-        if interval.n:
-            found.append(Difference(first, second, count, metric, interval))
-    return found
+    return values
 
 
 def as_arrow(found: list[Difference]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from facediffuser.flows.claim import ClaimSettings
+from facediffuser.flows.claim import ClaimSettings, set_of_person
 from facediffuser.flows.cli import main
 from facediffuser.storage import open_store
 
@@ -15,6 +15,32 @@ METHODS = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 )
 def test_the_window_of_fusion_follows_the_steps_unless_it_is_given(given, window):
     assert ClaimSettings(**given).fusion_window == window
+
+
+def test_a_choice_gives_what_is_not_given_besides(tmp_path):
+    path = tmp_path / "choice.json"
+    path.write_text('{"steps": 24, "guidance_scale": 2.5, "fusion_start": 5, "fusion_end": 20, "why": "tried"}')
+    chosen = ClaimSettings(choice=path)
+    assert (chosen.steps, chosen.guidance_scale, chosen.fusion_window) == (24, 2.5, (5, 20))
+    other = ClaimSettings(choice=path, guidance_scale=5, fusion_start=6)
+    assert (other.guidance_scale, other.fusion_window) == (5, (6, 20))
+
+
+@pytest.mark.parametrize("text", [None, "[]", '{"steps": 3}', "no"])
+def test_a_choice_that_is_none_is_one_line_and_nothing_is_written(tmp_path, capfd, text):
+    if text:
+        (tmp_path / "choice.json").write_text(text)
+    words = ["--choice", str(tmp_path / "choice.json"), "--output", str(tmp_path / "out")]
+    assert main(["miniature", "claim", *words]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(said) == 1 and "choice.json" in said[0] and "tools.miniature_weights.choose" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_people_of_a_set_stand_together():
+    assert [set_of_person(name) for name in ("man_00", "woman_14", "man_15", "woman_44")] == [
+        "people 1 to 15", "people 1 to 15", "people 16 to 30", "people 31 to 45",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The paper's claim: which tables it holds on, which it does not, and what is told."""
 
+import pyarrow as pa
 import pytest
 
-from facediffuser.evaluation.claim import claim_checks, markdown, ordering_holds
-from facediffuser.evaluation.tables import ScoreRow
+from facediffuser.evaluation.claim import checks_by_set, claim_checks, markdown, ordering_holds, sets_markdown
+from facediffuser.evaluation.tables import ScoreRow, score_table
 
 MEANS = {  # (ip, pc, share with the right number of faces): a table on which everything holds
     "face-diffuser": (0.58, 0.29, 0.95),
@@ -67,3 +68,45 @@ def test_a_method_that_was_not_evaluated_is_named():
     rows = [row for row in table() if row.method != "fastcomposer"]
     with pytest.raises(ValueError, match="no IP of fastcomposer with 1 subjects"):
         claim_checks(rows)
+
+
+def images(people: int = 4, prompts: int = 6, **changed: tuple[float, float, float]) -> pa.Table:
+    """Scored rows of one person whose means are MEANS, each person and prompt a little above or below."""
+    rows = []
+    for method, (ip, pc, _) in (MEANS | changed).items():
+        for who in range(people):
+            for prompt in range(prompts):
+                off = 0.01 * (who - (people - 1) / 2) + 0.002 * (prompt - (prompts - 1) / 2)
+                rows.append(
+                    {
+                        "sample_id": f"{who}-{prompt}", "method": method, "subject_ids": [f"man_{who:02d}"],
+                        "prompt_id": str(prompt), "category": "context", "ip": ip + off, "pc": pc + off, "face_count": 1,
+                        "status": "ok",
+                    }
+                )  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_margin_is_the_interval_of_what_was_found_minus_what_is_needed_on_the_same_rows():
+    rows = images()
+    checks = claim_checks(score_table(rows), rows)
+    for check in checks:
+        assert check.margin is not None and check.margin.low <= check.margin.mean <= check.margin.high
+        assert check.margin.mean == pytest.approx(check.found - check.needed)
+    above = next(check for check in checks if "IP of face-diffuser is above" in check.statement)
+    # The people's and prompts' own ups and downs are the same in both methods: nothing of them is left.
+    assert above.margin.high - above.margin.low == pytest.approx(0)
+    kept = next(check for check in checks if "IP of face-diffuser is at least" in check.statement)
+    assert 0 < kept.margin.high - kept.margin.low < 0.01
+    assert "+0.080 (+0.080 to +0.080)" in markdown(checks)
+
+
+def test_of_several_sets_each_is_judged_by_its_own_people():
+    rows = pa.concat_tables([images(2), images(4, fastcomposer=(0.6, 0.2, 1.0)).slice(0, 96)])
+    found = checks_by_set(rows, lambda name: "first" if name in ("man_00", "man_01") else "second")
+    assert list(found) == ["first", "second"]
+    ahead = {name: next(check for check in checks if "IP" in check.statement and "fastcomposer" in check.statement)
+             for name, checks in found.items()}  # fmt: skip
+    assert ahead["first"].margin.mean != ahead["second"].margin.mean and not ahead["second"].holds
+    shown = sets_markdown(found)
+    assert "| found minus needed | first | second |" in shown and "**-0.020" in shown

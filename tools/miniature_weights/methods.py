@@ -59,9 +59,9 @@ class Unseen:
     embedding: np.ndarray
 
 
-def unseen_people(count: int, scorers: Scorers) -> list[Unseen]:
-    """Return people with a bare-headed photograph in which one face is found."""
-    found, number = [], FIRST_PERSON
+def unseen_people(count: int, scorers: Scorers, first: int = FIRST_PERSON) -> list[Unseen]:
+    """Return people, numbered from `first` on, with a bare-headed photograph in which one face is found."""
+    found, number = [], first
     while len(found) < count:
         who, number = person(number), number + 1
         photo = Image.fromarray(render([who], number, 64, Setting("room"), [Outfit(shirt="white")]).image)
