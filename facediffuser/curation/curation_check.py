@@ -10,7 +10,11 @@ from facediffuser.storage import open_store
 
 
 def check_merge(settings: MergeSettings) -> None:
-    """Raise InputError unless the datasets can be merged in the output."""
+    """Check that the datasets can be merged in the output.
+
+    Raises:
+        InputError: they cannot.
+    """
     sources, store = open_sources(settings.urls), open_store(settings.output)
     require_output(store, merge_identity(sources))
     if not store.exists(MARK_KEY):
@@ -18,18 +22,30 @@ def check_merge(settings: MergeSettings) -> None:
 
 
 def check_export(settings: ExportSettings) -> None:
-    """Raise InputError unless the subset can be exported to the output."""
+    """Check that the subset can be exported to the output.
+
+    Raises:
+        InputError: it cannot.
+    """
     export = open_export(settings)
     if export.scorers is not None:
         require_scorers(export.scorers)
 
 
 def check_retract(settings: RetractSettings) -> None:
-    """Raise InputError unless the dataset has the subject, or an interrupted retraction of it is to go on."""
+    """Check that the dataset has the subject, or that an interrupted retraction of it is to go on.
+
+    Raises:
+        InputError: neither is so.
+    """
     begin_retraction(open_store(settings.url), settings.subject)
 
 
 def check_publish(settings: PublishSettings) -> None:
-    """Raise InputError unless the dataset is finished and the target can be a repository's name; asks no hub."""
+    """Check that the dataset is finished and that the target can be a repository's name; no hub is asked.
+
+    Raises:
+        InputError: one of these is not so.
+    """
     repository_of(settings.target)
     listed_objects(settings)

@@ -48,6 +48,7 @@ class Export:
 
     @property
     def fingerprint(self) -> str:
+        """The SHA-256 of what decides the export's files."""
         return fingerprint_of(self.identity)
 
 

@@ -27,6 +27,7 @@ class Sample:
 
     @property
     def suffix(self) -> str:
+        """The ending of its file, with its dot."""
         return next((suffix for start, suffix in SUFFIXES.items() if self.data.startswith(start)), ".png")
 
 

@@ -100,7 +100,11 @@ def open_sources(urls: Sequence[str]) -> list[Source]:
 
 
 def require_mergeable(sources: Sequence[Source]) -> None:
-    """Raise InputError for a sample id that two datasets have, and for one subject id of different people."""
+    """Check that the datasets can be in one.
+
+    Raises:
+        InputError: two have a sample id in common, or other pictures or another class word for one subject id.
+    """
     known: list[tuple[Source, SampleIds]] = []
     for source in sources:
         ids = list(planned_ids(source.store, [part.name for part in source.manifest.parts]))
@@ -129,7 +133,11 @@ def _looks(references: pa.Table) -> dict[str, tuple]:
 
 
 def merged_columns(sources: Sequence[Source]) -> dict[str, pa.Table]:
-    """Return the added columns of all datasets together, by the name of their file; InputError where they do not fit."""
+    """Return the added columns of all datasets together, by the name of their file.
+
+    Raises:
+        InputError: they were added by different scorers, or have different columns.
+    """
     tables: dict[str, list[pa.Table]] = {}
     for source in sources:
         for url, table in read_added_columns(source.store).tables.items():
@@ -151,7 +159,15 @@ def merge_identity(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def require_output(store: Store, identity: dict[str, Any]) -> None:
-    """Raise InputError unless the output is empty or holds this very merge, finished or not."""
+    """Check that the output is empty or holds this very merge, finished or not.
+
+    Args:
+        store: the output.
+        identity: what `merge_identity` returns.
+
+    Raises:
+        InputError: it holds something else.
+    """
     store.require_writable()
     try:
         there = json.loads(store.get(MARK_KEY))
@@ -182,6 +198,10 @@ class CopyWorker:
 
 def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stage:
     """Return the stage that merges datasets; its result is the manifest of the merged one.
+
+    Args:
+        settings: the datasets and the output.
+        pool: the workers; None for the number in the settings.
 
     Raises:
         InputError: see `open_sources`, `require_mergeable`, `require_output`.

@@ -23,7 +23,11 @@ Listed = tuple[str, int, str]
 
 
 def repository_of(target: str) -> str:
-    """Return the `ORG/NAME` of an `hf://datasets/ORG/NAME` URL; InputError for others."""
+    """Return the `ORG/NAME` of an `hf://datasets/ORG/NAME` URL.
+
+    Raises:
+        InputError: it is another URL.
+    """
     match = _TARGET.fullmatch(target)
     if match is None:
         raise InputError(f"{target}: no place to publish to; give hf://datasets/ORG/NAME")
@@ -31,7 +35,11 @@ def repository_of(target: str) -> str:
 
 
 def listed_objects(settings: PublishSettings) -> tuple[Manifest, list[Listed]]:
-    """Return a dataset's manifest and the objects it lists; InputError when it is not finished or has no digest."""
+    """Return a dataset's manifest and the objects it lists.
+
+    Raises:
+        InputError: the dataset is not finished, or its manifest has no digest.
+    """
     store = open_store(settings.dataset)
     manifest = read_sound_manifest(store)
     if not manifest.digest:
@@ -43,8 +51,12 @@ def listed_objects(settings: PublishSettings) -> tuple[Manifest, list[Listed]]:
 def publish_stage(settings: PublishSettings, pool: WorkerPool | None = None) -> Stage:
     """Return the stage that publishes a dataset; its result is the URL of its page.
 
-    The units are commits of some objects each; the manifest and the card are committed last. Objects that the hub has with the
-    same SHA-256 are left out, so the same command resumes. Objects of an earlier state that are listed no longer are removed.
+    The units are commits of some objects each; the manifest and the card are committed last. Objects that the hub has
+    with the same SHA-256 are left out, so the same command resumes. Objects of an earlier state that are no longer
+    listed are removed.
+
+    Raises:
+        InputError: the dataset is not finished, or the target is no repository.
     """
     manifest, objects = listed_objects(settings)
     repository = repository_of(settings.target)
@@ -116,7 +128,15 @@ class CommitWorker:
 def commit(
     settings: PublishSettings, repository: str, files: dict[str, bytes], message: str, gone: Sequence[str] = ()
 ) -> None:
-    """Put files on the hub, and remove others, with one commit."""
+    """Put files on the hub, and remove others, with one commit.
+
+    Args:
+        settings: name the target, for errors.
+        repository: `ORG/NAME`.
+        files: bytes by key.
+        message: the commit's.
+        gone: keys to remove.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [CommitOperationAdd(key, data) for key, data in files.items()]

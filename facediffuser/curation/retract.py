@@ -81,7 +81,10 @@ def retract_stage(settings: RetractSettings, pool: WorkerPool | None = None) -> 
     """Return the stage that takes a subject out of a dataset; its result is the manifest of what remains.
 
     The manifest is marked first: until the end nothing else changes the dataset. Run again after an interruption it
-    does what is left. Raises InputError, see `begin_retraction`.
+    does what is left.
+
+    Raises:
+        InputError: see `begin_retraction`.
     """
     store = open_store(settings.url)
     manifest, resumes = begin_retraction(store, settings.subject)

@@ -23,6 +23,11 @@ def split_subjects(names: Iterable[str], test_share: float, seed: int) -> dict[s
 
     With a share above 0 and two subjects or more, each side has one at least. Who is on which side depends on the names
     and the seed alone, and those who join later change it for few.
+
+    Args:
+        names: ids of subjects.
+        test_share: the share of test, 0 to 1.
+        seed: another seed gives another split.
     """
     ranked = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
     count = min(max(1, round(test_share * len(ranked))), len(ranked) - 1) if test_share and len(ranked) > 1 else 0
@@ -77,6 +82,7 @@ class Chunk:
 
     @property
     def count(self) -> int:
+        """How many rows it has."""
         return sum(len(places) for _, places in self.rows)
 
 
@@ -169,7 +175,13 @@ def _take(
 
 
 def read_chunk(store: Store, rows: Sequence[tuple[str, list[int]]], added: AddedColumns) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a chunk, images included; memory holds one row group at a time."""
+    """Yield the rows of a chunk, images included; memory holds one row group at a time.
+
+    Args:
+        store: the dataset.
+        rows: a shard's key and the places in it, for each shard of the chunk.
+        added: the columns that were added to the dataset.
+    """
     for key, places in rows:
         wanted = np.asarray(places)
         with open_parquet(store, key) as file:

@@ -142,7 +142,12 @@ def certificate_row(
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the structural similarity (SSIM) of two pictures (h, w, 3) of 0..255, -1..1; 1 for equal ones."""
+    """Return the structural similarity (SSIM) of two pictures, -1..1; 1 for equal ones.
+
+    Args:
+        one: (h, w, 3) of 0..255.
+        other: the same.
+    """
     from skimage.metrics import structural_similarity
 
     side = min(7, *one.shape[:2])
@@ -181,7 +186,15 @@ def certificate_stage(
     finish: Callable[[Results], Any] = lambda results: results,
     worker: type[CertificateWorker] = CertificateWorker,
 ) -> Stage:
-    """Return the stage that makes the missing parts of a certificate."""
+    """Return the stage that makes the missing parts of a certificate.
+
+    Args:
+        job: the run in fast mode.
+        parts: the (shard, place) of the rows of each part, by its key.
+        missing: the keys of the parts to make.
+        finish: called with the results of the parts; what it returns is the stage's result.
+        worker: the class that makes a part.
+    """
     units = [Unit(key, len(parts[key]), (key, parts[key])) for key in missing]
     finished = sum(len(places) for places in parts.values()) - sum(unit.rows for unit in units)
     return Stage("Certify", "images", job.run, units, functools.partial(worker, job), finish, finished, job.pool)

@@ -67,7 +67,12 @@ class ConditionCache:
         return load_references(self.store, names, self.references_key)
 
     def embeddings(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Return the rows' plain text (b, n, d), subject-augmented text (b, n, d) or None, and null (1, n, d)."""
+        """Return the embeddings that b rows are conditioned on.
+
+        Returns:
+            The plain text, (b, n, d); the subject-augmented text, (b, n, d), None where the method has no subjects; the
+            empty or negative text, (1, n, d).
+        """
         text = torch.cat([self._text(row["prompt"]) for row in rows])
         fused = torch.cat([self._augmented(row) for row in rows]) if self.with_subjects else None
         return text, fused, self.null

@@ -28,7 +28,11 @@ class Rate:
 
 
 def rate_of_dataset(url: str) -> Rate:
-    """Return the rate of a dataset that `generate` made, from the stats of its shards; InputError when it has none."""
+    """Return the rate of a dataset that `generate` made, from the stats of its shards.
+
+    Raises:
+        InputError: it has none.
+    """
     store = open_store(url)
     store.require_readable()
     keys = [info.key for info in store.list("stats/shard-")]
@@ -42,7 +46,16 @@ def rate_of_dataset(url: str) -> Rate:
 
 
 def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -> Rate:
-    """Return the rate of making a few rows here, in memory; on a GPU they are made twice and the second time counts."""
+    """Return the rate of making a few rows here, in memory; on a GPU they are made twice and the second time counts.
+
+    Args:
+        job: the run.
+        rows: planned rows.
+        references: a table of SUBJECTS_SCHEMA with their subjects.
+
+    Raises:
+        InputError: a row fails.
+    """
     from facediffuser.dataset.shards import encode_shard
     from facediffuser.generation.shard_generator import ShardGenerator, device_name
 
@@ -63,6 +76,10 @@ def shard_size_for(rate: Rate, batch_size: int) -> int:
 
     So coarse, it comes out the same when a rate is measured once more. A shard is in a worker's memory as a whole, so
     it has at most SHARD_BYTES.
+
+    Args:
+        rate: what was measured.
+        batch_size: the rows of a batch.
     """
     rows = min(SHARD_SECONDS / rate.seconds_per_image, SHARD_BYTES / rate.bytes_per_image, MOST_SHARD_ROWS)
     series = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
@@ -71,9 +88,15 @@ def shard_size_for(rate: Rate, batch_size: int) -> int:
 
 
 def estimate(images: int, rate: Rate, hour_price: float | None) -> dict[str, float | str]:
-    """Return what so many images take: hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given.
+    """Return what some images take; starting up is not in it.
 
-    Starting up is not in it.
+    Args:
+        images: how many.
+        rate: what was measured.
+        hour_price: of a worker's hour, in any currency; None gives no price.
+
+    Returns:
+        Hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given.
     """
     hours = images * rate.seconds_per_image / 3600
     found: dict[str, float | str] = {

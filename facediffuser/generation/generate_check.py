@@ -80,8 +80,11 @@ class Checked:
 def check_generate(settings: GenerateSettings) -> Checked:
     """Return the plan that the settings stand for; reads configuration and lists only, and writes nothing.
 
-    Raises InputError for an output that holds something else or another run, and for subjects, prompts and a model
-    folder that cannot be used. Weights and pictures are not opened: `facediffuser.generation.prepare` does that.
+    Weights and pictures are not opened: `prepare` does that.
+
+    Raises:
+        InputError: the output holds something else or another run, or subjects, prompts or the model folder cannot be
+            used.
     """
     store = open_store(settings.output)
     store.require_writable()
@@ -126,19 +129,31 @@ def check_generate(settings: GenerateSettings) -> Checked:
 
 
 def check_models(name: str) -> None:
-    """Raise InputError unless a folder of models, with the parts that every method needs, is there."""
+    """Check that a folder of models is there, with the parts that every method needs.
+
+    Raises:
+        InputError: it is not, or lacks a part.
+    """
     check_model_files(resolve_model(name), MODULES)
 
 
 def check_repair(settings: RepairSettings | RetrySettings) -> None:
-    """Raise InputError unless a finished dataset is there to be written to, and its models and scorers can be had."""
+    """Check that a finished dataset is there to be written to, and that its models and scorers can be had.
+
+    Raises:
+        InputError: one of these is not so.
+    """
     store = open_store(settings.url)
     store.require_writable()
     _check_places(settings, read_sound_manifest(store).made_from)
 
 
 def check_remake(settings: RemakeSettings) -> None:
-    """Raise InputError unless the dataset is there with that row, and a place for the image where one is named."""
+    """Check that the dataset has the row, and that the image can be written where a place is named.
+
+    Raises:
+        InputError: one of these is not so.
+    """
     if settings.output:
         output = open_store(settings.output)
         output.require_writable()
@@ -178,7 +193,15 @@ def settings_document(
     exact_scheduler: str,
     schema_version: str = SCHEMA_VERSION,
 ) -> dict[str, Any]:
-    """Return the part of a run's document that neither the device, nor the models, nor the pictures decide."""
+    """Return the part of a run's document that neither the device, nor the models, nor the pictures decide.
+
+    Args:
+        settings: the settings.
+        plan: every row.
+        shard_size: the rows of a shard.
+        exact_scheduler: the class name of the scheduler of exact mode.
+        schema_version: the version of the dataset's columns.
+    """
     given = {
         "subjects_per_image": plan.subjects_per_image,
         "images_per_prompt": plan.images_per_prompt,
@@ -205,7 +228,11 @@ def settings_document(
 
 
 def require_empty_or_dataset(store: Store) -> None:
-    """Raise InputError when the output holds what no dataset holds, or a dataset without its plan."""
+    """Check that the output is empty or a dataset.
+
+    Raises:
+        InputError: it holds what no dataset holds, or a dataset without its plan.
+    """
     present = [info.key for info in store.list()]
     foreign = [key for key in present if not key.startswith(OURS)]
     if foreign:

@@ -103,6 +103,7 @@ class GenerationJob:
 
     @property
     def batch_size(self) -> int:
+        """How many images are denoised together."""
         return self.settings["batch_size"]
 
     @property
@@ -114,6 +115,7 @@ class GenerationJob:
 
     @property
     def device(self) -> str:
+        """The kind of device: cpu or cuda."""
         return self.settings["device"]
 
     @property
@@ -168,7 +170,7 @@ class Prepared:
     resumes: bool = False
 
     def with_shard_size(self, rows: int) -> "Prepared":
-        """Return the run with shards of so many rows; nothing of it must have been written."""
+        """Return the run with shards of `rows` rows; nothing of it must have been written."""
         job = self.job
         settings = {**job.settings, "shard_size": rows, "batch_size": min(job.batch_size, rows)}
         run = {**job.run, "settings": settings}
@@ -212,13 +214,19 @@ def prepare(
     threads: int | None = None,
     gpu_gib: Callable[[], float] = lambda: 0.0,
 ) -> Prepared:
-    """Return the run that the settings stand for; reads and checks everything, writes nothing.
+    """Return the run that the settings stand for; reads and checks everything, writes nothing, the quick checks first.
 
-    `gpu`: whether workers have one (it decides precision and batch size, and so the pixels); `threads`: how many
-    threads a worker without one computes with (by default torch's here). A resumed run keeps its threads unless
-    --cpus-per-worker is given: the last bits of an image depend on them, and its engine and batch size unless those are
-    given. `gpu_gib`: asked, where the batch size depends on it, for the memory of the smallest GPU. Raises InputError for
-    everything a user can fix, the quick checks first.
+    A resumed run keeps its engine, batch size and threads unless those are given: the last bits of an image depend on
+    them.
+
+    Args:
+        settings: the settings.
+        gpu: whether workers have a GPU; it decides precision and batch size, and so the pixels.
+        threads: how many threads a worker without a GPU computes with; None for torch's number here.
+        gpu_gib: returns the memory in GiB of the smallest GPU; called only where the batch size depends on it.
+
+    Raises:
+        InputError: something cannot be used; the error names it.
     """
     checked = check_generate(settings)
     store, plan = checked.store, checked.plan
@@ -316,7 +324,17 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return what decides the dataset, as a run document; workers, places and versions of libraries are not in it.
 
-    A run that an earlier version of this code began keeps the `schema_version` it was begun with.
+    Args:
+        settings: the settings.
+        plan: every row.
+        shard_size: the rows of a shard.
+        models: the SHA-256 of each model by its part.
+        scorers: the SHA-256 of each scorer's part.
+        references: a table of SUBJECTS_SCHEMA.
+        batch_size: how many images are denoised together.
+        gpu: whether workers have GPUs.
+        exact_scheduler: the class name of the scheduler of exact mode.
+        schema_version: that of the dataset's columns. A run that an earlier version of this code began keeps its own.
     """
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if gpu else "float32"
     known = settings_document(settings, plan, shard_size, exact_scheduler, schema_version)
@@ -359,7 +377,13 @@ def default_scorers(models: str, digests: dict[str, str]) -> str:
 
 
 def default_batch_size(height: int, width: int, gpu: bool) -> int:
-    """Return how many images of a size are denoised together."""
+    """Return how many images are denoised together.
+
+    Args:
+        height: that of an image in px.
+        width: that of an image in px.
+        gpu: whether workers have GPUs.
+    """
     pixels, most = (GPU_BATCH_PIXELS, GPU_MAX_BATCH) if gpu else (CPU_BATCH_PIXELS, CPU_MAX_BATCH)
     return max(1, min(most, pixels // (height * width)))
 

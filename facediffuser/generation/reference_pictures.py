@@ -27,9 +27,17 @@ def prepare_references(
 ) -> pa.Table:
     """Return the subjects' references as a table of SUBJECTS_SCHEMA, with their terms where they have any.
 
-    `crop` "face": the square around the picture's first (largest) face, `margin` times its longer side wider on each
-    side; "whole": the picture. Identity is measured on the picture before cropping. `scorers.identity` finds and embeds
-    the faces. Raises InputError for an unreadable picture and for one without a face, naming it.
+    Identity is measured on the picture before cropping.
+
+    Args:
+        store: the folder of subjects.
+        subjects: those to prepare.
+        scorers: its `identity` finds and embeds the faces.
+        crop: "face": the square around the picture's first (largest) face; "whole": the picture.
+        margin: how much wider than the face that square is on each side, as a share of the face's longer side.
+
+    Raises:
+        InputError: a picture cannot be read, or has no face; the error names it.
     """
     rows = [_row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references]
     logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))

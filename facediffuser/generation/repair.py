@@ -103,7 +103,16 @@ class Damage:
 
 
 def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Damage:
-    """Return the damage; InputError for what cannot be made again from the dataset itself."""
+    """Return the damage by what mends it.
+
+    Args:
+        store: the dataset.
+        manifest: its manifest.
+        problems: what `find_problems` found.
+
+    Raises:
+        InputError: something cannot be made again from the dataset itself.
+    """
     for problem in problems:
         if problem.key == MANIFEST_KEY and manifest.retracting:
             raise InputError(f"{store.url}/{problem}")
@@ -149,7 +158,11 @@ def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Da
 
 
 def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:
-    """Put a part of the plan again, made of its shards' columns; return whether it is the manifest's, else put none."""
+    """Put a file of the plan again, made of its shards' columns.
+
+    Returns:
+        Whether the file is the manifest's; otherwise none is put.
+    """
     run, layout, number = next(
         (part, part.layout, number)
         for part in manifest.parts
@@ -195,6 +208,15 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     """Return one row of a dataset generated once more, beside the row stored.
 
     It is generated with its batch first; where that gives other bytes, alone, as it was when its batch failed.
+
+    Args:
+        settings: which row, and where models and scorers lie now.
+        gpu: whether it is generated on a GPU.
+        pipeline: that of the dataset's models, where the caller has it loaded.
+        scorers: those of the dataset, likewise.
+
+    Raises:
+        InputError: there is no such row, or models, scorers or files are others than the dataset's.
     """
     from facediffuser.generation.shard_generator import ShardGenerator
 

@@ -124,7 +124,12 @@ class ShardGenerator:
         return self._generate_and_put(shard, accepted, listed)
 
     def rows(self, planned: list[Row], timer: StageTimer | None = None) -> list[Row]:
-        """Return planned rows finished, in batches from the first on; nothing is put. `timer` gets the seconds spent."""
+        """Return planned rows finished, in batches from the first on; nothing is put.
+
+        Args:
+            planned: rows of the plan.
+            timer: gets the seconds spent.
+        """
         self.conditions.open(planned)
         return self._generate(planned, timer or StageTimer())[0]
 
@@ -357,7 +362,11 @@ def _require_same(what: str, here: dict[str, str], planned: dict[str, str]) -> N
 
 
 def load_pipeline(job: GenerationJob):
-    """Return the pipeline of a run on the worker's device, with the run's scheduler and precision."""
+    """Return the pipeline of a run on the worker's device, with the run's scheduler and precision.
+
+    Raises:
+        InputError: the models have other digests than the run's.
+    """
     from facediffuser.modelfolder import model_digests, resolve_model
     from facediffuser.pipeline import FaceDiffuserPipeline
 

@@ -128,13 +128,13 @@ class SpeedSettings(Sampling):
         return round(start * steps / self.steps), round(end * steps / self.steps)
 
     def row_settings(self, scheduler: str) -> dict[str, Any]:
-        """Return how the rows' images are sampled, by column; `scheduler`: the class of their scheduler."""
+        """Return how the rows' images are sampled, by column; `scheduler` is the class name of their scheduler."""
         start, end = self.sampled_window
         return {
             "num_inference_steps": self.sampled_steps, "fusion_start": start, "fusion_end": end, "scheduler": scheduler,
         }  # fmt: skip
 
     def exact_settings(self, scheduler: str) -> dict[str, Any]:
-        """Return how they are sampled in exact mode; `scheduler`: the class of its scheduler."""
+        """Return how the rows' images are sampled in exact mode, by column; `scheduler` names its class of scheduler."""
         start, end = self.fusion_window
         return {"num_inference_steps": self.steps, "fusion_start": start, "fusion_end": end, "scheduler": scheduler}

@@ -72,10 +72,17 @@ def _split(states: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def record_cross_attention(unet: UNet2DConditionModel, store: AttentionMaps) -> list[str]:
-    """Install the processor in the cross-attention below the full latent resolution; return those layers' names.
+    """Install the recording processor in the cross-attention below the full latent resolution.
 
     These are all blocks but the first down and the last up: for Stable Diffusion v1-5 `down_blocks.1`, `down_blocks.2`,
     `mid_block`, `up_blocks.1` and `up_blocks.2`, the five of the method's localization loss.
+
+    Args:
+        unet: the UNet; its other processors stay.
+        store: what keeps the maps while it is open.
+
+    Returns:
+        The names of those layers.
     """
     full = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     processors = dict(unet.attn_processors)

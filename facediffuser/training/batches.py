@@ -134,7 +134,7 @@ class Batches:
         return self.collate(self.rows(position, size), seeds)
 
     def rows(self, first: int, count: int) -> list[int]:
-        """Return the row numbers of the `count` images from position `first` on."""
+        """Return the row numbers of the `count` images from position `first` of the endless sequence on."""
         return [self._row(position) for position in range(first, first + count)]
 
     def _row(self, position: int) -> int:

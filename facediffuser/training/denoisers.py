@@ -39,7 +39,17 @@ class TextDenoiser(nn.Module):
         self.unet = unet
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, text: torch.Tensor, batch: Batch):
-        """Return predicted noise (b, c, h, w) and an empty list of attention maps."""
+        """Return predicted noise and no attention maps.
+
+        Args:
+            noisy: noisy latents, (b, c, h, w).
+            times: timesteps, (b,).
+            text: embeddings of the captions, (b, n, d).
+            batch: the batch, of which the TDM needs nothing more.
+
+        Returns:
+            Noise, (b, c, h, w), and an empty list.
+        """
         return self.unet(noisy, times, text).sample, []
 
 
@@ -193,10 +203,15 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 
 def attention_implementation(recipe: Recipe, device: torch.device, vae: AutoencoderKL) -> str:
-    """Return the attention implementation, "eager" (plain matrix products) or "sdpa" (torch's fused attention).
+    """Return the attention implementation: "eager" (plain matrix products) or "sdpa" (torch's fused attention).
 
     On a CPU the backward pass of fused attention in bf16 takes several times as long as plain matrix products. Their
     memory grows with the square of the latent cells, so they are chosen for small latents only.
+
+    Args:
+        recipe: names the implementation, or leaves it open with "auto".
+        device: where the model is trained.
+        vae: says how large latents are.
     """
     if recipe.attention != "auto":
         return recipe.attention

@@ -63,17 +63,23 @@ def open_cache(settings) -> Store:
 
 
 def moments_name(records: Records, vae_digest: str, resolution: int) -> str:
-    """Return the cache key of the latents: it covers the pictures, the VAE's sha256 and the side in px."""
+    """Return the cache key of the latents: it covers the pictures, the VAE's SHA-256 and the side in px."""
     return array_of_pictures(records.digest(), vae_digest, resolution)
 
 
 def array_of_pictures(digest: str, vae_digest: str, resolution: int) -> str:
-    """Return the cache key of the latents of pictures with this digest (see `Records.digest`)."""
+    """Return the cache key of the latents of pictures.
+
+    Args:
+        digest: that of the pictures, see `Records.digest`.
+        vae_digest: the VAE's SHA-256.
+        resolution: the side of the pictures in px.
+    """
     return f"moments-{digest[:16]}-{vae_digest[:16]}-{resolution}"
 
 
 def embeddings_name(captions: Sequence[str], text_encoder_digest: str, tokenizer_digest: str) -> str:
-    """Return the cache key of the embeddings: it covers the captions and the sha256 of text encoder and tokenizer."""
+    """Return the cache key of the embeddings: it covers the captions and the SHA-256 of text encoder and tokenizer."""
     digest = hashlib.sha256("\0".join(captions).encode()).hexdigest()
     return f"captions-{digest[:16]}-{text_encoder_digest[:16]}-{tokenizer_digest[:16]}"
 
@@ -96,7 +102,15 @@ def write_missing_parts(
 
 
 def write_part(store: Store, name: str, rows: int, part: int, compute: Callable[[range], np.ndarray]) -> None:
-    """Compute and write one part of an array; the arguments as for `write_missing_parts`."""
+    """Compute and write one part of an array.
+
+    Args:
+        store: the cache.
+        name: the array's key.
+        rows: how many rows the array has.
+        part: the part's number, from 0.
+        compute: returns an array (m, ...) for a range of m rows.
+    """
     arrays = compute(part_rows(part, rows))
     shape = ",".join(str(side) for side in arrays.shape[1:])
     schema = pa.schema([("array", pa.binary())], metadata={b"shape": shape.encode()})
@@ -157,7 +171,7 @@ def _fill(whole: np.ndarray, store: Store, name: str) -> None:
 
 
 def part_rows(part: int, rows: int) -> range:
-    """Return which of an array's rows are in a part."""
+    """Return which of an array's `rows` rows are in a part, counted from 0."""
     return range(part * PART_ROWS, min((part + 1) * PART_ROWS, rows))
 
 
@@ -202,7 +216,17 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 def encode_captions(
     captions: Sequence[str], rows: range, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
 ) -> np.ndarray:
-    """Return the text embeddings of `captions[row]` for m rows, (m, n, d) float16; captions carry no markers."""
+    """Return the text embeddings of `captions[row]` for m rows.
+
+    Args:
+        captions: all captions, without markers.
+        rows: those to embed.
+        tokenizer: of the text encoder.
+        text_encoder: CLIP's.
+
+    Returns:
+        (m, n, d) float16.
+    """
     parts = []
     for chunk in _chunks(rows):
         ids = tokenize_with_markers(tokenizer, [captions[row] for row in chunk], lost="drop").input_ids

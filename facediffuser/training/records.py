@@ -97,6 +97,15 @@ def decode_ids(data: bytes) -> np.ndarray:
 
 
 def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Tensor:
-    """Return a picture (c, h, w) with its shorter side resized to `size` px, cropped to its centre square."""
+    """Return the centre square of a picture, its shorter side resized.
+
+    Args:
+        picture: (c, h, w).
+        size: the side of the square in px.
+        nearest: take the nearest pixel, as maps of ids need it, instead of interpolating.
+
+    Returns:
+        (c, size, size).
+    """
     mode = TF.InterpolationMode.NEAREST if nearest else TF.InterpolationMode.BILINEAR
     return TF.center_crop(TF.resize(picture, [size], interpolation=mode, antialias=not nearest), [size, size])

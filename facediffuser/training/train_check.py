@@ -27,10 +27,13 @@ UNET = {"tdm": "unet_text", "sdm": "unet"}
 
 
 def check_train(settings: TrainSettings) -> None:
-    """Raise InputError for an output that holds another run, and for data or a base that cannot be trained from.
+    """Check what a training reads and writes, before anything is loaded; nothing is written.
 
-    Reads lists and configuration, writes nothing. A base that is not on this machine is looked at by the workers: they,
-    not the machine that starts them, need its files.
+    Reads lists and configuration. A base that is not on this machine is looked at by the workers: they, not the machine
+    that starts them, need its files.
+
+    Raises:
+        InputError: the output holds another run, or data or base cannot be trained from.
     """
     for role in settings.roles:
         role_settings = settings.for_role(role)
@@ -50,7 +53,16 @@ def check_train(settings: TrainSettings) -> None:
 
 
 def require_prepared(url: str, store: Store, split: str) -> None:
-    """Raise InputError unless prepared data is whole and of this schema version, and has files of a split."""
+    """Check that prepared data is whole and of this schema version.
+
+    Args:
+        url: the data, for errors.
+        store: the data.
+        split: `train` or `test`, of which it must have files.
+
+    Raises:
+        InputError: it is not.
+    """
     keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
     if not keys:
         raise InputError(f"{url}: no {split}/*.parquet there; give a folder that `facediffuser preprocess` wrote")
@@ -84,7 +96,11 @@ def data_fingerprint(url: str) -> str | None:
 
 
 def require_schema(url: str, schema: pa.Schema) -> None:
-    """Raise InputError unless prepared data has the schema version that is read here."""
+    """Check that prepared data has the schema version that is read here.
+
+    Raises:
+        InputError: it has another, or none.
+    """
     version = (schema.metadata or {}).get(SCHEMA_KEY, b"").decode() or "none"
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -132,7 +148,11 @@ def require_stable_diffusion(name: str, base: Path) -> None:
 
 
 def require_start(settings: TrainSettings, folder: Path) -> None:
-    """Raise InputError unless a model folder has what a role is trained on from."""
+    """Check that a model folder has what a role is trained on from.
+
+    Raises:
+        InputError: a part is missing.
+    """
     for name in (UNET[settings.role], *(("image_encoder", "subject_fuser") if settings.role == "sdm" else ())):
         if not (folder / name).is_dir():
             raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")

@@ -37,7 +37,11 @@ PART_BYTES = 512 * 2**20
 
 
 def require_startable(store: Store, settings: TrainSettings) -> None:
-    """Raise InputError when the output holds a run that these settings may not resume."""
+    """Check that the output is empty or holds a run that these settings may resume.
+
+    Raises:
+        InputError: it holds something else, another run, or `resume` is not set.
+    """
     if not store.exists(RUN):
         if store.list(""):
             raise InputError(f"{settings.output}: holds something else than a training run; give another output")
@@ -122,7 +126,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(store: Store, step: int) -> dict[str, Any]:
-    """Read a checkpoint, tensors and plain values only."""
+    """Read a checkpoint, tensors and plain values only.
+
+    Args:
+        store: the run's output.
+        step: one of `checkpoint_steps`.
+
+    Raises:
+        InputError: a part of it is missing or damaged.
+    """
     import torch
 
     mark = f"{_name(step)}.json"
@@ -182,7 +194,13 @@ class _Parts:
 
 
 def save_final(store: Store, parts: "dict[str, nn.Module]", record: dict[str, Any]) -> None:
-    """Write the trained parts as safetensors folders under `final/`, and `training.json` last of all."""
+    """Write the trained parts as safetensors folders under `final/`, and `training.json` last of all.
+
+    Args:
+        store: the run's output.
+        parts: the modules by the name of their folder.
+        record: the content of training.json.
+    """
     with tempfile.TemporaryDirectory(prefix="facediffuser-final-") as folder:
         for name, part in parts.items():
             save_component(part, Path(folder) / name)
@@ -192,7 +210,11 @@ def save_final(store: Store, parts: "dict[str, nn.Module]", record: dict[str, An
 
 
 def finished_step(store: Store) -> int | None:
-    """Return the number of steps of the finished run, None when none has finished."""
+    """Return the number of steps of the finished run, None when none has finished.
+
+    Raises:
+        InputError: `final/training.json` is damaged.
+    """
     if not store.exists(DONE):
         return None
     return read_json_object(store, DONE, "put it back, or remove it and train again with --resume", {"step": int})[
