@@ -75,7 +75,7 @@ class Limits:
     grace_s: float = 90.0
 
     def seconds(self, workers: int) -> float | None:
-        """Return after how many seconds so many workers reach the first limit, None where there is none."""
+        """Return after how many seconds `workers` workers reach the first limit, None where there is none."""
         found = [self.hours * 3600] if self.hours else []
         if self.cost and self.hour_price:
             found.append(self.cost / self.hour_price / max(1, workers) * 3600)

@@ -82,7 +82,14 @@ class Engine:
         return self._unets[name].evaluate(function, first, t, embeds, *others)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """Return pixels (b, 3, H, W), about -1..1, of unscaled latents; None where the decoder is not compiled."""
+        """Return the pictures of latents.
+
+        Args:
+            latents: (b, c, h, w), not divided by the scaling factor yet.
+
+        Returns:
+            (b, 3, H, W), about -1..1; None where the decoder is not compiled.
+        """
         if self._decode is None or latents.dtype != self._vae.dtype:
             return None
         parts = []
@@ -93,7 +100,7 @@ class Engine:
 
 
 def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return a tensor with its last row repeated until it has so many rows."""
+    """Return a tensor with its last row repeated until it has `rows` rows; one that has as many is returned as it is."""
     missing = rows - len(tensor)
     return tensor if missing <= 0 else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
 

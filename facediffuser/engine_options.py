@@ -110,7 +110,8 @@ def choose_engine(
     Args:
         named: what the user gave.
         images: images of the run.
-        height, width: of an image, px.
+        height: that of an image in px.
+        width: that of an image in px.
         gpu: whether workers have one.
         begun_with: the engine of the run that is resumed; None for a new one.
     """

@@ -152,15 +152,18 @@ def crop_square(image: Image.Image, box: Sequence[int], size: int | None = None)
 
 
 def head_pose(landmarks: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Return yaw, pitch and roll of a head in degrees, as its five landmarks (x, y; px) say.
+    """Return yaw, pitch and roll of a head in degrees.
 
-    Yaw > 0: it looks to the right of the picture; pitch > 0: it looks up; roll > 0: it is tilted clockwise as one looks
-    at the picture. HEAD_LANDMARKS are fitted as a camera sees them from afar: another head's proportions, and landmarks
-    that are a few pixels off, show as some degrees; pitch is rough, since a wide smile, which lifts the corners of the mouth,
-    looks like a bowed head (up to 30 degrees on photographs).
+    HEAD_LANDMARKS are fitted as a camera sees them from afar: another head's proportions, and landmarks that are a few
+    pixels off, show as some degrees; pitch is rough, since a wide smile, which lifts the corners of the mouth, looks
+    like a bowed head (up to 30 degrees on photographs).
+
+    Args:
+        landmarks: (5, 2), x and y in px: eyes, nose, corners of the mouth, each pair as one looks at the picture.
 
     Returns:
-        Yaw and pitch -90 to 90, roll -180 to 180; zeros for landmarks that coincide.
+        Yaw and pitch -90 to 90, roll -180 to 180; zeros for landmarks that coincide. Yaw > 0: it looks to the right of
+        the picture; pitch > 0: it looks up; roll > 0: it is tilted clockwise as one looks at the picture.
     """
     points = np.asarray(landmarks, np.float64)
     head = HEAD_LANDMARKS - HEAD_LANDMARKS.mean(0)

@@ -37,6 +37,7 @@ class JsonFormatter(logging.Formatter):
     """A record as JSON: time (UTC, ISO 8601), level, logger, message, traceback if any, and what it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one line of JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,

@@ -120,7 +120,16 @@ def check_model_files(
 
 
 def check_component_files(folder: Path, name: str, variant: str | None = None) -> None:
-    """Check the files of one component as `check_model_files` does; InputError names the file."""
+    """Check the files of one component as `check_model_files` does.
+
+    Args:
+        folder: the component's.
+        name: `unet`, `vae`, ...
+        variant: that of the weights, such as `fp16`.
+
+    Raises:
+        InputError: a file is missing, damaged or of another model; the error names it.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: the {name} is missing; give a whole model folder")
     if name == "tokenizer":
@@ -218,7 +227,15 @@ def check_component(folder: Path, name: str, variant: str | None = None) -> None
 
 
 def require_finite(module, weights: Path) -> None:
-    """Raise InputError, naming the file of its weights, for a torch module with a value that is no finite number."""
+    """Check the values of a torch module.
+
+    Args:
+        module: the module.
+        weights: the file of its weights, for the error.
+
+    Raises:
+        InputError: a value is not finite.
+    """
     for name, tensor in module.state_dict().items():
         if not tensor.isfinite().all():
             raise InputError(f"{weights}: {name} holds values that are not finite numbers; copy it again")
@@ -400,7 +417,7 @@ def _tensors(path: Path):
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118: not a dict
+            for key in file.keys():  # not a dict
                 yield key, file.get_tensor(key)
         return
     import torch

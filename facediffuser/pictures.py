@@ -87,7 +87,13 @@ def left_out_line(names: Iterable[str]) -> str:
 
 
 def batches_of_files(items: Sequence[Item], count: int, bytes_of: Callable[[Item], int]) -> list[list[Item]]:
-    """Return items that stand for files in batches: at most `count`, and at most MOST_BATCH_BYTES unless one has more."""
+    """Return items that stand for files in batches, in their order.
+
+    Args:
+        items: the items.
+        count: the most items of a batch.
+        bytes_of: returns the size of an item's files; a batch has at most MOST_BATCH_BYTES, unless one item has more.
+    """
     batches: list[list[Item]] = []
     size = 0
     for item in items:

@@ -80,7 +80,13 @@ def begin_or_resume(identity: Document, there: Run | None) -> Run | None:
 
 
 def differences(there: Document, here: Document, prefix: str = "") -> list[str]:
-    """Return how two documents differ, as "settings.steps 30 there, 50 here"; long values are shortened."""
+    """Return how two documents differ, as "settings.steps 30 there, 50 here"; long values are shortened.
+
+    Args:
+        there: one document, or a part of it.
+        here: the other.
+        prefix: the dotted name of that part, with a dot at its end.
+    """
     found = []
     for name in sorted(there.keys() | here.keys()):
         one, two = there.get(name), here.get(name)

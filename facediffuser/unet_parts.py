@@ -26,7 +26,15 @@ class Encoded(NamedTuple):
 
 
 def require_parts(unet, layers: int = 1) -> None:
-    """Raise InputError unless a UNet is one that can be evaluated in parts, with so many layers in its last block."""
+    """Check that a UNet can be evaluated in parts.
+
+    Args:
+        unet: the UNet.
+        layers: how many layers its last block must have.
+
+    Raises:
+        InputError: it cannot, or has fewer.
+    """
     if not isinstance(unet, UNet2DConditionModel):
         raise InputError(f"{type(unet).__name__}: cannot be evaluated in parts; leave deep_every and encoder_every out")
     for name, plain in _PLAIN.items():
@@ -39,7 +47,14 @@ def require_parts(unet, layers: int = 1) -> None:
 
 
 def encode(unet: UNet2DConditionModel, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> Encoded:
-    """Return the features of latents (b, c, h, w) at time t (without dimensions, or (b,)) on embeddings (b, n, d)."""
+    """Return the features of the encoder and the middle block.
+
+    Args:
+        unet: the UNet.
+        rows: latents, (b, c, h, w).
+        t: the time, without dimensions or (b,).
+        embeds: (b, n, d).
+    """
     time = _time(unet, rows, t)
     hidden = unet.conv_in(rows)
     skips: tuple[torch.Tensor, ...] = (hidden,)
@@ -52,7 +67,18 @@ def encode(unet: UNet2DConditionModel, rows: torch.Tensor, t: torch.Tensor, embe
 def decode(
     unet: UNet2DConditionModel, encoded: Encoded, t: torch.Tensor, embeds: torch.Tensor, layers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the noise of an encoder's features, and what enters the last `layers` layers (None for 0 of them)."""
+    """Return the noise of an encoder's features, and what enters the last layers.
+
+    Args:
+        unet: the UNet.
+        encoded: what `encode` returned.
+        t: the time, without dimensions or (b,).
+        embeds: (b, n, d).
+        layers: how many layers of the last block.
+
+    Returns:
+        Noise, (b, c, h, w), and features; None for 0 layers.
+    """
     time, hidden, skips = _time(unet, encoded.middle, t), encoded.middle, encoded.skips
     *blocks, last = unet.up_blocks
     for block in blocks:

@@ -13,7 +13,11 @@ from facediffuser.training import training_run as runs
 
 
 def check_demo(settings: DemoSettings) -> None:
-    """Raise InputError when the output cannot be written to, holds another training, or the shipped parts are missing."""
+    """Check what the demonstration writes and needs.
+
+    Raises:
+        InputError: the output cannot be written to or holds another training, or the shipped models are missing.
+    """
     open_store(settings.root).require_writable()
     check_models("miniature")
     require_scorers("miniature")
@@ -23,7 +27,11 @@ def check_demo(settings: DemoSettings) -> None:
 
 
 def check_explain(settings: ExplainSettings) -> None:
-    """Raise InputError when the output cannot be written, or prompt, reference pictures or models cannot be used."""
+    """Check what `explain` reads and writes, before anything is loaded.
+
+    Raises:
+        InputError: the output cannot be written, or prompt, reference pictures or models cannot be used.
+    """
     store_and_key(settings.output)
     require_marked_words(settings.prompt, "--prompt")
     for path in settings.reference:
@@ -32,7 +40,11 @@ def check_explain(settings: ExplainSettings) -> None:
 
 
 def check_new_folder(output: str) -> None:
-    """Raise InputError unless a local folder is new or empty, and the output can be written."""
+    """Check that the output can be written, and is a new or empty folder where it is on this machine.
+
+    Raises:
+        InputError: it is not.
+    """
     store = open_store(output)
     store.require_writable()
     if isinstance(store, LocalStore):
@@ -40,7 +52,11 @@ def check_new_folder(output: str) -> None:
 
 
 def check_claim(settings: ClaimSettings) -> None:
-    """Raise InputError when the output cannot be written to, or models or scorers cannot be had."""
+    """Check what the comparison reads and writes, before anything is loaded.
+
+    Raises:
+        InputError: the output cannot be written to, or models or scorers cannot be had.
+    """
     open_store(settings.output).require_writable()
     check_models(settings.models)
     require_scorers(settings.scorers)

@@ -25,14 +25,17 @@ def _page(url: str) -> str | None:
 
 
 def server() -> str | None:
+    """Return what is wrong with the Prefect server, None when it answers."""
     return _page(f"http://127.0.0.1:{os.environ.get('PREFECT_SERVER_API_PORT', '4200')}/api/health")
 
 
 def worker() -> str | None:
+    """Return what is wrong with the Prefect worker, None when it answers."""
     return _page(f"http://127.0.0.1:{os.environ.get('PREFECT_WORKER_WEBSERVER_PORT', '8080')}/health")
 
 
 def ray() -> str | None:
+    """Return what is wrong with Ray in this container, None when it answers."""
     if not _runs("raylet"):
         return "ray: no raylet in this container"
     # FQ_RAY_IP is KubeRay's name for the head.
@@ -56,6 +59,7 @@ CHECKS = {"server": server, "worker": worker, "ray": ray}
 
 
 def main(names: list[str]) -> int:
+    """Run the checks of these names, print what is wrong and return the exit code."""
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
         print(f"{unknown[0]}: no such check; give any of {', '.join(CHECKS)}", file=sys.stderr)

@@ -59,7 +59,11 @@ class Execution(Protocol):
         """Begin no more units; those in hand are finished."""
 
     def describe(self, unfinished: int) -> str:
-        """Return a few words on the workers, for the progress line; `unfinished`: units that did not come back yet."""
+        """Return a few words on the workers, for the progress line.
+
+        Args:
+            unfinished: how many units did not come back yet.
+        """
 
 
 def run_stage(stage: Stage, execution: Execution) -> Any:

@@ -306,7 +306,14 @@ def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
 def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None) -> Finished:
     """Write the card and, last, the manifest.
 
-    Raises when shards are missing, too many rows failed, or the certificate says that fast mode lost too much.
+    Args:
+        job: the run.
+        certificate: what the certificate of fast mode says.
+
+    Raises:
+        RuntimeError: shards are missing.
+        FailedRowsError: more rows failed than `--max-failed` allows; the dataset is complete nevertheless.
+        CertificateError: the certificate says that fast mode lost too much; likewise.
     """
     layout, store = job.layout, job.store()
     if not layout.rows:  # nothing was added

@@ -39,7 +39,12 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Add `n` finished units; `note` is a short remark shown beside them (a loss, a count of failures)."""
+        """Add finished units.
+
+        Args:
+            n: how many.
+            note: a short remark shown beside them (a loss, a count of failures).
+        """
         self.done += n
         if self._bar:
             self._bar.set_postfix_str(note, refresh=False)

@@ -20,7 +20,15 @@ _ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.-]+):(?P<port
 
 
 def require_reachable(address: str) -> None:
-    """Raise InputError within seconds unless something listens at the address of a cluster; `auto` is left to Ray."""
+    """Check within seconds that something listens at the address of a cluster.
+
+    Args:
+        address: a value of RAY_ADDRESS; `auto` is left to Ray.
+
+    Raises:
+        InputError: it is no address of Ray, or something else than Ray answers there.
+        UnreachableError: nothing answers there.
+    """
     if address == "auto":
         return
     match = _ADDRESS.fullmatch(address)
@@ -64,8 +72,14 @@ def _speaks_grpc(connection: socket.socket) -> bool:
 def session_folder(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return what RAY_TMPDIR must be for a Ray started here, None for Ray's own choice.
 
-    Ray takes TMPDIR; where that is too long for the paths of its sockets, or cannot be written, /tmp is taken. Raises
-    InputError naming the variable when RAY_TMPDIR, which is Ray's own, is too long or cannot be written, or /tmp cannot.
+    Ray takes TMPDIR; where that is too long for the paths of its sockets, or cannot be written, /tmp is taken.
+
+    Args:
+        environment: variables by name.
+
+    Raises:
+        InputError: RAY_TMPDIR, which is Ray's own, is too long or cannot be written, or /tmp cannot; the error names
+            the variable.
     """
     own = environment.get("RAY_TMPDIR")
     name, folder = ("RAY_TMPDIR", own) if own else ("TMPDIR", environment.get("TMPDIR", ""))

@@ -54,11 +54,22 @@ class _MetricsActor:
 
 @task(name="train-model", **RETRIES)
 def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, Any]:
-    """Train one model on Ray and return role, step, loss, seconds and output.
+    """Train one model on Ray.
 
-    `side_by_side`: how many trainings share the cluster; each takes its share of GPUs or cores unless the settings say otherwise. A
-    finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
-    `max_failures` times. Raises InputError before anything is written when the output holds another run, and DivergedError.
+    A finished run of as many steps is left as it is. A lost worker restarts the workers from the last checkpoint, up to
+    `max_failures` times.
+
+    Args:
+        settings: those of one role.
+        side_by_side: how many trainings share the cluster; each takes its share of GPUs or cores unless the settings
+            say otherwise.
+
+    Returns:
+        role, step, loss, seconds and output.
+
+    Raises:
+        InputError: the output holds another run; nothing is written.
+        DivergedError: the loss is not finite.
     """
     check_train(settings)
     store = open_store(settings.output)

@@ -121,7 +121,10 @@ def replace_shards(
 def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[int, dict[str, Any]]]) -> Manifest:
     """Write card and manifest with the stats of shards that were replaced, and return the manifest.
 
-    `replaced`: the stats by the number of the part, from 0, and that of the shard in it.
+    Args:
+        url: the dataset.
+        manifest: its manifest before.
+        replaced: the stats by the number of the part, from 0, and that of the shard in it.
     """
     if not any(replaced.values()):
         return manifest

@@ -13,7 +13,11 @@ from facediffuser.tasks.retrying import RETRIES
 
 @task(name="check-input", cache_policy=None, **RETRIES)
 def check_input(settings: EvaluateSettings) -> None:
-    """Raise InputError for what is wrong with images and datasets given, before hours are spent on making others."""
+    """Check images and datasets given, before hours are spent on making others.
+
+    Raises:
+        InputError: something is wrong with them.
+    """
     check_evaluate(settings)
     Evaluator(settings)
 

@@ -25,18 +25,22 @@ class Gate:
         self._begun: set[str] = set()
 
     def begin(self, key: str) -> bool:
+        """Return whether a unit may begin; one that began before counts as a restart."""
         if not self.stopping:
             self.restarts += key in self._begun
             self._begun.add(key)
         return not self.stopping
 
     def stop(self) -> None:
+        """Let no further unit begin."""
         self.stopping = True
 
     def is_open(self) -> bool:
+        """Return whether further units may begin."""
         return not self.stopping
 
     def count_restarts(self) -> int:
+        """Return how many units began more than once, because their worker was lost."""
         return self.restarts
 
 

@@ -128,7 +128,8 @@ def select_rows(
     """Return the rows of an export, in chunks of `size`; one pass over the columns, without the images.
 
     Args:
-        store, manifest: the dataset.
+        store: the dataset.
+        manifest: its manifest.
         condition: which rows are wanted.
         sides: the side of each subject.
         size: rows of a chunk.

@@ -141,7 +141,8 @@ def write_added_columns(
         store: the dataset.
         name: of the file.
         table: the columns.
-        digests, licences: of the scorers that made them, by a short name; they go into the footer.
+        digests: the SHA-256 of the scorers that made them, by a short name, for the footer.
+        licences: those of the scorers, by the same names.
     """
     metadata = {f"{SCORER_MARK}{part}": digest for part, digest in digests.items()}
     metadata |= {f"{LICENCE_MARK}{part}": licence for part, licence in (licences or {}).items()}

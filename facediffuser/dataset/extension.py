@@ -219,15 +219,19 @@ def require_extendable(
     references: pa.Table | None = None,
     undecided: Iterable[str] = (),
 ) -> None:
-    """Raise InputError unless a plan may be added to what an output holds.
+    """Check that a plan may be added to what an output holds.
 
     Args:
         store: the output.
         manifest: its manifest, if any.
         document: the run that it holds.
         known: what is known of the run's document at hand.
-        plan, references: what is to be made, and the references' table once they are read.
+        plan: what is to be made.
+        references: the table of references, once they are read.
         undecided: settings that are not known yet.
+
+    Raises:
+        InputError: it may not; the error says in what the runs differ.
     """
     if manifest is not None and manifest.schema_version not in READABLE_VERSIONS:
         raise InputError(f"{store.url}: has schema version {manifest.schema_version!r}, rows are added with versions "

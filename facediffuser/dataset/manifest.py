@@ -202,7 +202,8 @@ def build_part(
     """Return the part of a dataset that a run made, all of whose shards are there.
 
     Args:
-        fingerprint, run: the run.
+        fingerprint: the SHA-256 of the run's document.
+        run: that document.
         layout: how rows lie in shards.
         shards: an entry for each shard, in order; `computed_with` in them is filled in here.
         made_from: where models and scorers were.

@@ -63,8 +63,8 @@ def begin_or_resume_dataset(
     Args:
         store: the output.
         identity: this run's document, which is its identity.
-        plan, references: this run's plan, and its table of SUBJECTS_SCHEMA: with them the error names the prompts and
-            subjects that differ.
+        plan: this run's plan; with it the error names the prompts that differ.
+        references: its table of SUBJECTS_SCHEMA; with it the error names the subjects that differ.
 
     Raises:
         InputError: the output holds another run; the differences are named.

@@ -144,7 +144,8 @@ def with_marks(
 
     Args:
         schema: the columns.
-        fingerprint, run: the run and the SHA-256 of its document.
+        fingerprint: the SHA-256 of the run's document.
+        run: that document.
         synthetic: mark the data as synthetic media.
         computed_with: the provenance (see `facediffuser.runs.provenance_here`); None: leave it out.
     """

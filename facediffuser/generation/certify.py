@@ -119,7 +119,8 @@ def certificate_row(
     Args:
         exact: the finished row in exact mode.
         fast: the dataset's row, with its image.
-        exact_cells, fast_cells: the cells that the SDM won in most of the fused steps, (h, w) bool; None without fusion.
+        exact_cells: the cells that the SDM won in most of the fused steps in exact mode, (h, w) bool; None without fusion.
+        fast_cells: the same in fast mode.
     """
     failed = [name for name, row in (("exact", exact), ("fast", fast)) if row["status"] != "ok"]
     error = f"the row failed in {' and '.join(failed)} mode" if failed else None

@@ -392,7 +392,8 @@ def automatic_batch_size(height: int, width: int, gib: float, float32: bool = Fa
     """Return how many images of a size are denoised together on a GPU with so much memory: what pays, if it fits.
 
     Args:
-        height, width: of an image, px.
+        height: that of an image in px.
+        width: that of an image in px.
         gib: memory of the smallest GPU.
         float32: whether the models compute in float32, which takes twice as much.
     """

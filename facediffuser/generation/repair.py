@@ -43,7 +43,8 @@ def job_of_dataset(
     Args:
         store: the dataset.
         manifest: its manifest, or one of the manifest's parts.
-        models, scorers: where they are now; None: where they were then.
+        models: where they are now; None: where they were then.
+        scorers: likewise.
         gpu: whether workers have a GPU.
         workers: how many; None: one per GPU, or 1.
         exact: refuse another provenance.

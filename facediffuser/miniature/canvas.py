@@ -62,7 +62,12 @@ class Canvas:
         self.softness = 0.6 * 2 / self.size
 
     def paint(self, mask: Array, colour: Colour) -> None:
-        """Lays a colour (one, or one per pixel) over the picture with the opacity of the mask."""
+        """Lay a colour over the picture.
+
+        Args:
+            mask: the opacity of each pixel, (size, size), 0 to 1.
+            colour: red, green, blue in 0..255: one, or one per pixel, (size, size, 3).
+        """
         self.image += mask[..., None] * (np.asarray(colour, np.float32) - self.image)
 
     def noise(self, sigma: float) -> Array:

@@ -24,10 +24,12 @@ def face_distance(figure) -> Array:
 
 
 def nose_level(person) -> float:
+    """The height of the nose's tip, in units of the head."""
     return EYE_LEVEL + person.nose_length
 
 
 def mouth_level(person) -> float:
+    """The height of the mouth, in units of the head."""
     return nose_level(person) + 0.27
 
 

@@ -61,10 +61,12 @@ class Identity:
 
     @property
     def skin_colour(self) -> np.ndarray:
+        """Red, green, blue of the skin in 0..255, (3,) float32."""
         return np.clip(np.asarray(SKINS[self.skin], np.float32) + self.skin_shift, 0, 255).astype(np.float32)
 
     @property
     def hair_colour(self) -> np.ndarray:
+        """Red, green, blue of the hair in 0..255, (3,) float32."""
         return np.clip(np.asarray(HAIRS[self.hair], np.float32) + self.hair_shift, 6, 250).astype(np.float32)
 
 

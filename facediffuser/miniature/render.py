@@ -70,7 +70,20 @@ def render(
     photo_share: float = 0.8,
     action_share: float = ACTION_SHARE,
 ) -> Rendering:
-    """A picture of one or two people; what is not given (place, style, clothes, pose) follows from `seed`."""
+    """Return a picture of one or two people; what is not given (place, style, clothes, pose) follows from `seed`.
+
+    Args:
+        people: one or two.
+        seed: the same seed gives the same picture.
+        size: its side in px, 64 or 128.
+        setting: place and style; None draws them.
+        outfits: one for each person; None draws them.
+        photo_share: the chance of a photo where the style is drawn; else it is a sketch or a painting.
+        action_share: the chance that a person does something where the clothes are drawn.
+
+    Raises:
+        InputError: another size.
+    """
     if size not in (64, 128):
         raise InputError(f"size {size}: the miniature world is rendered at 64 or 128 px")
     rng = np.random.default_rng((seed, 11))
@@ -132,14 +145,25 @@ def render_set(
     world: WorldName | None = None,
     workers: int = 1,
 ) -> None:
-    """Write `count` pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
+    """Write pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
-    On `pair_share` of them stand two people (default: PAIR_SHARE), and `action_share` of all people do something (default:
-    ACTION_SHARE); the pictures of a `world` have its own shares instead. Besides that layout's files each JSON names who is in
-    the picture (`identity`). Few captions tell a person's looks, so that a reference picture has something to add. `subjects/`
-    has 15 people who are in no picture, `prompts.jsonl` prompts for one of them and `prompts_pairs.jsonl` for two. The same seed
-    gives the same files, however many `workers` (processes) write them.
-    Raises InputError when the folder exists and is not empty, or when a share is given that the world decides.
+    Besides that layout's files each JSON names who is in the picture (`identity`). Few captions tell a person's looks,
+    so that a reference picture has something to add. `subjects/` has 15 people who are in no picture, `prompts.jsonl`
+    prompts for one of them and `prompts_pairs.jsonl` for two. The same seed gives the same files, however many
+    `workers` write them.
+
+    Args:
+        count: how many pictures.
+        seed: the seed.
+        output: the folder.
+        size: their side in px, 64 or 128.
+        pair_share: on how many of them two people stand, 0 to 1; None for PAIR_SHARE.
+        action_share: how many people do something, 0 to 1; None for ACTION_SHARE.
+        world: a world of `worlds.WORLDS`, which has its own shares.
+        workers: how many processes write.
+
+    Raises:
+        InputError: the folder is not empty, or a share is given that the world decides.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):

@@ -18,7 +18,13 @@ MTCNN_PX = 160
 
 
 def write_prepared(folder: Path, count: int, side: int) -> Path:
-    """Write renderings of `side` px as prepared Parquet, without the search for faces; return its folder."""
+    """Write renderings as prepared Parquet, without the search for faces; return its folder.
+
+    Args:
+        folder: where `photos/` and `data/` are written.
+        count: how many pictures.
+        side: their side in px.
+    """
     render_set(count, 0, folder / "photos", min(side, RENDERED_PX))
     rows = [_row(path, side) for path in sorted((folder / "photos").glob("[0-9]*/*.json"))]
     (folder / "data" / "train").mkdir(parents=True)

@@ -75,7 +75,13 @@ def modules(size: Size) -> dict[str, nn.Module]:
 
 
 def write_base(folder: Path, size: Size, device: str = "cpu") -> Path:
-    """Write a base model of random weights with the miniature's tokenizer; return its folder."""
+    """Write a base model of random weights with the miniature's tokenizer; return its folder.
+
+    Args:
+        folder: a new one.
+        size: the widths and depths.
+        device: where the weights are drawn.
+    """
     torch.manual_seed(0)
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.38.0"}
     with torch.device(device):
@@ -121,7 +127,13 @@ def write_models(folder: Path, size: Size, device: str = "cpu") -> Path:
 
 
 def write_scorers(folder: Path, size: Size, device: str = "cpu") -> Path:
-    """Write the paper's scorers with random weights: FaceNet's network, and a whole CLIP of these sizes."""
+    """Write the paper's scorers with random weights: FaceNet's network, and a whole CLIP of these sizes.
+
+    Args:
+        folder: a new one.
+        size: the widths and depths of CLIP.
+        device: where the weights are drawn.
+    """
     from facenet_pytorch import InceptionResnetV1
 
     torch.manual_seed(2)
@@ -141,7 +153,7 @@ def clip_config(size: Size) -> CLIPConfig:
 
 
 def captioner(full: bool) -> tuple[nn.Module, int]:
-    """Return a BLIP-2 of random weights, of the size of blip2-opt-2.7b or tiny, and the side of its pictures, px."""
+    """Return a BLIP-2 of random weights, and the side of its pictures in px; `full`: as large as blip2-opt-2.7b."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     torch.manual_seed(3)
@@ -170,7 +182,7 @@ def captioner(full: bool) -> tuple[nn.Module, int]:
 
 
 def write_segmenter(folder: Path, full: bool) -> Path:
-    """Write a panoptic Mask2Former of random weights, of the size of mask2former-swin-large or tiny."""
+    """Write a panoptic Mask2Former of random weights; `full` is the size of mask2former-swin-large, else tiny."""
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,

@@ -7,7 +7,11 @@ from facediffuser.storage import open_store
 
 
 def check_rehearse(settings: RehearseSettings) -> None:
-    """Raise InputError unless the output is empty and can be written to, and the device is there; writes nothing."""
+    """Check that the output is empty and can be written to, and that the device is there; nothing is written.
+
+    Raises:
+        InputError: one of these is not so.
+    """
     store = open_store(settings.output)
     store.require_writable()
     if found := store.list():

@@ -86,7 +86,9 @@ def identify_faces(
 
     Args:
         vectors: unit vectors (f, d) of the faces.
-        subject_ids, subject_faces, gallery: as for `label_faces`.
+        subject_ids: as for `label_faces`.
+        subject_faces: as for `label_faces`.
+        gallery: as for `label_faces`.
     """
     owners = {face: name for name, face in zip(subject_ids, subject_faces, strict=True) if face >= 0}
     identities, margins = [], []

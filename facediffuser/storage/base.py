@@ -99,7 +99,16 @@ class Store(ABC):
         """
 
     def copy_from(self, source: "Store", source_key: str, key: str) -> bytes | None:
-        """Copy an object of another store to `key` whole; return its bytes, None where the server copied it by itself."""
+        """Copy an object of another store to `key`, whole.
+
+        Args:
+            source: the other store.
+            source_key: the object there.
+            key: the object here.
+
+        Returns:
+            Its bytes, None where the server copied it by itself.
+        """
         data = source.get(source_key)
         self.put(key, data)
         return data

@@ -28,7 +28,11 @@ _URL = re.compile(
 
 
 def open_hub(url: str) -> "HubStore":
-    """Return the store of an `hf://datasets/ORG/NAME[@REVISION][/PREFIX]` URL; InputError for others."""
+    """Return the store of an `hf://datasets/ORG/NAME[@REVISION][/PREFIX]` URL.
+
+    Raises:
+        InputError: it is another URL.
+    """
     match = _URL.fullmatch(url)
     if match is None:
         raise InputError(f"{url}: not a dataset of the hub; give hf://datasets/ORG/NAME, or a folder in it")

@@ -113,10 +113,8 @@ def score_images(
 ) -> list[dict[str, Any]]:
     """Make and score every image of the people and prompts by a method; return a row (of SCHEMA) for each.
 
-    Every method starts from the same noise. Of prompts for two each person is shown with the next one.
-
-    Args:
-        name: what the rows call the method (default: its own name).
+    Every method starts from the same noise. Of prompts for two each person is shown with the next one. `name` is what
+    the rows call the method, where that is not its own name.
     """
     rows = []
     for some, images in made_images(pipeline, people, prompts, method, sampler, instances):
