@@ -58,6 +58,7 @@ def count_rendered_faces(people: int) -> str:
 def claim(settings: ClaimSettings) -> tuple[str, bool]:
     """Return the tables and the judgement as Markdown, and whether the paper's ordering holds; also `claim.md`."""
     check_claim(settings)
+    settings = settings.chosen()
     output = settings.output.rstrip("/")
     fusion_start, fusion_end = settings.fusion_window
     tables = evaluate(

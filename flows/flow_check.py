@@ -55,8 +55,9 @@ def check_claim(settings: ClaimSettings) -> None:
     """Check what the comparison reads and writes, before anything is loaded.
 
     Raises:
-        InputError: the output cannot be written to, or models or scorers cannot be had.
+        InputError: the output cannot be written to, models or scorers cannot be had, or the choice is none.
     """
+    settings.chosen()
     open_store(settings.output).require_writable()
     check_models(settings.models)
     require_scorers(settings.scorers)

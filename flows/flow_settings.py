@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from facediffuser.errors import InputError
 from facediffuser.miniature.world_names import WorldName
 from facediffuser.schedulers import SchedulerName
 from facediffuser.settings import MOST_WORKERS, ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
@@ -77,19 +78,19 @@ class ClaimSettings(Sampling, Seeded):
     workers: int = Field(2, ge=1, le=MOST_WORKERS, description="Ray workers, each with a core")
     batch_size: int = Field(45, ge=1, le=1024, description="images denoised together")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _choose(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not given.get("choice"):
-            return given
-        path = Path(given["choice"])
+    def chosen(self) -> "ClaimSettings":
+        """Return the settings with what `choice` says in place of what was not given; InputError when it says nothing."""
+        if self.choice is None:
+            return self
         names = ("steps", "guidance_scale", "fusion_start", "fusion_end")
         try:
-            chosen = json.loads(path.read_text())
-            return {name: chosen[name] for name in names} | given
+            said = json.loads(self.choice.read_text())
+            chosen = {name: said[name] for name in names if name not in self.model_fields_set}
+            return ClaimSettings(**self.model_dump(exclude_unset=True, exclude={"choice"}) | chosen)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"not a JSON object with {', '.join(names)} that fit ({type(error).__name__})"
             fix = "make it with `python -m tools.miniature_weights.choose`"
-            raise ValueError(f"choice {path}: not a JSON object with {', '.join(names)} ({error}); {fix}") from error
+            raise InputError(f"{self.choice}: {what}; {fix}") from error
 
     @property
     def default_fusion_window(self) -> tuple[int, int]:

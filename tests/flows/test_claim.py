@@ -20,9 +20,9 @@ def test_the_window_of_fusion_follows_the_steps_unless_it_is_given(given, window
 def test_a_choice_gives_what_is_not_given_besides(tmp_path):
     path = tmp_path / "choice.json"
     path.write_text('{"steps": 24, "guidance_scale": 2.5, "fusion_start": 5, "fusion_end": 20, "why": "tried"}')
-    chosen = ClaimSettings(choice=path)
+    chosen = ClaimSettings(choice=path).chosen()
     assert (chosen.steps, chosen.guidance_scale, chosen.fusion_window) == (24, 2.5, (5, 20))
-    other = ClaimSettings(choice=path, guidance_scale=5, fusion_start=6)
+    other = ClaimSettings(choice=path, guidance_scale=5, fusion_start=6).chosen()
     assert (other.guidance_scale, other.fusion_window) == (5, (6, 20))
 
 
@@ -31,7 +31,7 @@ def test_a_choice_that_is_none_is_one_line_and_nothing_is_written(tmp_path, capf
     if text:
         (tmp_path / "choice.json").write_text(text)
     words = ["--choice", str(tmp_path / "choice.json"), "--output", str(tmp_path / "out")]
-    assert main(["miniature", "claim", *words]) == 2
+    assert main(["miniature", "claim", "--quiet", *words]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert len(said) == 1 and "choice.json" in said[0] and "tools.miniature_weights.choose" in said[0]
     assert not (tmp_path / "out").exists()
