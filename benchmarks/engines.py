@@ -100,14 +100,17 @@ class Bench:
         self.rows_per_image = 2 * (steps + 1 + end - start)
 
     def inputs(self, images: int) -> tuple[torch.Tensor, ...]:
-        """Return null, plain and augmented embeddings (b, n, d) and the noise (b, c, h, w) of so many images."""
+        """Return null, plain and augmented embeddings (b, n, d) and the noise (b, c, h, w) of so many images.
+
+        An image's numbers do not depend on how many there are.
+        """
         width, channels, side = (
             self.pipe.unet.config[name] for name in ("cross_attention_dim", "in_channels", "sample_size")
         )
-        generator = torch.Generator().manual_seed(1)
-        null, text, fused = (torch.randn(images, 77, width, generator=generator) for _ in range(3))
-        noise = torch.randn(images, channels, side, side, generator=generator)
-        return tuple(one.to(self.device, self.pipe.unet.dtype) for one in (null, text, fused, noise))
+        shapes = [(77, width)] * 3 + [(channels, side, side)]
+        generators = [torch.Generator().manual_seed(number) for number in range(images)]
+        drawn = [[torch.randn(shape, generator=one) for shape in shapes] for one in generators]
+        return tuple(torch.stack(parts).to(self.device, self.pipe.unet.dtype) for parts in zip(*drawn, strict=True))
 
     @torch.no_grad()
     def _row_flops(self) -> float:

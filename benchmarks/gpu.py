@@ -139,31 +139,36 @@ def worker(clock: Clock, options: argparse.Namespace) -> None:
             if clock.left() < (needed if not options.small else LEAST_SECONDS):
                 say(f"worker, {name}: left out, {clock.left():.0f} s left")
                 continue
-            _generate(root, name, given | {"output": str(root / name.replace(" ", "-"))}, clock)
-            digests[name] = _pixels(root / name.replace(" ", "-"))
+            if _generate(root, name, given | {"output": str(root / name.replace(" ", "-"))}, clock):
+                digests[name] = _pixels(root / name.replace(" ", "-"))
         if len(digests) == 2:
             say(f"two processes made the same bytes: {len(set(digests.values())) == 1}")
         if clock.left() > (120 if not options.small else LEAST_SECONDS) and digests:
-            _killed(root, given | {"output": str(root / "killed")}, clock)
-            again = _pixels(root / "killed")
-            say(f"a killed and resumed run made the same bytes: {again in digests.values()}")
+            if _killed(root, given | {"output": str(root / "killed")}, clock):
+                again = _pixels(root / "killed")
+                say(f"a killed and resumed run made the same bytes: {again in digests.values()}")
 
 
-def _generate(root: Path, name: str, settings: dict, clock: Clock) -> None:
-    """Generate in a process with a compiler cache of its own, as on another machine, and print what it says."""
+def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
+    """Generate in a process with a compiler cache of its own, as on another machine, and print what it says.
+
+    Returns:
+        Whether it ended well in the time that is left.
+    """
     process = _start(root, name, settings)
     try:
         out, _ = process.communicate(timeout=max(LEAST_SECONDS, clock.left()))
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # of its Ray, too
         say(f"worker, {name}: cut off")
-        return
+        return False
     for line in out.splitlines():
         if line.startswith("#") or process.returncode:
             say(f"worker, {name}: {line.removeprefix('#')}")
+    return process.returncode == 0
 
 
-def _killed(root: Path, settings: dict, clock: Clock) -> None:
+def _killed(root: Path, settings: dict, clock: Clock) -> bool:
     process = _start(root, "killed", settings)
     while (
         process.poll() is None and clock.left() > LEAST_SECONDS and not list((root / "killed").glob("data/*.parquet"))
@@ -172,7 +177,7 @@ def _killed(root: Path, settings: dict, clock: Clock) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    _generate(root, "resumed", settings, clock)
+    return _generate(root, "resumed", settings, clock)
 
 
 def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
