@@ -114,7 +114,9 @@ def read_state(path: Path) -> State:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load and safetensors raise many kinds for a broken or unsafe file
         reason = next(iter(str(error).split("\n")), "").strip() or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a checkpoint of tensors ({reason})") from error
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint of tensors ({reason}); give the released pytorch_model.bin"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: is no state_dict of tensors; give the released pytorch_model.bin")
     return state

@@ -28,7 +28,7 @@ def about(**names: str) -> Iterator[None]:
         _about.reset(token)
 
 
-def json_is_asked_for() -> bool:
+def json_requested() -> bool:
     """Return whether the environment asks for JSON."""
     return os.environ.get(FORMAT_VARIABLE) == "json"
 

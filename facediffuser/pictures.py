@@ -246,7 +246,9 @@ def stored_picture(data: bytes, name: str = "picture") -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        raise InputError(f"{name}: image cannot be read ({type(error).__name__}); let it be made once more") from error
+        raise InputError(
+            f"{name}: image cannot be read ({type(error).__name__}); restore the file that holds it"
+        ) from error
 
 
 def stored_ids(data: bytes) -> np.ndarray:

@@ -127,7 +127,7 @@ def software() -> dict[str, Any]:
     return {"code": __version__, "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
-def provenance_here(threads: int | None, gpu: str | None = None) -> dict[str, Any]:
+def current_provenance(threads: int | None, gpu: str | None = None) -> dict[str, Any]:
     """Return what this process computes with.
 
     Args:

@@ -13,7 +13,7 @@ from prefect.settings import get_current_settings
 
 from facediffuser.flows.stopping import report_stop, watch_process
 from facediffuser.flows.terminal import PRODUCT
-from facediffuser.json_log import json_is_asked_for, log_json
+from facediffuser.json_log import json_requested, log_json
 
 LONGEST_NAME = 200
 _INVENTED = re.compile(r"[a-z]+-[a-z]+")
@@ -58,7 +58,7 @@ def show_log(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
     A command adds the handler by PREFECT_LOGGING_EXTRA_LOGGERS before Prefect is imported; a worker's process has none.
     """
     product = logging.getLogger(PRODUCT)
-    if json_is_asked_for():
+    if json_requested():
         log_json(product)
     if not get_current_settings().logging.to_api.enabled:
         return

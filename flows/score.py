@@ -2,14 +2,14 @@
 
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.flows.product_flow import product_flow
-from facediffuser.tasks.add_columns import add_scores, flag_copies, write_card_again
+from facediffuser.tasks.add_columns import add_scores, flag_copies, update_card
 
 
 @product_flow("score", "score {settings.url}")
 def score(settings: ScoreSettings) -> list[str]:
     """Add the columns of other scorers; return the keys of the files written."""
     keys = add_scores(settings)
-    write_card_again(settings.url, keys)
+    update_card(settings.url, keys)
     return keys
 
 
@@ -17,5 +17,5 @@ def score(settings: ScoreSettings) -> list[str]:
 def copies(settings: CopySettings) -> dict[str, int]:
     """Look for copies; return how many images each flag is raised on."""
     key, found = flag_copies(settings)
-    write_card_again(settings.url, [key])
+    update_card(settings.url, [key])
     return found

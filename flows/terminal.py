@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 
-from facediffuser.json_log import JsonFormatter, json_is_asked_for
+from facediffuser.json_log import JsonFormatter, json_requested
 
 PRODUCT = "facediffuser"
 _RAY_CORE = re.compile(rb"\[[-0-9]+ [:,0-9]+ [A-Z] \d+ \d+\] ")  # [2026-11-27 08:37:18,012 E 17541 17541]
@@ -37,7 +37,7 @@ def shown(verbosity: Verbosity) -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger(PRODUCT)
     before = root.level, ours.level
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if json_is_asked_for() else _Formatter(verbose))
+    handler.setFormatter(JsonFormatter() if json_requested() else _Formatter(verbose))
     handler.setLevel(logging.WARNING if verbosity is Verbosity.QUIET else logging.INFO)
     if not verbose:
         handler.addFilter(logging.Filter(PRODUCT))

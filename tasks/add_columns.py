@@ -51,6 +51,6 @@ def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
 
 
 @task(name="write-card", cache_policy=None, **RETRIES)
-def write_card_again(url: str, written: list[str]) -> None:
+def update_card(url: str, written: list[str]) -> None:
     """Write a dataset's card with what was added, and list both in the manifest."""
     rewrite_card(open_store(url), written)

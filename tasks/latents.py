@@ -9,7 +9,7 @@ from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 from facediffuser.training import training_run as runs
 from facediffuser.training.latent_stage import latent_stage
-from facediffuser.training.train_check import check_train, is_here
+from facediffuser.training.train_check import check_train, is_local_model
 from facediffuser.training.train_settings import TrainSettings
 
 
@@ -24,7 +24,7 @@ def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) ->
         Stopped: SIGTERM arrived; the parts in hand are finished.
     """
     check_train(settings)
-    if not settings.precompute or not is_here(settings.base):
+    if not settings.precompute or not is_local_model(settings.base):
         return
     driver = driver or RayDriver()
     for role in settings.roles:

@@ -14,7 +14,7 @@ JITTER = 0.2
 """Share of the delay by which it varies: many runs that lost one server do not all come back at once."""
 
 
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether an error may pass by itself: a store or a cluster that did not answer, a node that was lost."""
     if isinstance(error, UnreachableError):
         return True
@@ -23,18 +23,18 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, StorageError | ConnectionError | TimeoutError | ray.exceptions.RayError)
 
 
-def retries_here(task: Task[..., Any], run: TaskRun, state: State) -> bool:
+def should_retry(task: Task[..., Any], run: TaskRun, state: State) -> bool:
     """Return whether a failed task is retried: a deployment's run is, a command at a terminal says the error at once."""
     if runtime.deployment.id is None:
         return False
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and passes(error)
+    return isinstance(error, BaseException) and is_transient(error)
 
 
 RETRIES: dict[str, Any] = {
     "retries": len(DELAYS_S),
     "retry_delay_seconds": DELAYS_S,
     "retry_jitter_factor": JITTER,
-    "retry_condition_fn": retries_here,
+    "retry_condition_fn": should_retry,
 }
 """Options of `prefect.task` for every task that reaches a store or a cluster."""

@@ -12,7 +12,7 @@ import ray
 
 from facediffuser.batch_stage import Counts, Unit
 from facediffuser.errors import InputError
-from facediffuser.json_log import about, json_is_asked_for, log_json
+from facediffuser.json_log import about, json_requested, log_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class StageActor:
     def __init__(self, worker: Callable[[], Callable[[Unit], Counts]], gate: Any, run: str = ""):
         self.gate = gate
         self.names = {"run": run, "worker": ray.get_runtime_context().get_actor_id()[:12]}
-        if json_is_asked_for():
+        if json_requested():
             log_json(logging.getLogger("facediffuser"))
         self.error: Exception | None = None
         try:

@@ -9,7 +9,7 @@ from facediffuser.storage import StorageError, open_store
 from facediffuser.tasks.curate import export_subset, merge_datasets, publish_dataset, retract_subject
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.ray_place import require_reachable
-from facediffuser.tasks.retrying import DELAYS_S, passes
+from facediffuser.tasks.retrying import DELAYS_S, is_transient
 
 NOBODY = "127.0.0.1:1"
 
@@ -22,7 +22,7 @@ NOBODY = "127.0.0.1:1"
     (ValueError("a bug"), False),
 ])  # fmt: skip
 def test_what_passes_is_tried_again_and_nothing_else(error, again):
-    assert passes(error) is again
+    assert is_transient(error) is again
 
 
 def test_a_store_and_a_cluster_that_are_away_count_as_passing(monkeypatch):
@@ -33,7 +33,7 @@ def test_a_store_and_a_cluster_that_are_away_count_as_passing(monkeypatch):
     for call in (open_store("s3://bucket/x").require_writable, lambda: require_reachable(NOBODY)):
         with pytest.raises(InputError) as caught:
             call()
-        assert passes(caught.value)
+        assert is_transient(caught.value)
 
 
 def test_delays_grow_and_the_tasks_of_the_nightly_flow_and_of_finished_datasets_have_them():

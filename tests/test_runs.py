@@ -10,10 +10,10 @@ from facediffuser.runs import (
     begin_or_resume,
     check_provenance,
     count_provenances,
+    current_provenance,
     differences,
     fingerprint_of,
     identity_of,
-    provenance_here,
     provenance_of,
 )
 
@@ -58,7 +58,7 @@ def test_another_provenance_is_one_line_of_warning_or_refused(caplog):
 
 
 def test_the_same_provenance_or_none_says_nothing(caplog):
-    here = provenance_here(threads=1)
+    here = current_provenance(threads=1)
     check_provenance("out", [here, {}], here, exact=True)
     check_provenance("out", [], here, exact=True)
     assert caplog.messages == []
@@ -67,10 +67,10 @@ def test_the_same_provenance_or_none_says_nothing(caplog):
 def test_a_provenance_names_hardware_and_no_machine():
     import platform
 
-    here = provenance_here(threads=1)
+    here = current_provenance(threads=1)
     assert here["hardware"] and here["libraries"]["torch"] and here["driver"] is None
     assert platform.node() not in json.dumps(here)
-    gpu = provenance_here(threads=8, gpu="NVIDIA H100")
+    gpu = current_provenance(threads=8, gpu="NVIDIA H100")
     assert (gpu["hardware"], gpu["threads"]) == ("NVIDIA H100", None)
 
 

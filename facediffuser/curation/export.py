@@ -76,7 +76,7 @@ def open_export(settings: ExportSettings) -> Export:
     }
     export = Export(store, manifest, output, identity, scorers)
     output.require_writable()
-    there = _fingerprint_there(output)
+    there = _recorded_fingerprint(output)
     if there is None and (present := output.list()):
         raise InputError(f"{output.url}: holds {present[0].key!r}; give an empty output")
     if there is not None and there != export.fingerprint:
@@ -86,7 +86,7 @@ def open_export(settings: ExportSettings) -> Export:
     return export
 
 
-def _fingerprint_there(output: Store) -> str | None:
+def _recorded_fingerprint(output: Store) -> str | None:
     for key in (MANIFEST_KEY, MARK_KEY):
         try:
             found = json.loads(output.get(key))

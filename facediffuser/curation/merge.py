@@ -14,7 +14,14 @@ from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.curation.curation_settings import MergeSettings
 from facediffuser.dataset.added_columns import ADDED_PREFIX, KEY, read_added_columns, write_added_columns
-from facediffuser.dataset.extension import SampleIds, add_references, part_name, planned_ids, read_references, standing
+from facediffuser.dataset.extension import (
+    SampleIds,
+    add_references,
+    output_state,
+    part_name,
+    planned_ids,
+    read_references,
+)
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     Manifest,
@@ -89,7 +96,7 @@ def open_sources(urls: Sequence[str]) -> list[Source]:
         if sources and schema_of_run(manifest.run) != schema_of_run(sources[0].manifest.run):
             raise InputError(f"{url}: its faces have embeddings of another length than those of {sources[0].store.url}, or "
                              "none; merge datasets of the same scorers, all with embeddings or all without")  # fmt: skip
-        if standing(store).begun:
+        if output_state(store).begun:
             raise InputError(f"{url}: rows are being added to it; finish that with `facediffuser generate --extend`")
         if manifest.certificate is not None:
             logger.warning("%s: its certificate of fast mode stays there", url)

@@ -44,7 +44,7 @@ def listed_objects(settings: PublishSettings) -> tuple[Manifest, list[Listed]]:
     manifest = read_sound_manifest(store)
     if not manifest.digest:
         raise InputError(f"{store.url}: its manifest does not list everything; `facediffuser card` writes it anew")
-    entries: list[ShardEntry | ObjectEntry] = [*manifest.every_shard, *manifest.objects]
+    entries: list[ShardEntry | ObjectEntry] = [*manifest.all_shards, *manifest.objects]
     return manifest, [(entry.key, entry.bytes, entry.sha256) for entry in entries]
 
 
@@ -60,7 +60,7 @@ def publish_stage(settings: PublishSettings, pool: WorkerPool | None = None) -> 
     """
     manifest, objects = listed_objects(settings)
     repository = repository_of(settings.target)
-    there = _objects_there(settings, repository)
+    there = _published_digests(settings, repository)
     missing = [one for one in objects if there.get(one[0]) != one[2] and one[0] != README_KEY]
     units = [Unit(f"commit {number}", len(some), some) for number, some in enumerate(_commits(missing))]
     gone = sorted(key for key in there if key not in {one[0] for one in objects} and key.startswith(_OURS))
@@ -86,7 +86,7 @@ def _commits(objects: Sequence[Listed]) -> Iterator[list[Listed]]:
         yield some
 
 
-def _objects_there(settings: PublishSettings, repository: str) -> dict[str, str]:
+def _published_digests(settings: PublishSettings, repository: str) -> dict[str, str]:
     """Make the repository unless it is there; return the SHA-256, or the Git digest, of each of its files."""
     api = hub_client()
     with hub_errors(settings.target):

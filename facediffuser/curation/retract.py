@@ -91,7 +91,7 @@ def retract_stage(settings: RetractSettings, pool: WorkerPool | None = None) -> 
     if not resumes:
         manifest = manifest.model_copy(update={"retracting": _mark(manifest, settings.subject)})
         write_manifest(store, manifest)
-    units = [Unit(entry.key, entry.rows, entry.model_dump()) for entry in manifest.every_shard]
+    units = [Unit(entry.key, entry.rows, entry.model_dump()) for entry in manifest.all_shards]
     worker = functools.partial(RetractWorker, settings.url, settings.subject, resumes)
     finish = functools.partial(_finish, store, manifest, settings.subject, resumes)
     identity = {"retract": manifest.fingerprint}

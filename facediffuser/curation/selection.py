@@ -139,7 +139,7 @@ def select_rows(
     found = Selection([])
     open_chunks: dict[str, Chunk] = {}
     counts: dict[str, int] = {}
-    for entry in manifest.every_shard:
+    for entry in manifest.all_shards:
         start = 0
         for table in read_rows(store, entry.key, added):
             chosen = condition.rows(table)
@@ -198,7 +198,7 @@ def read_chunk(store: Store, rows: Sequence[tuple[str, list[int]]], added: Added
 
 def schema_of(store: Store, manifest: Manifest) -> pa.Schema:
     """Return the columns that a condition may name, those that were added included."""
-    with open_parquet(store, manifest.every_shard[0].key) as file:
+    with open_parquet(store, manifest.all_shards[0].key) as file:
         schema = file.schema_arrow.remove_metadata()
     names = columns_without_images(schema)
     return pa.schema([*(schema.field(name) for name in names), *read_added_columns(store).schema])

@@ -16,7 +16,7 @@ from facediffuser.dataset.manifest import (
     read_sound_manifest,
     shard_entry,
 )
-from facediffuser.dataset.other_run import conflicting_prompts, recorded_subjects, run_there, subject_differences
+from facediffuser.dataset.other_run import conflicting_prompts, recorded_subjects, run_of_output, subject_differences
 from facediffuser.dataset.plan import Layout, Plan, part_names
 from facediffuser.dataset.reading import open_parquet, read_footer
 from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY
@@ -109,7 +109,7 @@ class NewRows:
 
 
 @dataclass(frozen=True)
-class Standing:
+class OutputState:
     """What an output holds: its manifest, None where there is none, and the parts that are begun and not in it."""
 
     manifest: Manifest | None
@@ -127,7 +127,7 @@ def part_name(number: int) -> str:
     return "" if number == 1 else f"p{number:04d}"
 
 
-def standing(store: Store) -> Standing:
+def output_state(store: Store) -> OutputState:
     """Return what an output holds.
 
     Raises:
@@ -135,15 +135,15 @@ def standing(store: Store) -> Standing:
     """
     manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
     listed = {part.name for part in manifest.parts} if manifest else set()
-    return Standing(
+    return OutputState(
         manifest, [name for name in part_names(info.key for info in store.list("plan/")) if name not in listed]
     )
 
 
-def last_run(store: Store, there: Standing) -> Run | None:
+def last_run(store: Store, there: OutputState) -> Run | None:
     """Return the run that made the last part of what an output holds, finished or not; None for an empty output."""
     names = [*([part.name for part in there.manifest.parts] if there.manifest else []), *there.begun]
-    return run_there(store, names[-1]) if names else None
+    return run_of_output(store, names[-1]) if names else None
 
 
 def references_key(name: str, fingerprint: str) -> str:
@@ -158,7 +158,7 @@ def references_key(name: str, fingerprint: str) -> str:
 
 def part_of_plan(store: Store, name: str) -> tuple[Run, Layout] | None:
     """Return the run and the layout of a part by its plan; None when not all of the plan is there."""
-    run = run_there(store, name)
+    run = run_of_output(store, name)
     if run is None:
         return None
     size = run.document["settings"]["shard_size"]

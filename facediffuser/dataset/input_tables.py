@@ -100,7 +100,7 @@ def csv_rows(data: bytes, name: str, known: tuple[str, ...] = ()) -> list[Row]:
                 raise InputError(f"{name} row {reader.line_num}: more cells than the header; quote cells with commas")
             rows.append((reader.line_num, row))
     except csv.Error as error:
-        raise InputError(f"{name} row {reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{name} row {reader.line_num}: not CSV ({error}); save it as CSV in UTF-8") from None
     if not rows and columns and known:
         require_columns(dict.fromkeys(columns), known, (), name)
     return rows

@@ -139,7 +139,9 @@ def read_subjects(url: str) -> list[Subject]:
         logger.warning("%s: %s", store.url, left_out_line(others))
     for name in words:
         if name not in pictures:
-            raise InputError(f"{store.url_of(SUBJECTS_TABLE)}: subject {name!r} has no folder; add it or the row goes")
+            raise InputError(
+                f"{store.url_of(SUBJECTS_TABLE)}: subject {name!r} has no folder; add the folder, or remove the row"
+            )
     return [
         Subject(name, words.get(name, DEFAULT_CLASS_WORD), tuple(sorted(pictures[name])), terms.get(name, ()))
         for name in sorted(pictures)

@@ -169,7 +169,7 @@ class Manifest(Part):
         return [self, *self.more_parts]
 
     @property
-    def every_shard(self) -> list[ShardEntry]:
+    def all_shards(self) -> list[ShardEntry]:
         """The entries of all parts' shards, part by part."""
         return [entry for part in self.parts for entry in part.shards]
 
@@ -359,7 +359,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
     if manifest.counts.rows != rows:
         yield f"counts {manifest.counts.rows} rows, {rows} are planned"
     for name in ("rows", "ok", "failed"):
-        total = sum(getattr(entry, name) for entry in manifest.every_shard)
+        total = sum(getattr(entry, name) for entry in manifest.all_shards)
         if total != getattr(manifest.counts, name):
             yield f"counts {getattr(manifest.counts, name)} {name}, its shards {total}"
     if manifest.objects or manifest.digest:

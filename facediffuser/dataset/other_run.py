@@ -33,7 +33,7 @@ class PlannedPrompt:
     subject_ids: tuple[str, ...]
 
 
-def run_there(store: Store, name: str = "") -> Run | None:
+def run_of_output(store: Store, name: str = "") -> Run | None:
     """Return the run that made a part of an output, None when the output holds none.
 
     Args:
@@ -41,7 +41,7 @@ def run_there(store: Store, name: str = "") -> Run | None:
         name: the part's name, "" for the first.
 
     Raises:
-        InputError: the plan there is no plan of ours.
+        InputError: the plan there is not one that `generate` wrote.
     """
     every = [info.key for info in store.list("plan/")]
     plans = [key for key in every if part_names([key]) == [name]] or (every if not name else [])
@@ -52,7 +52,7 @@ def run_there(store: Store, name: str = "") -> Run | None:
             marks = pq.read_schema(source).metadata or {}
         return Run(json.loads(marks[RUN_KEY]), marks[FINGERPRINT_KEY].decode())
     except (pa.ArrowInvalid, KeyError, ValueError):
-        raise InputError(f"{store.url}: {plans[0]} is no plan of ours; give an empty output") from None
+        raise InputError(f"{store.url}: {plans[0]} is not a plan that `generate` wrote; give an empty output") from None
 
 
 def begin_or_resume_dataset(
@@ -69,7 +69,7 @@ def begin_or_resume_dataset(
     Raises:
         InputError: the output holds another run; the differences are named.
     """
-    there = run_there(store)
+    there = run_of_output(store)
     run = begin_or_resume(identity, there)
     if run is not None:
         return run
@@ -92,7 +92,7 @@ def require_same_run(
     Raises:
         InputError: it holds another run; the error says what differs.
     """
-    there = run_there(store, name)
+    there = run_of_output(store, name)
     if there is not None and there.fingerprint != run.fingerprint:
         _refuse(store, identity_of(there.document), identity_of(run.document), plan, references)
 
@@ -109,7 +109,7 @@ def require_like_run(store: Store, known: Mapping[str, Any], undecided: Sequence
     Raises:
         InputError: it holds a run that differs already; the error says in what.
     """
-    there = run_there(store)
+    there = run_of_output(store)
     if there is None:
         return
     identity = identity_of(there.document)

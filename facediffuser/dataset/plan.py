@@ -321,7 +321,9 @@ def read_shard_rows(store: Store, layout: Layout, shard: int, fingerprint: str |
     with open_parquet(store, layout.part_key(part)) as file:
         mark = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
         if fingerprint is not None and mark != fingerprint:
-            raise InputError(f"{store.url}: another run took this output (its plan is {mark[:12]}'s); give another")
+            raise InputError(
+                f"{store.url}: has the plan of another run ({mark[:12]}), begun at the same time; give another output"
+            )
         return file.read_row_group(group).to_pylist() if layout.shard_rows(shard) else []
 
 

@@ -147,7 +147,7 @@ def with_marks(
         fingerprint: the SHA-256 of the run's document.
         run: that document.
         synthetic: mark the data as synthetic media.
-        computed_with: the provenance (see `facediffuser.runs.provenance_here`); None: leave it out.
+        computed_with: the provenance (see `facediffuser.runs.current_provenance`); None: leave it out.
     """
     marks = {
         SCHEMA_KEY: run_schema_version(run).encode(),

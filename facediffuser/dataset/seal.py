@@ -53,13 +53,13 @@ def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Man
     """
     planned = manifest.planned_keys()
     kept = [entry for entry in manifest.objects if entry.key in set(planned)] or object_entries(store, planned)
-    objects = kept + beside_entries(store, manifest.objects, written)
+    objects = kept + card_and_column_entries(store, manifest.objects, written)
     sealed = manifest.model_copy(update={"objects": objects, "unlisted": list(UNLISTED)})
     write_manifest(store, sealed)
     return sealed
 
 
-def beside_entries(
+def card_and_column_entries(
     store: Store, listed: Sequence[ObjectEntry] = (), written: Collection[str] = ()
 ) -> list[ObjectEntry]:
     """Return the entries of a dataset's card, just written, of its added columns and its certificate, by key.

@@ -104,7 +104,7 @@ def find_problems(store: Store, manifest: Manifest) -> list[Problem]:
     """Return what is wrong with a dataset."""
     present = {info.key: info for info in store.list()}
     problems = [Problem(MANIFEST_KEY, what) for what in manifest_problems(manifest, read_manifest_bytes(store))]
-    listed = {entry.key for entry in manifest.every_shard}
+    listed = {entry.key for entry in manifest.all_shards}
     begun = _parts_begun(manifest, present)
     for name in begun:
         problems.append(Problem(f"plan/part-{name}-*.parquet", "rows are being added, and that is not finished; run "

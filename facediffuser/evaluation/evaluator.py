@@ -180,7 +180,9 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _reference(references: Mapping[str, np.ndarray], name: str, row: dict) -> np.ndarray:
     if name not in references:
-        raise InputError(f"{row['source']}: {row['sample_id']} shows {name!r}, who has no reference picture there")
+        raise InputError(
+            f"{row['source']}: {row['sample_id']} shows {name!r}, who has no reference picture there; add one"
+        )
     return references[name]
 
 

@@ -116,7 +116,7 @@ def _check_scorers(name: str, device: str) -> Iterator[Finding]:
         yield Finding(f"{part}, as datasets record it", digest[:12])
     people = _people()
     pictures = [picture for picture, _ in people]
-    found = scorers.identity.embed_faces([*pictures, *map(_stored_again, pictures)])
+    found = scorers.identity.embed_faces([*pictures, *map(_recompressed, pictures)])
     seen = sum(bool(one.faces) for one in found)
     yield Finding("faces of drawn people", f"found in {seen} of {len(found)} pictures", seen == len(found))
     if seen == len(found):
@@ -139,7 +139,7 @@ def _people() -> list[tuple[Image.Image, str]]:
     return [(picture, one.caption.text) for picture, one in zip(pictures, drawn, strict=True)]
 
 
-def _stored_again(picture: Image.Image) -> Image.Image:
+def _recompressed(picture: Image.Image) -> Image.Image:
     buffer = io.BytesIO()
     picture.save(buffer, "jpeg", quality=85)
     return Image.open(buffer).convert("RGB")  # noqa: TID251, what this process has just written

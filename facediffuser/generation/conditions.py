@@ -60,8 +60,8 @@ class ConditionCache:
             marks = references_marks(self.store, self.references_key)
             if self.fingerprint not in marks:
                 raise InputError(
-                    f"{self.store.url_of(self.references_key)}: of another run ({(marks or ['none'])[0][:12]}), which took this "
-                    "output; give another"
+                    f"{self.store.url_of(self.references_key)}: of another run ({(marks or ['none'])[0][:12]}), begun at the "
+                    "same time; give another output"
                 )
             self._checked = True
         return load_references(self.store, names, self.references_key)

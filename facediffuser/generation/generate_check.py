@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from facediffuser.dataset.consent import require_consent
-from facediffuser.dataset.extension import Standing, last_run, require_extendable, standing
+from facediffuser.dataset.extension import OutputState, last_run, output_state, require_extendable
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
 from facediffuser.dataset.manifest import find_row, read_sound_manifest
-from facediffuser.dataset.other_run import require_like_run, run_there
+from facediffuser.dataset.other_run import require_like_run, run_of_output
 from facediffuser.dataset.plan import MOST_ROWS, MOST_SHARDS, Layout, Plan, RowSettings
 from facediffuser.dataset.reading import read_footer, require_no_dataset
 from facediffuser.dataset.schema import SCHEMA_VERSION, run_schema_version
@@ -74,7 +74,7 @@ class Checked:
     plan: Plan
     shard_size: int
     free_shard_size: bool
-    there: Standing
+    there: OutputState
 
 
 def check_generate(settings: GenerateSettings) -> Checked:
@@ -89,7 +89,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
     store = open_store(settings.output)
     store.require_writable()
     require_empty_or_dataset(store)
-    model = model_facts(settings, _scheduler_begun_with(store))
+    model = model_facts(settings, _recorded_scheduler(store))
     subjects = read_subjects(settings.subjects)
     if settings.require_consent:
         require_consent(subjects, settings.subjects)
@@ -111,12 +111,12 @@ def check_generate(settings: GenerateSettings) -> Checked:
         ),
         settings.subject_sets,
     )  # fmt: skip
-    begun = run_there(store)
+    begun = run_of_output(store)
     begun_with = begun.document.get("settings", {}).get("shard_size") if begun else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
     _require_plan_fits(plan, shard_size)
-    known = settings_document(settings, plan, shard_size, model.exact_scheduler, schema_there(store))
-    there = standing(store)
+    known = settings_document(settings, plan, shard_size, model.exact_scheduler, schema_version_of_output(store))
+    there = output_state(store)
     recorded = last_run(store, there) if settings.extend else None
     if recorded is not None:
         require_extendable(store, there.manifest, recorded.document, known, plan, undecided=OF_THE_DEVICE)
@@ -180,9 +180,9 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def schema_there(store: Store) -> str:
+def schema_version_of_output(store: Store) -> str:
     """Return the version of the schema that a run in the output is to have: its own, where one was begun there."""
-    run = run_there(store)
+    run = run_of_output(store)
     return run_schema_version(run.document) if run else SCHEMA_VERSION
 
 
@@ -277,8 +277,8 @@ def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> Mo
     return ModelFacts(folder, rows * cell, columns * cell, scheduler, exact, limit)
 
 
-def _scheduler_begun_with(store: Store) -> str | None:
-    run = run_there(store)
+def _recorded_scheduler(store: Store) -> str | None:
+    run = run_of_output(store)
     if run is None:
         return None
     settings = run.document["settings"]

@@ -18,7 +18,7 @@ from facediffuser.dataset.extension import (
     references_key,
     require_extendable,
 )
-from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_there
+from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_of_output
 from facediffuser.dataset.plan import Layout, Plan, Rows, write_plan
 from facediffuser.dataset.references import encode_references, references_digest, references_marks
 from facediffuser.dataset.schema import (
@@ -31,7 +31,7 @@ from facediffuser.dataset.schema import (
 from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.engine_options import COMPILED, EngineOptions, choose_engine
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import Checked, check_generate, schema_there, settings_document
+from facediffuser.generation.generate_check import Checked, check_generate, schema_version_of_output, settings_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.means import Means
@@ -238,7 +238,7 @@ def prepare(
         open_store(settings.subjects), plan.subjects, scorers, settings.reference_crop, settings.reference_margin
     )
     height, width = plan.row.height, plan.row.width
-    there = run_there(store)
+    there = run_of_output(store)
     begun = there.document["settings"] if there else {}
     engine, why = choose_engine(
         settings.engine, len(plan), height, width, gpu, begun.get("engine", "eager") if there else None
@@ -252,7 +252,7 @@ def prepare(
     batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
     identity = run_identity(
         settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu,
-        checked.model.exact_scheduler, schema_there(store),
+        checked.model.exact_scheduler, schema_version_of_output(store),
     )  # fmt: skip
     if engine == "compiled":
         # An eager run's document says nothing of engines, so that runs begun before there were any are the same.
@@ -262,7 +262,7 @@ def prepare(
         }
     part = _part(settings, checked, identity, references)
     run = part.run
-    threads = None if gpu else settings.cpus_per_worker or _threads_there(store) or threads or _torch_threads()
+    threads = None if gpu else settings.cpus_per_worker or _recorded_threads(store) or threads or _torch_threads()
     job = GenerationJob(
         store.url, run.fingerprint, dict(run.document), part.layout, settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
@@ -357,9 +357,9 @@ def run_identity(
     }
 
 
-def _threads_there(store: Store) -> int | None:
+def _recorded_threads(store: Store) -> int | None:
     """The threads that the run in the output was computed with so far; None when it does not say."""
-    run = run_there(store)
+    run = run_of_output(store)
     known = provenance_of(run.document) if run else {}
     shards = (info.key for info in store.list("data/")) if run and not known else ()
     marks = next((found for key in shards if (found := read_marks(store, key))), None)

@@ -73,8 +73,10 @@ def job_of_dataset(
         store.url, manifest.fingerprint, manifest.run, manifest.layout, models, scorers, threads, pool, exact=exact
     )
     if (job.device == "cuda") != gpu:
-        here = "here is a GPU" if gpu else "here is none"
-        raise InputError(f"{store.url}: was made on {job.device} and {here}; its bytes can only be made there")
+        here = "a GPU" if gpu else "no GPU"
+        raise InputError(
+            f"{store.url}: was made on {job.device}, and this machine has {here}; run it on such a machine"
+        )
     return job.with_recorded(recorded)
 
 

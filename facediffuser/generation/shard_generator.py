@@ -25,7 +25,7 @@ from facediffuser.generation.energy import energy_meter
 from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.means import NONE
 from facediffuser.prompts import without_markers
-from facediffuser.runs import check_provenance, provenance_here
+from facediffuser.runs import check_provenance, current_provenance
 from facediffuser.schedulers import set_scheduler
 from facediffuser.scoring.face_labels import label_faces
 from facediffuser.stage_timer import StageTimer
@@ -95,7 +95,7 @@ class ShardGenerator:
     def provenance(self) -> dict[str, Any]:
         """What this process computes with: libraries, code, threads, hardware."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        found = provenance_here(torch.get_num_threads(), gpu)
+        found = current_provenance(torch.get_num_threads(), gpu)
         if self.job.engine:
             # A compiled run runs eager where nothing can be compiled: the last bits are others there.
             found["engine"] = "compiled" if self.pipeline.engine.compiles else "eager"

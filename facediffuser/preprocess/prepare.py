@@ -31,7 +31,7 @@ from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.splits import TEST, TRAIN, perceptual_hash, split_of
 from facediffuser.preprocess.subject_segments import assign_faces
-from facediffuser.runs import check_provenance, provenance_here
+from facediffuser.runs import check_provenance, current_provenance
 from facediffuser.stage_timer import StageTimer
 from facediffuser.storage import StorageError, open_store, safe_key
 
@@ -53,7 +53,7 @@ class PartPreparer:
         device = job.device
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         gpu = torch.cuda.get_device_name() if str(self.device).startswith("cuda") else None
-        self.provenance = provenance_here(torch.get_num_threads(), gpu)
+        self.provenance = current_provenance(torch.get_num_threads(), gpu)
         for recorded in job.required:
             check_provenance(self.settings.output, [recorded], self.provenance, exact=True)
         self.store = open_store(self.settings.output)

@@ -10,7 +10,7 @@ from facediffuser.preprocess.archives import is_archive
 from facediffuser.preprocess.parts import MANIFEST, require_parts_fit, require_startable, split_into_parts
 from facediffuser.preprocess.prepared_schema import SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-from facediffuser.preprocess.required_models import Captions, captions_of, needed_models, require_there
+from facediffuser.preprocess.required_models import Captions, captions_of, needed_models, require_model_exists
 from facediffuser.preprocess.sources import FFHQ, list_source, recognise, scan_store
 from facediffuser.storage import LocalStore, open_store
 
@@ -28,7 +28,7 @@ def check_preprocess(settings: PreprocessSettings) -> None:
     known = _require_source(settings)
     if known is not None:
         for option, name in needed_models(settings, *known).items():
-            require_there(option, name)
+            require_model_exists(option, name)
     if settings.earlier:
         require_earlier(settings.earlier)
     store = open_store(settings.output)

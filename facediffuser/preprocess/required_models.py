@@ -56,7 +56,7 @@ def needed_models(settings: PreprocessSettings, format: str, captions: Captions)
     return {option: name for option, name in names.items() if name != NONE}
 
 
-def require_there(option: str, name: str) -> None:
+def require_model_exists(option: str, name: str) -> None:
     """Check that a model which should lie in a folder or on S3 is there; a hub is not asked.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from facediffuser.errors import InputError
 
@@ -202,6 +202,41 @@ class Store(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
+
+
+class BucketStore(Store):
+    """A prefix of a bucket, a container or a repository: what all stores reached over the network have in common."""
+
+    prefix: str
+    """Without a slash at its end; "" for the whole bucket."""
+
+    @property
+    def _base(self) -> str:
+        """What stands before the keys in the bucket."""
+        return f"{self.prefix}/" if self.prefix else ""
+
+    def _key(self, key: str) -> str:
+        return self._base + safe_key(key)
+
+    @abstractmethod
+    def _head(self, key: str) -> Any:
+        """Return what the server says of an object; FileNotFoundError when there is none."""
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._head(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def folders(self) -> builtins.list[str]:
+        return sorted({info.key.partition("/")[0] for info in self.list() if "/" in info.key})
+
+    def require_writable(self) -> None:
+        self.require_readable()
+
+    def require_replaceable(self, key: str) -> None:
+        """Raise nothing: in a bucket no folder stands in a key's place."""
 
 
 def safe_key(key: str) -> str:

@@ -4,7 +4,6 @@ Credentials come from the environment and the files that the clouds' own tools w
 AZURE_STORAGE_ACCOUNT_NAME, ...) and nothing else. A put is one request, which both services do atomically.
 """
 
-import builtins
 import errno
 import io
 import re
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, BucketStore, ObjectInfo, StorageError
 from facediffuser.storage.ranges import RangedObject
 
 CREDENTIALS = {
@@ -25,7 +24,7 @@ CREDENTIALS = {
 _SECRET = re.compile(r"Debug source:.*", re.DOTALL)
 
 
-class CloudStore(Store):
+class CloudStore(BucketStore):
     """A prefix of a bucket (gs) or a container (az)."""
 
     def __init__(self, scheme: str, bucket: str, prefix: str = ""):
@@ -71,13 +70,6 @@ class CloudStore(Store):
         with self._translated_errors(key):
             return bytes(obstore.get(self._store, self._key(key)).bytes())
 
-    def exists(self, key: str) -> bool:
-        try:
-            self._head(key)
-        except FileNotFoundError:
-            return False
-        return True
-
     def _head(self, key: str) -> dict[str, Any]:
         import obstore
 
@@ -87,19 +79,15 @@ class CloudStore(Store):
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         import obstore
 
-        base = f"{self.prefix}/" if self.prefix else ""
         # These services are asked for folders: a prefix that ends within a name is one of names in its folder.
-        folder = (base + prefix).rpartition("/")[0]
+        folder = (self._base + prefix).rpartition("/")[0]
         found = []
         with self._translated_errors(prefix):
             for some in obstore.list(self._store, prefix=folder or None):
                 for item in some:
-                    if item["path"].startswith(base + prefix) and not item["path"].endswith("/"):
-                        found.append(ObjectInfo(item["path"][len(base) :], item["size"], item["e_tag"] or ""))
+                    if item["path"].startswith(self._base + prefix) and not item["path"].endswith("/"):
+                        found.append(ObjectInfo(item["path"][len(self._base) :], item["size"], item["e_tag"] or ""))
         return sorted(found, key=lambda info: info.key)
-
-    def folders(self) -> builtins.list[str]:
-        return sorted({info.key.partition("/")[0] for info in self.list() if "/" in info.key})
 
     def delete(self, key: str) -> None:
         import obstore
@@ -141,12 +129,6 @@ class CloudStore(Store):
         except FileNotFoundError:
             raise InputError(f"{self.scheme}://{self.bucket}: no such bucket; make it or give another") from None
 
-    def require_writable(self) -> None:
-        self.require_readable()
-
-    def require_replaceable(self, key: str) -> None:
-        """Raise nothing: in a bucket no folder stands in a key's place."""
-
     def page_of(self, key: str) -> str | None:
         if self.scheme == "gs":
             return f"https://console.cloud.google.com/storage/browser/_details/{self.bucket}/{quote(self._key(key))}"
@@ -161,10 +143,6 @@ class CloudStore(Store):
     def whole(self) -> "CloudStore":
         """Return the store of the whole bucket."""
         return CloudStore(self.scheme, self.bucket)
-
-    def _key(self, key: str) -> str:
-        key = safe_key(key)
-        return f"{self.prefix}/{key}" if self.prefix else key
 
     @contextmanager
     def _translated_errors(self, key: str) -> Iterator[None]:

@@ -4,7 +4,6 @@ The token is that of `hf auth login` or HF_TOKEN. A store reads one commit, the 
 made: what it reads belongs together.
 """
 
-import builtins
 import errno
 import io
 import re
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 from urllib.parse import quote, unquote
 
 from facediffuser.errors import InputError
-from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, StorageError, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, BucketStore, ObjectInfo, StorageError, safe_key
 from facediffuser.storage.ranges import RangedObject
 
 DOWNLOAD_BYTES = 8 << 20
@@ -40,7 +39,7 @@ def open_hub(url: str) -> "HubStore":
     return HubStore(match["repository"], match["revision"] or "", safe_key(prefix) if prefix else "")
 
 
-class HubStore(Store):
+class HubStore(BucketStore):
     """A prefix of a repository; `revision`: a branch, tag or commit, its slashes as %2F."""
 
     def __init__(self, repository: str, revision: str = "", prefix: str = "", commit: str = ""):
@@ -77,14 +76,14 @@ class HubStore(Store):
             self._listed = {entry.path: ObjectInfo(entry.path, entry.size, entry.blob_id) for entry in files}
         return self._listed
 
-    def _info(self, key: str) -> ObjectInfo:
+    def _head(self, key: str) -> ObjectInfo:
         try:
             return self._files[self._key(key)]
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.url_of(key)) from None
 
     def get(self, key: str) -> bytes:
-        info = self._info(key)
+        info = self._head(key)
         return self._read(info, 0, info.size)
 
     def _read(self, info: ObjectInfo, start: int, end: int) -> bytes:
@@ -105,26 +104,19 @@ class HubStore(Store):
             )
         return data
 
-    def exists(self, key: str) -> bool:
-        return self._key(key) in self._files
-
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        base = f"{self.prefix}/" if self.prefix else ""
         return [
-            ObjectInfo(path[len(base) :], info.size, info.version)
+            ObjectInfo(path[len(self._base) :], info.size, info.version)
             for path, info in sorted(self._files.items())
-            if path.startswith(base + prefix)
+            if path.startswith(self._base + prefix)
         ]
-
-    def folders(self) -> builtins.list[str]:
-        return sorted({info.key.partition("/")[0] for info in self.list() if "/" in info.key})
 
     def download(self, key: str, path: Path) -> None:
         with self.reader(key, DOWNLOAD_BYTES) as source, open(path, "wb") as file:
             shutil.copyfileobj(source, file, DOWNLOAD_BYTES)
 
     def reader(self, key: str, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
-        info = self._info(key)
+        info = self._head(key)
         return io.BufferedReader(RangedObject(info.size, lambda start, end: self._read(info, start, end)), buffer_bytes)
 
     def require_readable(self) -> None:
@@ -160,10 +152,6 @@ class HubStore(Store):
     def page_of(self, key: str) -> str:
         where = f"{self.revision or 'main'}/{quote(self._key(key))}"
         return f"{_endpoint()}/datasets/{self.repository}/blob/{where}"
-
-    def _key(self, key: str) -> str:
-        key = safe_key(key)
-        return f"{self.prefix}/{key}" if self.prefix else key
 
 
 def hub_client() -> Any:

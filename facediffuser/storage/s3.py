@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
 from facediffuser.errors import InputError, UnreachableError
-from facediffuser.storage.base import BUFFER_BYTES, ObjectInfo, OldVersion, StorageError, Store, safe_key
+from facediffuser.storage.base import BUFFER_BYTES, BucketStore, ObjectInfo, OldVersion, StorageError, Store
 from facediffuser.storage.ranges import RangedObject
 
 _REQUEST_TIMEOUT_S = 60
@@ -48,7 +48,7 @@ _AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?$")
 _CREDENTIALS = re.compile(r"^(SSO|UnauthorizedSSO|Token|Login|CredentialRetrieval|RefreshWithMFA|NoAuthToken)")
 
 
-class S3Store(Store):
+class S3Store(BucketStore):
     """A prefix of an S3 bucket."""
 
     def __init__(self, bucket: str, prefix: str = ""):
@@ -90,37 +90,30 @@ class S3Store(Store):
                         raise
         raise AssertionError("unreachable")
 
-    def exists(self, key: str) -> bool:
-        try:
-            self._head(key)
-        except FileNotFoundError:
-            return False
-        return True
-
     def _head(self, key: str) -> dict[str, Any]:
         with self._translated_errors(key):
             return self._client.head_object(Bucket=self.bucket, Key=self._key(key))
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        base = f"{self.prefix}/" if self.prefix else ""
         found = []
         with self._translated_errors(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self._base + prefix
+            )
             for page in pages:
                 for item in page.get("Contents", ()):
                     if not item["Key"].endswith("/"):  # a console's folder marker is no object of ours
-                        found.append(ObjectInfo(item["Key"][len(base) :], item["Size"], item["ETag"]))
+                        found.append(ObjectInfo(item["Key"][len(self._base) :], item["Size"], item["ETag"]))
         return sorted(found, key=lambda info: info.key)
 
     def folders(self) -> builtins.list[str]:
-        base = f"{self.prefix}/" if self.prefix else ""
         found = []
         with self._translated_errors(""):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=base, Delimiter="/"
+                Bucket=self.bucket, Prefix=self._base, Delimiter="/"
             )
             for page in pages:
-                found += [item["Prefix"][len(base) :].rstrip("/") for item in page.get("CommonPrefixes", ())]
+                found += [item["Prefix"][len(self._base) :].rstrip("/") for item in page.get("CommonPrefixes", ())]
         return sorted(found)
 
     def delete(self, key: str) -> None:
@@ -136,16 +129,17 @@ class S3Store(Store):
         return None
 
     def old_versions(self) -> builtins.list[OldVersion] | None:
-        base = f"{self.prefix}/" if self.prefix else ""
         found = []
         try:
             with self._translated_errors(""):
-                pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=base)
+                pages = self._client.get_paginator("list_object_versions").paginate(
+                    Bucket=self.bucket, Prefix=self._base
+                )
                 for page in pages:
                     for item in page.get("Versions", ()):
                         if not item["IsLatest"]:
                             read = functools.partial(self._get_version, item["Key"], item["VersionId"])
-                            found.append(OldVersion(item["Key"][len(base) :], item["VersionId"], read))
+                            found.append(OldVersion(item["Key"][len(self._base) :], item["VersionId"], read))
         except StorageError:
             return None  # a server without versions
         return found
@@ -177,12 +171,6 @@ class S3Store(Store):
             client = _s3_client(connect_timeout=4, read_timeout=15, attempts=4)
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
-    def require_writable(self) -> None:
-        self.require_readable()
-
-    def require_replaceable(self, key: str) -> None:
-        """Raise nothing: in a bucket no folder stands in a key's place."""
-
     def whole(self) -> "S3Store":
         """Return the store of the whole bucket."""
         return S3Store(self.bucket)
@@ -195,10 +183,6 @@ class S3Store(Store):
         if _AMAZON.search(urlsplit(self._endpoint).netloc):
             return f"https://console.aws.amazon.com/s3/object/{self.bucket}?prefix={where}"
         return f"{self._endpoint.rstrip('/')}/{self.bucket}/{where}"
-
-    def _key(self, key: str) -> str:
-        key = safe_key(key)
-        return f"{self.prefix}/{key}" if self.prefix else key
 
     @property
     def _client(self):

@@ -13,7 +13,7 @@ from torch import nn
 
 from facediffuser.engine import can_compile
 from facediffuser.errors import RunError
-from facediffuser.runs import check_provenance, provenance_here
+from facediffuser.runs import check_provenance, current_provenance
 from facediffuser.storage import open_store
 from facediffuser.training import training_run as runs
 from facediffuser.training.batches import Batch, image_seed
@@ -77,7 +77,7 @@ class TrainingRun:
         self.settings, self.recipe, self.worker, self.report = settings, settings.recipe(), worker, report
         self.device = torch.device(worker.device)
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        self.provenance = provenance_here(torch.get_num_threads(), gpu)
+        self.provenance = current_provenance(torch.get_num_threads(), gpu)
         self.store = open_store(settings.output)
         self.parts = load_parts(settings, worker.device)
         named = select_trained(settings.role, self.parts.trained, self.recipe.train_image_encoder_layers)

@@ -41,11 +41,11 @@ def check_train(settings: TrainSettings) -> None:
         store.require_writable()
         runs.require_startable(store, role_settings)
     require_prepared(settings.data, open_store(settings.data), "train")
-    if is_here(settings.base):
+    if is_local_model(settings.base):
         base = resolve_base(settings.base)
         require_stable_diffusion(settings.base, base)
         check_model_files(base, ("unet",))
-    if settings.start_from and is_here(settings.start_from):
+    if settings.start_from and is_local_model(settings.start_from):
         start = resolve_model(settings.start_from)
         for role in settings.roles:
             require_start(settings.for_role(role), start)
@@ -158,7 +158,7 @@ def require_start(settings: TrainSettings, folder: Path) -> None:
             raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
 
 
-def is_here(model: str) -> bool:
+def is_local_model(model: str) -> bool:
     """Whether a model lies on this machine, or should: its name is a path, and neither a URL nor a hub's."""
     path = Path(model).expanduser()
     return model == "miniature" or path.exists() or (path.is_absolute() and "://" not in model)

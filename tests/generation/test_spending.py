@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from facediffuser.dataset.manifest import read_manifest
-from facediffuser.dataset.other_run import run_there
+from facediffuser.dataset.other_run import run_of_output
 from facediffuser.dataset.spending import Spent, add_up, read_spent
 from facediffuser.dataset.verify import inspect
 from facediffuser.generation.energy import EnergyMeter
@@ -51,7 +51,7 @@ def test_a_run_without_a_shard_size_measures_one_and_is_resumed_with_it(world, t
     assert prepared.job.layout.rows > 8 and size > 1
     again = plan_dataset.fn(settings, LocalDriver())
     assert (again.job.layout.shard_size, again.job.fingerprint) == (size, prepared.job.fingerprint)
-    there = run_there(open_store(tmp_path / "out"))
+    there = run_of_output(open_store(tmp_path / "out"))
     assert there and there.fingerprint == prepared.job.fingerprint
 
     generate_shards.fn(prepared.job, driver=LocalDriver())
