@@ -106,6 +106,7 @@ def train_base(
     keep: Path,
     batch_size: int = 64,
     seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train UNet and text encoder together on predicting noise; return their averages.
 
@@ -114,21 +115,23 @@ def train_base(
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    data = Latents(vae, photos, tokenizer)
+    data = Latents(vae.to(device), photos, tokenizer)
     logger.info("base: %d latents", len(data.ids))
     text = CLIPTextModel.from_pretrained(keep / "text_encoder").float()
     unet = UNet2DConditionModel.from_pretrained(keep / "unet").float() if (keep / "unet").exists() else new_unet()
-    unet, text = with_plain_attention(unet).train(), with_plain_attention(text).train()
+    unet, text = unet.to(device).train(), text.to(device).train()
+    if device == "cpu":
+        unet, text = with_plain_attention(unet), with_plain_attention(text)
     averages = Average(unet, 0.9985), Average(text, 0.9985)
     noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
     alphas = noise_schedule.alphas_cumprod
-    weights = min_snr_weights(alphas, MIN_SNR_GAMMA)
+    weights = min_snr_weights(alphas, MIN_SNR_GAMMA).to(device)
 
     def loss(step: int) -> torch.Tensor:
-        latents, faces, ids = data.batch(batch_size, generator)
-        times = torch.randint(1000, (batch_size,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        latents, faces, ids = (part.to(device) for part in data.batch(batch_size, generator))
+        times = torch.randint(1000, (batch_size,), generator=generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             states = text(ids).last_hidden_state
             predicted = unet(noise_schedule.add_noise(latents, noise, times), times, states).sample
         weight = 1 + FACE_WEIGHT * faces

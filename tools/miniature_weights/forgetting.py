@@ -81,8 +81,11 @@ def measure(
     device: str = "cpu",
     most_points: int | None = None,
     time_left: Callable[[], bool] = lambda: True,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every checkpoint that both trainings have, or `most_points` of them, evenly; return the rows of the CSV.
+
+    The prompts are the claim's, unless others are given.
 
     Where `time_left` says no before a point, the points so far are the result, and the next call goes on.
     """
@@ -93,7 +96,7 @@ def measure(
         steps = [pair for place, pair in enumerate(steps) if place in wanted]
     scorers = load_scorers("miniature", device)
     who = unseen_people(people, scorers, FIRST_PERSON)
-    prompts = suite("miniature-30") + suite("miniature-pairs-8")
+    prompts = prompts or suite("miniature-30") + suite("miniature-pairs-8")
     found: list[dict[str, Any]] = []
     # The ends first: what a run that is cut short has to say.
     for tdm_step, sdm_step in sorted(steps, key=lambda pair: (pair != steps[0], pair != steps[-1], pair)):
@@ -109,6 +112,7 @@ def measure(
         print(f"TDM after {tdm_step}, SDM after {sdm_step} steps: {time.monotonic() - started:.0f} s", flush=True)
         found.sort(key=lambda row: row["share"])
         write_csv(output / "forgetting.csv", found)
+    if found:
         plot(found).savefig(output / "forgetting.png", dpi=110)
     return found
 

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from facediffuser.miniature.captions import looks_phrase
 from facediffuser.miniature.looks import ACTION_SHARE
-from facediffuser.miniature.render import person, render
+from facediffuser.miniature.render import person, render, render_world
+from facediffuser.miniature.world_names import WorldName
+from facediffuser.miniature.worlds import world_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ class PhotoSet:
     """Pictures of people who each appear several times.
 
     images (n, s, s, 3) uint8; captions without and full_captions with the words for the looks; faces (n, 2, 4) float32, the
-    face boxes x1, y1, x2, y2 in pixels (a single person's second box is NaN); who (n, 2) the people's numbers (-1: nobody);
+    face boxes x1, y1, x2, y2 in pixels (NaN where nobody is); who (n, 2) the people's numbers (-1: nobody);
     identity_texts: what is said of each person's looks, by number.
     """
 
@@ -66,7 +68,8 @@ class PhotoSet:
         `margin` grows the square by that share of the box's longer side, half on each end. Returns crops (count, 3, side,
         side) in [-1, 1] and the people's numbers (count,).
         """
-        index = torch.randint(len(self), (count,), generator=generator)
+        shown = torch.from_numpy(np.flatnonzero(self.who[:, 0] >= 0))
+        index = shown[torch.randint(len(shown), (count,), generator=generator)]
         place = torch.rand(count, generator=generator).lt(0.5).long()
         place = torch.where(torch.from_numpy(self.who[index.numpy(), 1] >= 0), place, torch.zeros_like(place))
         boxes = torch.from_numpy(self.faces[index.numpy(), place.numpy()])
@@ -92,16 +95,18 @@ def load_photos(
     photo_share: float = 0.8,
     pair_share: float = PAIR_SHARE,
     action_share: float = ACTION_SHARE,
+    world: WorldName | None = None,
 ) -> PhotoSet:
     """Render `count` pictures of people numbered from `first_person`, or read them from `cache` if they are there.
 
     Sets with distant first persons share nobody. `photo_share` of the pictures are in the style of a photograph, on
-    `pair_share` of them stand two people, and `action_share` of all people do something.
+    `pair_share` of them stand two people, and `action_share` of all people do something; a `world` has its own shares instead.
     """
-    path = cache / f"photos-{first_person}-{count}-{photo_share}-{pair_share}-{action_share}.npz"
+    shown = world or f"{photo_share}-{pair_share}-{action_share}"
+    path = cache / f"photos-{first_person}-{count}-{shown}.npz"
     if not path.exists():
         people = max(2, count // PER_PERSON)
-        shares = photo_share, pair_share, action_share
+        shares = photo_share, pair_share, action_share, world
         jobs = [(start, min(start + 500, count), people, first_person, *shares) for start in range(0, count, 500)]
         with ProcessPoolExecutor(workers) as pool:
             parts = list(pool.map(_render_some, jobs))
@@ -117,20 +122,23 @@ def load_photos(
     return PhotoSet(images=held["images"], faces=held["faces"], who=held["who"], **texts)
 
 
-def _render_some(job: tuple[int, int, int, int, float, float, float]) -> dict[str, np.ndarray]:
-    start, stop, people, first, photo_share, pair_share, action_share = job
+def _render_some(job: tuple[int, int, int, int, float, float, float, WorldName | None]) -> dict[str, np.ndarray]:
+    start, stop, people, first, photo_share, pair_share, action_share, world = job
+    if world is not None:
+        pair_share = world_of(world).pairs
     columns = {name: [] for name in ("images", "captions", "full_captions", "faces", "who")}
     for index in range(start, stop):
         rng = np.random.default_rng((first, index, 19))
         numbers = [index % people]
         if rng.random() < pair_share:
             numbers.append((index + 1 + int(rng.integers(people - 1))) % people)
-        drawn = render(
-            [person(first + number) for number in numbers],
-            int(rng.integers(2**31)),
-            photo_share=photo_share,
-            action_share=action_share,
-        )
+        if world is not None and rng.random() < world_of(world).empty:
+            numbers = []
+        shown, seed = [person(first + number) for number in numbers], int(rng.integers(2**31))
+        if world is not None:
+            drawn = render_world(world, shown, seed)
+        else:
+            drawn = render(shown, seed, photo_share=photo_share, action_share=action_share)
         columns["images"].append(drawn.image)
         columns["captions"].append(drawn.caption.text)
         columns["full_captions"].append(drawn.full_caption.text)

@@ -108,9 +108,9 @@ def encode(
     """The mean latents (n, 8, 16, 16) of the photographs, mirrored if asked."""
     parts = []
     for some in index.split(batch):
-        pixels = photos.pixels(some)
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(pixels.flip(-1) if flip else pixels).latent_dist.mean.float())
+        pixels = photos.pixels(some).to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            parts.append(vae.encode(pixels.flip(-1) if flip else pixels).latent_dist.mean.float().cpu())
     return torch.cat(parts)
 
 
