@@ -1,4 +1,4 @@
-"""The fixtures of a real S3 server: `s3_server`, one per session, and `s3_bucket`, a fresh bucket per test."""
+"""The fixtures of S3 servers: `s3_server`, a real one per session, `moto_endpoint`, one in this process, and fresh buckets."""
 
 import os
 import uuid
@@ -27,6 +27,18 @@ def s3_server() -> Iterator[SwiftS3]:
     """One S3 server for the whole session; where it is not installed the test fails, saying what installs it."""
     with SwiftS3() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """The URL of an S3 server in this process, which starts in no time and keeps objects in memory."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 @pytest.fixture

@@ -192,15 +192,33 @@ class CopyWorker:
 
     def __init__(self, output: str):
         self.store = open_store(output)
+        self.sources: dict[str, Store] = {}
 
     def __call__(self, unit: Unit) -> Counts:
         url, key, size, digest = unit.data
-        source = open_store(url)
-        data = self.store.copy_from(source, key, unit.key)
+        source = self.sources.setdefault(url, open_store(url))
+        try:
+            data = self.store.copy_from(source, key, unit.key)
+        except FileNotFoundError:
+            raise InputError(f"{source.url_of(key)}: missing; run `facediffuser repair {url}`") from None
         if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != digest):
             self.store.delete(unit.key)
-            raise InputError(f"{source.url_of(key)}: is not as its manifest says; run `facediffuser repair {url}`")
+            raise _damaged(unit)
         return {"copied": 1, "rows": unit.rows}
+
+
+def _damaged(unit: Unit) -> InputError:
+    url, key = unit.data[:2]
+    return InputError(f"{open_store(url).url_of(key)}: is not as its manifest says; run `facediffuser repair {url}`")
+
+
+def _require_copied(store: Store, units: Sequence[Unit]) -> None:
+    """Raise InputError for a copy that is not as long as its manifest says: a server that copies by itself does not look."""
+    there = {info.key: info.size for info in store.list()}
+    for unit in units:
+        if there.get(unit.key) != unit.data[2]:
+            store.delete(unit.key)
+            raise _damaged(unit)
 
 
 def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stage:
@@ -230,6 +248,7 @@ def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stag
 
 
 def _finish(sources: Sequence[Source], store: Store, results: Results) -> Manifest:
+    _require_copied(store, [unit for source in sources for unit in source.copies()])
     parts = [new for source in sources for _, new in source.renamed()]
     references = functools.reduce(add_references, (read_references(source.store) for source in sources))
     marked = with_marks(references.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)

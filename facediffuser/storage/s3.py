@@ -124,7 +124,8 @@ class S3Store(BucketStore):
         if not isinstance(source, S3Store):
             return super().copy_from(source, source_key, key)
         place = {"Bucket": source.bucket, "Key": source._key(source_key)}
-        with self._translated_errors(key):
+        # What goes wrong with a copy is about the object that is not there or may not be read.
+        with source._translated_errors(source_key):
             self._client.copy_object(Bucket=self.bucket, Key=self._key(key), CopySource=place)
         return None
 
@@ -256,6 +257,14 @@ class S3Store(BucketStore):
         return StorageError(f"{url}: S3 answered {status} ({code})")
 
 
+@functools.cache
+def _descriptions(folders: str | None) -> Any:
+    """Return what reads botocore's descriptions of services: one for all clients, for each takes a third of a second to read them."""
+    from botocore.loaders import create_loader
+
+    return create_loader(folders)
+
+
 def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
     import boto3
     import botocore.session
@@ -271,8 +280,9 @@ def _s3_client(connect_timeout: float, read_timeout: float, attempts: int):
     )
     # A session of its own: boto3's default session is shared and not safe to use from several threads.
     core = botocore.session.Session()
-    session = boto3.session.Session(botocore_session=core)
     try:
+        core.register_component("data_loader", _descriptions(core.get_config_variable("data_path")))
+        session = boto3.session.Session(botocore_session=core)
         client = session.client("s3", config=config)
         credentials = session.get_credentials()
         if credentials is not None:
