@@ -104,4 +104,6 @@ def _linear_layers(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     )
     if not layers or not fits or shapes[-1][0] != 1:
         raise InputError(f"{file}: not linear layers that end in one number ({shapes}); give an aesthetic head")
+    if not all(np.isfinite(values).all() for layer in layers for values in layer):
+        raise InputError(f"{file}: has values that are not finite; give an aesthetic head")
     return layers

@@ -12,10 +12,12 @@ from facediffuser.dataset.manifest import read_manifest
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate
+from facediffuser.generation.generate_settings import RepairSettings
 from facediffuser.generation.job import prepare
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.local_driver import LocalDriver
+from facediffuser.tasks.repair import find_damage, repair_damage
 
 MORE = [*PROMPTS, {"prompt": "{subject} at night", "prompt_id": "night"}]
 
@@ -199,3 +201,25 @@ def test_a_lost_manifest_is_written_again_with_all_parts(dataset, grown):
         document.pop("digest")
     assert documents[0] == documents[1]
     assert verify(str(dataset)) == []
+
+
+def test_damage_after_an_extension_is_repaired_in_every_part(dataset, grown):
+    """A shard of each part and the plan of the added one: each comes back with the bytes that it had, faces included."""
+    generate(grown)
+    store = open_store(dataset)
+    before, parts = contents(dataset), read_manifest(store).parts
+    first, second = (part.shards[0].key for part in parts)
+    store.delete(first)
+    store.put(second, before[second][:-100])
+    settings = RepairSettings(url=store.url)
+    manifest, problems = find_damage.fn(settings)
+    assert {problem.key for problem in problems} == {first, second}
+    assert repair_damage.fn(settings, manifest, problems, LocalDriver()) == []
+    [plan] = parts[1].layout.part_keys()
+    store.delete(plan)
+    assert repair_damage.fn(settings, *find_damage.fn(settings), LocalDriver()) == []
+    after = contents(dataset)
+    assert {key: after[key] for key in after if not key.startswith("stats/")} == {
+        key: data for key, data in before.items() if not key.startswith("stats/")
+    }
+    assert "faces" in pq.read_schema(f"{dataset}/{second}").names and verify(str(dataset)) == []
