@@ -13,7 +13,14 @@ from prefect import task
 from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
 from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.dataset_card import rewrite_card, write_card
-from facediffuser.dataset.certificate import CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate, stats_key
+from facediffuser.dataset.certificate import (
+    CERTIFICATE_SCHEMA,
+    dataset_certificate,
+    sample_size,
+    stats_key,
+    summary_bytes,
+    summary_key,
+)
 from facediffuser.dataset.extension import UNFINISHED_REFERENCES, add_references, finished_part, read_references
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
@@ -101,8 +108,10 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
 @task(name="estimate-run", cache_policy=None, persist_result=False, **RETRIES)
 def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
     """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
-    rate = _rate(settings, prepared, driver or RayDriver())
-    return estimate(prepared.job.layout.rows, rate, settings.gpu_hour_price)
+    job = prepared.job
+    rate = _rate(settings, prepared, driver or RayDriver(), certified=job.exact_settings is not None)
+    sample = sample_size(job.layout.rows) if job.exact_settings else 0
+    return estimate(job.layout.rows, rate, settings.gpu_hour_price, sample)
 
 
 def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Prepared:
@@ -116,14 +125,15 @@ def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver
     return prepared.with_shard_size(rows)
 
 
-def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Rate:
+def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver, certified: bool = False) -> Rate:
+    """Return the rate of a dataset or of a batch; `certified`: that of a certificate's rows, too."""
     if settings.measured_by:
         return rate_of_dataset(settings.measured_by)
     job = prepared.job
     rows = next((prepared.rows or prepared.plan).tables(job.batch_size)).to_pylist()
     stage = Stage(
         "Sample", "images", job.run, [Unit("sample", len(rows))],
-        functools.partial(_SampleWorker, job, rows, prepared.references),
+        functools.partial(_SampleWorker, job, rows, prepared.references, certified),
         finish=lambda results: Rate(**results.counts["sample"]),
         pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
     )  # fmt: skip
@@ -133,12 +143,12 @@ def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Rat
 class _SampleWorker:
     """Generates a few rows in memory; its counts are their `Rate`."""
 
-    def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table):
+    def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table, certified: bool):
         if job.threads:
             import torch
 
             torch.set_num_threads(job.threads)
-        self.given = job, rows, references
+        self.given = job, rows, references, certified
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
         return vars(rate_of_sample(*self.given))
@@ -229,6 +239,8 @@ def certify_dataset(
     """
     if job.exact_settings is None:
         return None
+    if not job.layout.rows:  # nothing was added
+        return None
     store, parts = job.store(), certificate_parts(job)
     missing = missing_parts(job, parts)
     rows = sum(len(places) for places in parts.values())
@@ -239,8 +251,8 @@ def certify_dataset(
     names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
     found = [row for key in parts for row in read_columns(store, key, names).to_pylist()]
     summary = summarise(found, [json.loads(store.get(stats_key(key))) for key in parts], job.max_loss)
-    if dataset_certificate(store) != summary:
-        store.put(SUMMARY_KEY, (json.dumps(summary, indent=1) + "\n").encode())
+    if dataset_certificate(store, job.layout.name) != summary:
+        store.put(summary_key(job.layout.name), summary_bytes(summary))
     changes, speeds = summary["differences"], summary["images_per_second"]
     logger.info(
         "certificate %s: %s over %d pairs, mask cells %s, SSIM %s, images/s %s fast and %s exact", summary["verdict"],
@@ -349,7 +361,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     # Columns added before keep their entries: later damage to them is still found.
     objects += [entry for entry in known_entries.values() if entry.key.startswith(KEPT_ENTRIES)]
     built = built.model_copy(update={"objects": objects})
-    manifest = seal(store, built, {SUMMARY_KEY} if certificate else ())
+    manifest = seal(store, built, {summary_key(layout.name)} if certificate else ())
     for info in store.list(UNFINISHED_REFERENCES):
         store.delete(info.key)
     counts = manifest.counts
@@ -360,7 +372,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
             f"{store.url}: {part.failed} of {part.rows} rows failed, more than --max-failed "
             f"{job.max_failed:g}; their errors are in the column `error`"
         )
-    lost = failure(certificate) if certificate else None
+    lost = failure(certificate, job.faster_options) if certificate else None
     if lost:
         raise CertificateError(f"{store.url}: {lost}")
     return Finished(counts, table, certificate)

@@ -1,15 +1,19 @@
 """The stages of `repair-dataset` and `retry-failed` as Prefect tasks."""
 
+import hashlib
 import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from prefect import task
 
 from facediffuser.cards.dataset_card import rewrite_card, write_card
 from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.certificate import certified_part, summary_bytes, summary_key
 from facediffuser.dataset.manifest import ENTRY_NAMES, Manifest, Part, build_part, read_manifest, read_sound_manifest
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.verify import Problem, check_shard, find_problems
+from facediffuser.generation.certify import certificate_parts, certificate_stage
 from facediffuser.generation.generate_check import check_repair
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.generation.generate_stage import replacement_stage
@@ -69,9 +73,61 @@ def repair_damage(
             if shard in changed and not settings.accept:
                 left.append(f"{key}: comes out with other bytes here ({made[shard]['sha256'][:12]}); repair it "
                             "where it was made, or keep the new bytes with --accept")  # fmt: skip
+    if damage.certificate:
+        broken = {manifest.parts[number].name for number, _ in damage.shards} if left else set()
+        left += repair_certificates(settings, manifest, damage.certificate, broken, driver)
+        manifest = read_manifest(store)
     if damage.card:
         rewrite_card(store)
     return left
+
+
+def repair_certificates(
+    settings: RepairSettings, manifest: Manifest, keys: Sequence[str], broken: Collection[str], driver: Driver | None
+) -> list[str]:
+    """Make objects of certificates again; return what is still wrong, one line each.
+
+    Args:
+        settings: where the dataset, its models and scorers are.
+        manifest: its manifest.
+        keys: the objects.
+        broken: the names of the dataset's parts whose shards could not all be repaired.
+        driver: runs the stage; None: Ray.
+    """
+    store, left, accepted = open_store(settings.url), [], []
+    listed = {entry.key: entry.sha256 for entry in manifest.objects}
+    for part in manifest.parts:
+        own = [key for key in keys if certified_part(key) == part.name]
+        if summary_key(part.name) in own and part.certificate:
+            store.put(summary_key(part.name), summary_bytes(part.certificate))
+        pictures = [key for key in own if key != summary_key(part.name)]
+        if pictures and part.kept:
+            left += [f"{key}: of rows that were there before people were taken out, and cannot be made again; put it back, or "
+                     "let `facediffuser card` list the others" for key in pictures]  # fmt: skip
+        elif pictures and part.name in broken:
+            left += [f"{key}: can be made again once the shards are whole" for key in pictures]
+        elif pictures:
+            _certify_again(settings, part, pictures, driver or RayDriver())
+        for key in own:
+            made = hashlib.sha256(store.get(key)).hexdigest() if store.exists(key) else None
+            if made is None or made == listed[key] or (key in pictures and part.kept):
+                continue
+            if settings.accept:
+                accepted.append(key)
+            else:
+                left.append(f"{key}: comes out with other bytes here ({made[:12]}); repair it where it was made, or keep the "
+                            "new bytes with --accept")  # fmt: skip
+    if accepted:
+        seal(store, manifest, accepted)
+    return left
+
+
+def _certify_again(settings: RepairSettings, part: Part, keys: Sequence[str], driver: Driver) -> None:
+    job = job_of_dataset(
+        open_store(settings.url), part, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
+        settings.exact,
+    )  # fmt: skip
+    driver.run(certificate_stage(job, certificate_parts(job), keys))
 
 
 @task(name="retry-failed-rows", cache_policy=None, persist_result=False, **RETRIES)
@@ -143,4 +199,5 @@ def _with_stats(part: Part, replaced: dict[int, dict[str, Any]]) -> Part:
         replaced[shard]["computed_with"] if shard in replaced else part.computed_with(shard)
         for shard in range(len(entries))
     ]
-    return build_part(part.fingerprint, part.run, part.layout, entries, part.made_from, computed_with, part.spent)
+    made = build_part(part.fingerprint, part.run, part.layout, entries, part.made_from, computed_with, part.spent)
+    return made.model_copy(update={"certificate": part.certificate})

@@ -1,6 +1,7 @@
 """What a dataset's card says: counts, settings, scores that were added, copies that were found."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Card:
     images: dict[str, bytes]
     spent: Spent | None
     references: dict[str, Image.Image]
-    certificate: dict[str, Any] | None = None
+    certificates: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -118,11 +119,20 @@ def added_lines(card: Card) -> list[tuple[str, str]]:
     ]
 
 
-def certificate_lines(card: Card) -> list[tuple[str, str]]:
-    """Return what the certificate of a run in fast mode says as (name, value) lines; none without one."""
-    found = card.certificate
-    if not found:
-        return []
+def certificate_tables(card: Card) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (the shards it is of, lines) of each certificate; none for a dataset in exact mode.
+
+    The shards are "" where the dataset was made at once.
+    """
+    several = len(card.certificates) > 1 or any(card.certificates)
+    return [
+        (f"data/shard-{f'{name}-' if name else '0'}*" if several else "", certificate_lines(found))
+        for name, found in sorted(card.certificates.items())
+    ]
+
+
+def certificate_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the certificate of a run in fast mode says as (name, value) lines."""
     allowed = f"at most {found['max_loss']:g} of IP and PC may be lost"
     verdicts = {
         "passed": f"passed: {allowed}, and the intervals show that no more is",

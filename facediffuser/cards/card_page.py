@@ -13,7 +13,7 @@ from facediffuser.cards.card_facts import (
     RIGHTS,
     Card,
     added_lines,
-    certificate_lines,
+    certificate_tables,
     face_lines,
     flag_lines,
     threshold_lines,
@@ -63,7 +63,7 @@ def card_page(
         best=_tiles(card.survey.best, card, styles),
         worst=_tiles(card.survey.worst, card, styles),
         added=added_lines(card),
-        certificate=certificate_lines(card),
+        certificates=certificate_tables(card),
         flags=flag_lines(card.survey),
         flagged_images=[
             {"title": FLAG_TITLES[name], "tiles": _tiles(flagged.shown, card, styles, *FLAGS[name])}

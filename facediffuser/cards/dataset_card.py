@@ -14,7 +14,7 @@ from facediffuser.cards.card_facts import (
     RIGHTS,
     Card,
     added_lines,
-    certificate_lines,
+    certificate_tables,
     face_lines,
     flag_lines,
     run_lines,
@@ -26,7 +26,7 @@ from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
 from facediffuser.cards.named_faces import named_faces_sheet
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
-from facediffuser.dataset.certificate import dataset_certificate
+from facediffuser.dataset.certificate import dataset_certificates
 from facediffuser.dataset.column_meanings import column_lines
 from facediffuser.dataset.consent import consent_facts
 from facediffuser.dataset.reading import open_parquet, read_chosen, recorded_run
@@ -72,7 +72,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         images=fetch_images(store, shown),
         spent=read_spent(store),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
-        certificate=dataset_certificate(store),
+        certificates=dataset_certificates(store),
     )
     groups = survey.sample.groups(MAX_LINES, OTHERS)
     pictures = {
@@ -137,7 +137,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         facts=facts,
         scores=markdown(card.table),
         added=added_lines(card),
-        certificate=certificate_lines(card),
+        certificates=certificate_tables(card),
         flags=flag_lines(card.survey),
         face_pictures=[
             (Markdown(key), words)

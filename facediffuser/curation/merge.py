@@ -14,6 +14,7 @@ from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.curation.curation_settings import MergeSettings
 from facediffuser.dataset.added_columns import ADDED_PREFIX, KEY, read_added_columns, write_added_columns
+from facediffuser.dataset.certificate import certified_part, renamed_key
 from facediffuser.dataset.extension import (
     SampleIds,
     add_references,
@@ -64,14 +65,17 @@ class Source:
                 new.layout.part_keys(), [listed[key] for key in part.layout.part_keys()], strict=True
             ):
                 units.append(Unit(key, 0, (self.store.url, entry.key, entry.bytes, entry.sha256)))
+            for entry in self.manifest.objects:
+                if certified_part(entry.key) == part.name:
+                    key = renamed_key(entry.key, new.name)
+                    units.append(Unit(key, 0, (self.store.url, entry.key, entry.bytes, entry.sha256)))
             for one, two in zip(part.shards, new.shards, strict=True):
                 units.append(Unit(two.key, one.rows, (self.store.url, one.key, one.bytes, one.sha256)))
         return units
 
 
 def _renamed(part: Part, name: str) -> Part:
-    # A certificate is of a dataset as it was made.
-    fields = {field: getattr(part, field) for field in Part.model_fields} | {"name": name, "certificate": None}
+    fields = {field: getattr(part, field) for field in Part.model_fields} | {"name": name}
     layout = Part(**fields).layout
     shards = [entry.model_copy(update={"key": layout.shard_key(n)}) for n, entry in enumerate(part.shards)]
     return Part(**fields | {"shards": shards})
@@ -98,8 +102,6 @@ def open_sources(urls: Sequence[str]) -> list[Source]:
                              "none; merge datasets of the same scorers, all with embeddings or all without")  # fmt: skip
         if output_state(store).begun:
             raise InputError(f"{url}: rows are being added to it; finish that with `facediffuser generate --extend`")
-        if manifest.certificate is not None:
-            logger.warning("%s: its certificate of fast mode stays there", url)
         names = tuple(part_name(number + place) for place in range(len(manifest.parts)))
         number += len(names)
         sources.append(Source(store, manifest, names))

@@ -1,12 +1,14 @@
 """The certificate of a run in fast mode: a sample of its rows, each beside the same row made in exact mode.
 
 It lies apart from the rows, in `certificate/`: parts of a few rows as Parquet, the unit of work and of resuming, and
-`certificate.json` with what they say together. `dataset_certificate` reads the latter.
+`certificate.json` with what they say together. `dataset_certificate` reads the latter. Rows that were added to a dataset
+have a certificate of their own, which carries the name of the dataset's part in its keys, as shards do.
 """
 
 import hashlib
 import heapq
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,6 @@ from facediffuser.errors import InputError
 from facediffuser.storage import Store
 
 CERTIFICATE_PREFIX = "certificate/"
-SUMMARY_KEY = CERTIFICATE_PREFIX + "certificate.json"
 SHARE, FEWEST, MOST = 0.01, 64, 1000
 FEWEST_PER_PART = 16
 IMAGE_BYTES = "image.bytes"
@@ -88,15 +89,43 @@ def rows_per_part(batch_size: int) -> int:
     return max(FEWEST_PER_PART, batch_size)
 
 
-def part_keys(rows: int, per_part: int = FEWEST_PER_PART) -> list[str]:
+def part_keys(rows: int, per_part: int = FEWEST_PER_PART, name: str = "") -> list[str]:
     """Return the keys of the certificate's parts.
 
     Args:
         rows: the rows of the sample.
         per_part: the rows of a part; the last one has what remains.
+        name: the part of the dataset that it is of, "" for the first one.
     """
-    parts = -(-rows // per_part)
-    return [f"{CERTIFICATE_PREFIX}part-{part:04d}-of-{parts:04d}.parquet" for part in range(parts)]
+    parts, infix = -(-rows // per_part), f"{name}-" if name else ""
+    return [f"{CERTIFICATE_PREFIX}part-{infix}{part:04d}-of-{parts:04d}.parquet" for part in range(parts)]
+
+
+def summary_key(name: str = "") -> str:
+    """Return the key of what the certificate of a dataset's part says."""
+    return f"{CERTIFICATE_PREFIX}certificate{f'-{name}' if name else ''}.json"
+
+
+def certified_part(key: str) -> str | None:
+    """Return the name of the dataset's part that an object of a certificate is of; None where it is of no certificate."""
+    match = re.fullmatch(
+        rf"{CERTIFICATE_PREFIX}(?:part-(?:(p\d+)-)?\d+-of-\d+\.parquet|certificate(?:-(p\d+))?\.json)", key
+    )
+    return (match[1] or match[2] or "") if match else None
+
+
+def renamed_key(key: str, name: str) -> str:
+    """Return the key that an object of a certificate has where the part of the dataset has another name."""
+    _, _, rest = key.removeprefix(CERTIFICATE_PREFIX).partition("-")
+    if key.endswith(".json"):
+        return summary_key(name)
+    rest = re.sub(r"^p\d+-", "", rest)
+    return f"{CERTIFICATE_PREFIX}part-{name}-{rest}" if name else f"{CERTIFICATE_PREFIX}part-{rest}"
+
+
+def summary_bytes(summary: Mapping[str, Any]) -> bytes:
+    """Return what a certificate says as the object of `summary_key`."""
+    return (json.dumps(summary, indent=1) + "\n").encode()
 
 
 def stats_key(key: str) -> str:
@@ -118,19 +147,27 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
     )
 
 
-def dataset_certificate(store: Store) -> dict[str, Any] | None:
-    """Return what a dataset's certificate says, None for a dataset that has none.
+def dataset_certificates(store: Store) -> dict[str, dict[str, Any]]:
+    """Return what the certificates of a dataset say, by the name of the part that each is of; InputError as below."""
+    names = [certified_part(info.key) for info in store.list(CERTIFICATE_PREFIX) if info.key.endswith(".json")]
+    found = {name: dataset_certificate(store, name) for name in sorted(name for name in names if name is not None)}
+    return {name: summary for name, summary in found.items() if summary is not None}
+
+
+def dataset_certificate(store: Store, name: str = "") -> dict[str, Any] | None:
+    """Return what the certificate of a dataset's part says, by default the first one; None where it has none.
 
     Raises:
         InputError: it cannot be read.
     """
-    if not store.exists(SUMMARY_KEY):
+    key = summary_key(name)
+    if not store.exists(key):
         return None
     try:
-        found = json.loads(store.get(SUMMARY_KEY))
+        found = json.loads(store.get(key))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise InputError(f"{store.url_of(SUMMARY_KEY)}: not a certificate; remove it and let `generate`, with its options, "
+        raise InputError(f"{store.url_of(key)}: not a certificate; remove it and let `generate`, with its options, "
                          "write it again")  # fmt: skip
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from facediffuser.dataset.certificate import dataset_certificate
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     Manifest,
@@ -191,7 +192,8 @@ def finished_part(store: Store, name: str) -> Part | None:
         return None
     entries = [shard_entry(store, layout, shard, there[shard].info) for shard in range(layout.shards)]
     computed_with = [there[shard].marks.computed_with for shard in range(layout.shards)]
-    return build_part(run.fingerprint, dict(run.document), layout, entries, None, computed_with)
+    part = build_part(run.fingerprint, dict(run.document), layout, entries, None, computed_with)
+    return part.model_copy(update={"certificate": dataset_certificate(store, name)})
 
 
 # --- what an extension may be -----------------------------------------------------------------------------------------
@@ -236,9 +238,6 @@ def require_extendable(
     if manifest is not None and manifest.schema_version not in READABLE_VERSIONS:
         raise InputError(f"{store.url}: has schema version {manifest.schema_version!r}, rows are added with versions "
                          f"{' and '.join(READABLE_VERSIONS)}; make a dataset of its own with another output")  # fmt: skip
-    if manifest is not None and manifest.certificate is not None:
-        raise InputError(f"{store.url}: was made in fast mode, and its certificate is of its own rows; make the new ones as a "
-                         "dataset of their own, and merge the two")  # fmt: skip
     undecided = list(undecided)
     there, here = without_growth(document, undecided), without_growth(known, undecided)
     alike = {name: value for name, value in there.items() if name in here}

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX
-from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, CERTIFICATE_SCHEMA, SUMMARY_KEY, dataset_certificate
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, CERTIFICATE_SCHEMA, certified_part, dataset_certificate
 from facediffuser.dataset.consent import expired_subjects
 from facediffuser.dataset.manifest import (
     ENTRY_NAMES,
@@ -45,7 +45,8 @@ class Problem:
     """What is wrong with one object.
 
     `shard`: its number when the object is, or should be, a shard of the dataset, and `part` the number of its part, from
-    0; `foreign`: below data/ and none; `unlisted`: elsewhere and not in the manifest; `stats`: a worker's stats of a shard.
+    0; `foreign`: below data/ and none; `unlisted`: elsewhere and not in the manifest; `stats`: a worker's stats of a shard;
+    `certificate`: listed, and of a certificate.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Problem:
     foreign: bool = False
     unlisted: bool = False
     stats: bool = False
+    certificate: bool = False
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}"
@@ -133,12 +135,12 @@ def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -
     for entry in manifest.objects:
         data, what = _read(store, entry)
         if what and entry.key.startswith(CERTIFICATE_PREFIX):
-            way_out = "let" if what == "missing" else "remove it and let"
-            yield Problem(entry.key, f"{what}; {way_out} `generate`, with its options, make it again")
+            yield Problem(entry.key, f"{what}; `facediffuser repair` makes it again", certificate=True)
         elif what:
             yield Problem(entry.key, what)
         elif entry.key.startswith(CERTIFICATE_PREFIX):
-            yield from (Problem(entry.key, problem) for problem in _certificate(store, manifest, entry.key, data))
+            for problem in _certificate(store, manifest, entry.key, data):
+                yield Problem(entry.key, problem, certificate=True)
     if not manifest.digest:
         return
     listed = {entry.key for entry in manifest.objects}
@@ -150,9 +152,14 @@ def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -
 
 def _certificate(store: Store, manifest: Manifest, key: str, data: bytes) -> Iterator[str]:
     """What is wrong with an object of a certificate whose bytes are those listed."""
-    if key == SUMMARY_KEY:
-        if dataset_certificate(store) != manifest.certificate:
-            yield "says other than the manifest; remove it and let `generate`, with its options, write it again"
+    name = certified_part(key)
+    part = next((part for part in manifest.parts if part.name == name), None)
+    if part is None:
+        yield "of no part of this dataset; remove it"
+        return
+    if key.endswith(".json"):
+        if dataset_certificate(store, part.name) != part.certificate:
+            yield "says other than the manifest; `facediffuser repair` writes it again"
         return
     try:
         table = pq.read_table(io.BytesIO(data))
@@ -163,7 +170,7 @@ def _certificate(store: Store, manifest: Manifest, key: str, data: bytes) -> Ite
         yield "its columns are not a certificate's"
         return
     mark = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")
-    if mark != manifest.fingerprint:
+    if mark != part.fingerprint:
         yield f"made by another run (fingerprint {mark[:12]})"
     # A pair may be missing because the dataset's row failed; its image in exact mode is kept all the same.
     made = pc.is_valid(pc.struct_field(table["image"], "bytes"))

@@ -68,8 +68,11 @@ def verdict(differences: Sequence[Interval], max_loss: float) -> str:
     return "passed" if all(interval.low >= -max_loss for interval in differences) else "undecided"
 
 
-def failure(certificate: Mapping[str, Any]) -> str | None:
-    """Return in one phrase what a failed certificate says was lost, None for one that did not fail."""
+def failure(certificate: Mapping[str, Any], options: Sequence[str] = ()) -> str | None:
+    """Return in one phrase what a failed certificate says was lost and what to change, None for one that did not fail.
+
+    `options`: those that made the run faster, as on a command line.
+    """
     if certificate["verdict"] != "failed":
         return None
     lost = [
@@ -77,9 +80,11 @@ def failure(certificate: Mapping[str, Any]) -> str | None:
         for name, title in LOSSES.items()
         if (found := certificate["differences"][name])["high"] < -certificate["max_loss"]
     ]
+    fewer_steps = any(option.startswith(("--speed", "--fast-steps")) for option in options)
     return (
         f"fast mode loses {' and '.join(lost)} against exact mode over {certificate['pairs']} pairs, more than --max-loss "
-        f"{certificate['max_loss']:g}; leave --speed fast out, or give it more steps"
+        f"{certificate['max_loss']:g}; leave {' and '.join(options) or 'fast mode'} out"
+        + (", or give more --fast-steps" if fewer_steps else "")
     )
 
 

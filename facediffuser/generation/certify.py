@@ -167,7 +167,7 @@ def certificate_parts(job: GenerationJob) -> dict[str, list[Place]]:
     places = choose_sample(job.store(), job.layout)
     size = rows_per_part(job.batch_size)
     chunks = [places[start : start + size] for start in range(0, len(places), size)]
-    return dict(zip(part_keys(len(places), size), chunks, strict=True))
+    return dict(zip(part_keys(len(places), size, job.layout.name), chunks, strict=True))
 
 
 def missing_parts(job: GenerationJob, parts: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from facediffuser.errors import InputError
 from facediffuser.generation.job import GenerationJob
-from facediffuser.storage import open_store
+from facediffuser.storage import Store, open_store
 
 MOST_STATS = 200
 SHARD_SECONDS = 60.0
@@ -19,12 +19,16 @@ MOST_SHARD_ROWS = 20_000
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured rate: seconds of one worker and bytes an image, on what device, and where it was measured."""
+    """A measured rate: seconds of one worker and bytes an image, on what device, and where it was measured.
+
+    certificate_seconds: of a row of the certificate, which is made in both modes; None where it is not known.
+    """
 
     seconds_per_image: float
     bytes_per_image: float
     device: str
     source: str
+    certificate_seconds: float | None = None
 
 
 def rate_of_dataset(url: str) -> Rate:
@@ -42,21 +46,32 @@ def rate_of_dataset(url: str) -> Rate:
     stats = [json.loads(store.get(key)) for key in keys[:: -(-len(keys) // MOST_STATS)]]
     rows = sum(one["rows"] for one in stats)
     seconds, size = sum(one["seconds"]["total"] for one in stats), sum(one["bytes"] for one in stats)
-    return Rate(seconds / rows, size / rows, stats[0]["device"], f"{url}, {len(stats)} shards")
+    return Rate(
+        seconds / rows, size / rows, stats[0]["device"], f"{url}, {len(stats)} shards", _seconds_of_certificate(store)
+    )
 
 
-def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -> Rate:
+def _seconds_of_certificate(store: Store) -> float | None:
+    """Return what a row of a dataset's certificate took by its stats, without scoring; None for a dataset that has none."""
+    stats = [json.loads(store.get(info.key)) for info in store.list("stats/certificate-")]
+    rows = sum(one["rows"] for one in stats)
+    return sum(sum(one["seconds"].values()) for one in stats) / rows if rows else None
+
+
+def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table, certified: bool = False) -> Rate:
     """Return the rate of making a few rows here, in memory; on a GPU they are made twice and the second time counts.
 
     Args:
         job: the run.
         rows: planned rows.
         references: a table of SUBJECTS_SCHEMA with their subjects.
+        certified: measure what a row of the certificate takes, too.
 
     Raises:
         InputError: a row fails.
     """
     from facediffuser.dataset.shards import encode_shard
+    from facediffuser.generation.certify import exact_job
     from facediffuser.generation.shard_generator import ShardGenerator, device_name
 
     generator = ShardGenerator(job, references=references)
@@ -68,7 +83,16 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table) -
     failed = [row["error"] for row in made if row["status"] == "failed"]
     if failed:
         raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); fix that before a run")
-    return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), f"a sample of {len(rows)} images")
+    both = None
+    if certified and job.exact_settings is not None:
+        pipeline = generator.pipeline.with_scheduler(job.exact_settings["scheduler"])
+        exact = ShardGenerator(exact_job(job), pipeline, generator.scorers, references)
+        for _ in range(2 if job.device == "cuda" else 1):
+            started = time.perf_counter()
+            exact.rows([row | job.exact_settings for row in rows])
+            both = (seconds + time.perf_counter() - started) / len(rows)
+    source = f"a sample of {len(rows)} images"
+    return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), source, both)
 
 
 def shard_size_for(rate: Rate, batch_size: int) -> int:
@@ -87,25 +111,32 @@ def shard_size_for(rate: Rate, batch_size: int) -> int:
     return (batches or [1])[-1] * batch_size
 
 
-def estimate(images: int, rate: Rate, hour_price: float | None) -> dict[str, float | str]:
+def estimate(
+    images: int, rate: Rate, hour_price: float | None, certificate_rows: int = 0
+) -> dict[str, float | str | None]:
     """Return what some images take; starting up is not in it.
 
     Args:
         images: how many.
         rate: what was measured.
         hour_price: of a worker's hour, in any currency; None gives no price.
+        certificate_rows: how many of them are made in both modes for a certificate.
 
     Returns:
-        Hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given.
+        Hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given; with certificate_rows their hours,
+        which are in the hours and the money, too, None where the rate does not tell them.
     """
-    hours = images * rate.seconds_per_image / 3600
-    found: dict[str, float | str] = {
+    certificate = None if rate.certificate_seconds is None else certificate_rows * rate.certificate_seconds / 3600
+    hours = images * rate.seconds_per_image / 3600 + (certificate or 0.0)
+    found: dict[str, float | str | None] = {
         "worker_hours": round(hours, 4),
         "bytes": round(images * rate.bytes_per_image),
         "images_per_second_per_worker": round(1 / rate.seconds_per_image, 4),
         "device": rate.device,
         "measured_by": rate.source,
     }
+    if certificate_rows:
+        found["certificate_hours"] = None if certificate is None else round(certificate, 4)
     if hour_price is not None:
         found["cost"] = round(hours * hour_price, 2)
     return found

@@ -73,6 +73,7 @@ class GenerationJob:
     pool: how many workers.
     max_failed: share of failed rows above which the run fails.
     max_loss: IP or PC that a run in fast mode may lose.
+    faster_options: the options that make it faster, for messages.
     exact: refuse to go on with another provenance than that of the shards that are there.
     references_key: where the references of the subjects lie in the output.
     required: with `exact`, the provenances of those shards.
@@ -90,6 +91,7 @@ class GenerationJob:
     pool: WorkerPool = WorkerPool()
     max_failed: float = 1.0
     max_loss: float = 1.0
+    faster_options: tuple[str, ...] = ()
     exact: bool = False
     required: tuple[dict[str, Any], ...] = ()
     compiled_code: str | None = None
@@ -266,7 +268,7 @@ def prepare(
     job = GenerationJob(
         store.url, run.fingerprint, dict(run.document), part.layout, settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
-        settings.exact, compiled_code=settings.compiled_code,
+        settings.faster_options, settings.exact, compiled_code=settings.compiled_code,
         limits=settings.limits,
         references_key=references_key(part.layout.name, run.fingerprint),
     )  # fmt: skip

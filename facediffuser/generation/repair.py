@@ -91,9 +91,11 @@ def _naming_option(option: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Damage:
-    """What `verify` found, sorted by what can be done about it; `others`: nothing but by the user's hand.
+    """What `verify` found, sorted by what can be done about it.
 
-    `shards`: (number of the part, number of the shard in it).
+    others: nothing but by the user's hand.
+    shards: (number of the part, number of the shard in it).
+    certificate: keys of objects of certificates.
     """
 
     shards: list[tuple[int, int]]
@@ -102,6 +104,7 @@ class Damage:
     references: bool
     card: bool
     stats: list[str]
+    certificate: list[str]
     others: list[Problem]
 
 
@@ -152,12 +155,13 @@ def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Da
     of_card = [problem for problem in problems if problem.key == README_KEY or problem.key.startswith(CARD_PREFIX)]
     foreign = [problem.key for problem in problems if problem.foreign]
     stats = [problem.key for problem in problems if problem.stats]
-    settled = {*parts, *foreign, *stats, SUBJECTS_KEY, *(problem.key for problem in of_card)}
+    certificate = [problem.key for problem in problems if problem.certificate]
+    settled = {*parts, *foreign, *stats, *certificate, SUBJECTS_KEY, *(problem.key for problem in of_card)}
     others = [problem for problem in problems if problem.shard is None and problem.key not in settled]
     card = bool(of_card) or any(problem.unlisted and problem.key.startswith(ADDED_PREFIX) for problem in others)
     if card:  # which lists added columns that are not listed yet
         others = [problem for problem in others if not (problem.unlisted and problem.key.startswith(ADDED_PREFIX))]
-    return Damage(shards, parts, foreign, SUBJECTS_KEY in keys, card, stats, others)
+    return Damage(shards, parts, foreign, SUBJECTS_KEY in keys, card, stats, certificate, others)
 
 
 def restore_plan_part(store: Store, manifest: Manifest, key: str) -> bool:

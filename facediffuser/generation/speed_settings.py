@@ -25,6 +25,8 @@ _NAMES = (
     "merged",
     "in_fusion",
 )
+_DETAILS = ("deep_layers", "merged")
+"""Settings of other means, which leave nothing out by themselves."""
 
 
 class SpeedSettings(Sampling):
@@ -109,6 +111,16 @@ class SpeedSettings(Sampling):
             # Of two ways to keep features the one that is named takes the other's place.
             preset = replace(preset, deep_every=1, deep_layers=1, encoder_every=1, merged=False)
         return Means(**{name: getattr(preset, name) for name in _NAMES} | given)
+
+    @property
+    def faster_options(self) -> tuple[str, ...]:
+        """The options by which anything is left out, as on a command line."""
+        named = ["--speed fast"] if self.speed == "fast" else []
+        for name in ("fast_steps", *_NAMES):
+            value, neutral = getattr(self, name), getattr(NONE, name, None)
+            if value is not None and value != neutral and name not in _DETAILS:
+                named.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value:g}"))
+        return tuple(named)
 
     @property
     def sampled_steps(self) -> int:

@@ -71,6 +71,9 @@ def test_webdataset_reads_it(dataset, tmp_path):
     expected = {name: digest for name, digest in images(dataset.root).items() if "bob" not in name}
     assert [sample["json"]["sample_id"] for sample in samples] == list(expected)
     assert all(sample["png"].size == (64, 64) and sample["txt"] == sample["json"]["prompt"] for sample in samples)
+    faces = samples[0]["json"]["faces"]
+    assert [face["subject_id"] for face in faces] == samples[0]["json"]["subject_ids"]
+    assert faces[0]["landmarks"] == LANDMARKS and faces[0]["similarity"] == 0.5
     assert samples[0]["json"]["sharpness"] == 0.0 and len({sample["__key__"] for sample in samples}) == len(samples)
     assert manifest["counts"]["rows"] == len(expected) and manifest["left_out"]["condition"] == 14 - len(expected)
 

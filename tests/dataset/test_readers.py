@@ -168,10 +168,13 @@ def test_torchs_data_loader_over_row_groups(shard):
     assert sum(len(part) for part in vectors) == 238 and vectors[0].shape == (64, SIZE)
 
 
-@pytest.mark.slow
-def test_ray_data(shard):
+def test_ray_data(shard, ray_session):
     import ray.data
 
-    rows = ray.data.read_parquet(shard, columns=["sample_id", "ip", "faces"]).filter(expr="ip > 0.9")
+    rows = ray.data.read_parquet(shard, columns=["sample_id", "ip", "faces"], override_num_blocks=1).filter(
+        expr="ip > 0.9"
+    )
     found = rows.take_all()
-    assert len(found) == 22 and found[0]["faces"] is not None
+    assert len(found) == 22 and {row["sample_id"] for row in found} == {f"sample-{n:05d}" for n in range(217, 239)}
+    faces = next(row["faces"] for row in found if row["sample_id"] == "sample-00218")
+    assert len(faces) == 2 and faces[1]["subject_id"] == "ada" and list(faces[1]["embedding"]) == [218.0] * SIZE

@@ -1,5 +1,7 @@
 """Whom each face shows: own subject and nearest other, the margin between them, pose, alignment, size and sharpness."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -106,3 +108,15 @@ def test_a_blurred_and_an_enlarged_face_are_less_sharp(scorers, people):
     sharp, soft, softer = (measure_face(one, face)["sharpness"] for one in pictures)
     assert sharp > 1.5 * soft > 1.5 * softer > 0
     assert measure_face(picture, face)["size"] == min(face.box[2] - face.box[0], face.box[3] - face.box[1])
+
+
+def test_two_people_who_changed_places_are_both_right_and_their_boxes_say_who_stands_where():
+    left, right = (replace(FRONTAL, box=(x, 10.0, x + 40.0, 60.0)) for x in (0.0, 40.0))
+    vectors = np.stack([unit(0, 1, 0), unit(1, 0, 0)])  # bob stands left
+    wanted = PEOPLE.vectors[:2]
+    ip, _, chosen = identity_preservation(vectors, wanted)
+    found = label_faces(
+        Image.new("RGB", (80, 80)), FaceEmbeddings([left, right], vectors), ("ada", "bob"), chosen, PEOPLE
+    )
+    assert ip == pytest.approx(1.0) and found.ip_margin == pytest.approx(1.0)
+    assert [face["subject_id"] for face in sorted(found.faces, key=lambda face: face["box"])] == ["bob", "ada"]

@@ -75,10 +75,11 @@ def test_weights_that_know_nobody_are_wrong_and_the_command_exits_with_1(publish
     state["last_linear.weight"].zero_()
     state["last_bn.bias"].fill_(1.0)
     torch.save(state, file)
-    with pytest.raises(SystemExit) as ended:
     assert main(["check", "--scorers", str(published)]) == 1
     lines = capsys.readouterr().out
-    assert "WRONG: identity: cosine of a picture with its JPEG at least 1.000, with another person at most 1.000" in lines
+    assert (
+        "WRONG: identity: cosine of a picture with its JPEG at least 1.000, with another person at most 1.000" in lines
+    )
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
@@ -104,7 +105,6 @@ def test_a_damaged_file_of_a_model_is_one_line_that_names_it(models, tmp_path, p
 def test_what_is_missing_is_one_line_and_exit_code_2(models, tmp_path, capsys):
     folder = shutil.copytree(models, tmp_path / "models")
     shutil.rmtree(folder / "vae")
-    with pytest.raises(SystemExit) as ended:
     assert main(["check", "--models", str(folder)]) == 2
     assert "vae" in capsys.readouterr().err
 
