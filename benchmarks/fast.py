@@ -22,7 +22,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.engines import RELEASED
 from benchmarks.engines import Bench as EngineBench
 from benchmarks.engines import Way as EngineWay
 from benchmarks.sampler import full_size_pipeline, say, small_random_pipeline
@@ -257,38 +258,48 @@ FULL_SIZE = (
 )
 
 
-def full_size(images: int, seconds: float, eager: bool, small: bool) -> None:
-    """Print what each means brings at full size, a line per way; `seconds`: for all of them."""
+def full_size(images: int, left: Callable[[], float], eager: bool, small: bool) -> None:
+    """Print what each means brings at full size, a line per way, and the released way to compare with.
+
+    Args:
+        images: made at once.
+        left: says how many seconds are left; ways for which they do not suffice are left out.
+        eager: without the compiled engine.
+        small: small models instead, to try it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    end = time.monotonic() + seconds
     models = small_random_pipeline() if small else full_size_pipeline(device)
     models.set_progress_bar_config(disable=True)
     bench = EngineBench(models, EXACT.steps)
-    pipe = bench.build(EngineWay("engine", EAGER if eager else COMPILED, images))
     null, text, fused, noise = bench.inputs(images)
     say(bench.header().splitlines()[0])
-    say(f"{'way':<36}{'UNet rows':>10}{'first s':>9}{'s/image':>9}{'images/s':>10}{'times exact':>12}")
-    base = float("nan")
-    for way in FULL_SIZE:
-        if time.monotonic() > end:
-            say(f"{way.name:<36} left out: --seconds are over")
+    say(f"{'way':<36}{'UNet rows':>10}{'first s':>9}{'s/image':>9}{'images/s':>10}{'of exact':>10}{'of released':>12}")
+    spent: dict[str, float] = {}
+    pipe = None
+    for way in (Way(RELEASED, EXACT.steps, EXACT.scheduler), *FULL_SIZE):
+        if left() <= 0:
+            say(f"{way.name:<36} left out: the time is over")
             continue
+        if pipe is None or len(spent) == 1:
+            options = EAGER if eager or way.name == RELEASED else COMPILED
+            pipe = bench.build(EngineWay(way.name, options, images))
         set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
         start, stop = way.window
 
-        def sample(way: Way = way, start: int = start, stop: int = stop) -> None:
+        def sample(way: Way = way, start: int = start, stop: int = stop, pipe: Any = pipe) -> None:
             pipe(
                 prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null, latents=noise,
                 num_inference_steps=way.steps, fusion_start=start, fusion_end=stop, means=way.means,
             )  # fmt: skip
 
         first = bench.seconds(sample)  # compiles what is new
-        spent = bench.seconds(sample) / images
+        spent[way.name] = bench.seconds(sample) / images
         stages = plan_stages("face-diffuser", pipe.num_timesteps, way.steps, start, stop)
         shares = part_shares(models.unet, way.means.deep_layers) if way.means.keeps_features else {"whole": 1.0}
         cost = row_equivalents(plan_steps(stages, way.means), shares)
-        base = spent if way.name == EXACT.name else base
-        say(f"{way.name:<36}{cost:>10.1f}{first:>9.1f}{spent:>9.3f}{1 / spent:>10.2f}{base / spent:>12.2f}")
+        times = [f"{spent[name] / spent[way.name]:.2f}x" if name in spent else "" for name in (EXACT.name, RELEASED)]
+        say(f"{way.name[:35]:<36}{cost:>10.1f}{first:>9.1f}{spent[way.name]:>9.3f}{1 / spent[way.name]:>10.2f}"
+            f"{times[0]:>10}{times[1]:>12}")  # fmt: skip
 
 
 def _evenly(rows: Sequence[dict], count: int) -> list[dict]:
@@ -387,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(pairs_table(*options.pairs))
         return
     if options.full_size or options.small:
-        full_size(options.images or 32, options.seconds, options.eager, options.small)
+        end = time.monotonic() + options.seconds
+        full_size(options.images or 32, lambda: end - time.monotonic(), options.eager, options.small)
         return
     options.images = options.images or 40
     folder = Path(options.output)

@@ -7,12 +7,13 @@
     worker     the shard generator with scorers and PNG beside it, through Ray where Ray is installed: cold, then again in
                another process with the code that the first one kept: seconds to the first image, images/s, share of the
                time that denoising takes, and whether both made the same bytes; then a run that is killed and resumed
+    fast       fast mode and each of its means against exact mode and the released way, images/s at full size
     scorers    CLIP and FaceNet in half precision: how far the scores are, and what it gains
     rehearse   `facediffuser rehearse` as far as the machine's libraries go
 
 Sections run in the order given, each in the time that is left, or in SECONDS of it. Two runs of six minutes on a borrowed
-machine: `sampler:220 training` and `worker scorers rehearse`. --small tries all of it on a CPU. Needed: torch, diffusers,
-transformers, facenet-pytorch, pydantic, pyarrow, cachetools; Ray only to measure through Ray, Prefect not at all.
+machine: `sampler:220 training` and `worker scorers rehearse`; a third for `fast`. --small tries all of it on a CPU. Needed: torch,
+diffusers, transformers, facenet-pytorch, pydantic, pyarrow, cachetools; Ray only to measure through Ray, Prefect not at all.
 """
 
 import argparse
@@ -63,6 +64,12 @@ def sampler(clock: Clock, options: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     steps, images, largest = (4, 1, 2) if options.small else (50, 8, 32)
     benchmark.engine_tables(Bench(pipe, steps), images, largest, clock.left)
+
+
+def fast(clock: Clock, options: argparse.Namespace) -> None:
+    from benchmarks.fast import full_size
+
+    full_size(2 if options.small else 32, clock.left, eager=options.small, small=options.small)
 
 
 def training(clock: Clock, options: argparse.Namespace) -> None:
@@ -312,7 +319,8 @@ def rehearse(clock: Clock, options: argparse.Namespace) -> None:
 
 
 SECTIONS: dict[str, Callable[[Clock, argparse.Namespace], None]] = {
-    "sampler": sampler, "training": training, "worker": worker, "scorers": scorers, "rehearse": rehearse, "one-run": one_run,
+    "sampler": sampler, "fast": fast, "training": training, "worker": worker, "scorers": scorers, "rehearse": rehearse,
+    "one-run": one_run,
 }  # fmt: skip
 
 

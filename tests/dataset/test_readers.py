@@ -140,6 +140,21 @@ def test_duckdb(shard):
     assert found.fetchall() == [(118, 10.0, 238.0, 56.0)]
 
 
+def test_who_stands_where_by_the_query_of_the_document(tmp_path):
+    import duckdb
+    import pyarrow as pa
+
+    def shown(name: str | None, left: float) -> dict:
+        return face(0) | {"box": [left, 8.0, left + 40.0, 60.0], "subject_id": name}
+
+    rows = [row(0, None, faces=[shown("ada", 50), shown("bob", 4), shown(None, 90)]), row(1, None, faces=[])]
+    path = tmp_path / "shard.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, dataset_schema(embedding_size=SIZE)), path)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scoring.md").read_text()
+    query = text.partition("```sql\n")[2].partition("```")[0].replace("out/mine/data/*.parquet", str(path))
+    assert duckdb.sql(query).fetchall() == [("sample-00000", ["bob", "ada"])]
+
+
 def test_datasets_as_a_map_and_as_a_stream(shard, tmp_path):
     from datasets import Image as ImageFeature
     from datasets import load_dataset
