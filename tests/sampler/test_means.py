@@ -39,15 +39,22 @@ EACH = {
 }
 
 
+@pytest.fixture(scope="module")
+def exact() -> dict[str, torch.Tensor]:
+    """Latents of exact mode, once they are made: the models are the same for all tests."""
+    return {}
+
+
 @pytest.mark.parametrize("means", EACH.values(), ids=EACH)
 @torch.no_grad()
-def test_an_image_does_not_depend_on_those_beside_it(pipeline, picture, means):
+def test_an_image_does_not_depend_on_those_beside_it(pipeline, picture, means, exact):
     set_scheduler(pipeline, "DPMSolverMultistepScheduler")
     together = sample(pipeline, picture, means)
-    alone = torch.cat([sample(pipeline, picture, means, [prompt], first=n) for n, prompt in enumerate(PROMPTS)])
-    exact = sample(pipeline, picture)
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
-    assert (together - exact).abs().max() > 1e-3  # it does leave something out
+    alone = sample(pipeline, picture, means, PROMPTS[1:], first=1)
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-4)
+    if not exact:
+        exact["latents"] = sample(pipeline, picture)
+    assert (together - exact["latents"]).abs().max() > 1e-3  # it does leave something out
 
 
 @pytest.mark.parametrize("kind", SCHEDULER_CLASSES.values())
