@@ -1,14 +1,15 @@
 """The miniature's two worlds on one GPU machine: render, prepare, train the base and both models, measure forgetting and the claim.
 
-    python -m tools.miniature_weights.gpu WORK --results OUT [--seconds 470] [--small] [--cores 16]
+    python -m tools.miniature_weights.gpu WORK --results OUT [--seconds 420] [--small] [--cores 16]
 
 Everything that is made lies in WORK, and a second call with the same WORK goes on where the first one stopped: trainings from
 their last checkpoint, measurements from what they kept. What is to be taken home (weights in half precision, CSV, PNG, Markdown, the
 log) is copied to OUT at the end of each call. Needed: torch, diffusers, transformers, facenet-pytorch, pydantic, pyarrow, scipy and
 matplotlib; neither Ray nor Prefect. --small does all of it in a few minutes on a CPU, with numbers that mean nothing.
 
-Planned for two calls of under 8 minutes: the base goes on from the shipped one on the world `broad`, TDM and SDM side by side from
-that base on the world `ffhq` with 250 steps of the TDM to 450 of the SDM, one constant learning rate, and each its own losses.
+Planned for two calls of 7 minutes on an H100 or H200 with 16 cores: the base goes on from the shipped one on the world `broad`, TDM and
+SDM side by side from that base on the world `ffhq` with 250 steps of the TDM to 450 of the SDM, one constant learning rate, and each
+its own losses.
 """
 
 import argparse
@@ -35,12 +36,12 @@ class Size:
     """How much is done. tdm_steps : sdm_steps is the paper's 250 : 450; `points`: shares of them that are measured."""
 
     broad_pictures: int = 20_000
-    base_steps: int = 3000
+    base_steps: int = 2000
     ffhq_pictures: int = 40_000
     batch: int = 128
-    tdm_steps: int = 2000
-    sdm_steps: int = 3600
-    points: int = 5
+    tdm_steps: int = 1800
+    sdm_steps: int = 3240
+    points: int = 4
     forgetting_people: int = 8
     choice_people: int = 8
     claim_people: int = 45
@@ -259,7 +260,7 @@ def measured(work: Path, size: Size, device: str, clock: Clock) -> None:
     choice = results / "choice.json"
     if not choice.exists() and clock.has(60):
         candidates = {} if steps == 12 else {"guidances": (5.0,), "starts": (0,), "ends": (1, 2), "steps": steps}
-        choose.choose(choice, models, size.choice_people, device, **candidates)
+        choose.choose(choice, models, size.choice_people, device, **candidates, batch=size.denoised)
     if choice.exists():
         said = chosen_sampler(choice)
         sampler = Sampler(said.steps, said.guidance, said.window, size.denoised)
@@ -303,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.miniature_weights.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("work", type=Path, help="folder for all that is made; the same one goes on")
     parser.add_argument("--results", type=Path, help="where what is to be taken home is copied to")
-    parser.add_argument("--seconds", type=float, default=470.0, help="after which this call should end")
+    parser.add_argument("--seconds", type=float, default=420.0, help="after which this call should end")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--device", help="default: cuda where there is a GPU")
     parser.add_argument("--small", action="store_true", help="a try on a CPU, in a few minutes")
