@@ -46,7 +46,7 @@ class Condition:
         self._error = duckdb.Error
         self._connection = duckdb.connect(config={"enable_external_access": False, "threads": 1})
         # Some errors, as of a text that is no number, show in a row only.
-        nothing = {field.name: pa.nulls(1, field.type) for field in schema}
+        nothing = {field.name: pa.nulls(1, single_precision(field.type)) for field in schema}
         self.rows(pa.table(nothing | {"status": pa.array(["ok"])}))
 
     def rows(self, table: pa.Table) -> np.ndarray:
@@ -58,7 +58,8 @@ class Condition:
         made = pc.equal(table["status"], "ok").combine_chunks()
         if self.text is None:
             return np.flatnonzero(made.to_numpy(zero_copy_only=False))
-        numbered = table.append_column("row_number_", pa.array(np.arange(table.num_rows, dtype=np.int64)))
+        wide = pa.schema([field.with_type(single_precision(field.type)) for field in table.schema])
+        numbered = table.cast(wide).append_column("row_number_", pa.array(np.arange(table.num_rows, dtype=np.int64)))
         self._connection.register("dataset_rows", numbered)
         query = f"SELECT row_number_ FROM dataset_rows WHERE status = 'ok' AND (\n{self.text}\n) ORDER BY row_number_"
         try:
@@ -69,6 +70,19 @@ class Condition:
         finally:
             self._connection.unregister("dataset_rows")
         return np.asarray(found, np.int64)
+
+
+def single_precision(kind: pa.DataType) -> pa.DataType:
+    """Return a type with numbers of single precision where it has half: DuckDB does not know those."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(single_precision(field.type)) for field in kind.fields])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(single_precision(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(single_precision(kind.value_type))
+    return kind
 
 
 @dataclass

@@ -34,7 +34,7 @@ def dataset(tmp_path_factory):
     """Four people alone and in pairs, 14 rows of 64 px with a face for each subject; `sharpness` stands beside."""
     root = tmp_path_factory.mktemp("export") / "dataset"
     names, prompts = ("ada", "bob", "cyd", "d.an"), (*ALONE, TOGETHER)
-    store = finish_dataset(root, names=names, prompts=prompts, side=64, shard_size=4, labels=faces_of)
+    store = finish_dataset(root, names=names, prompts=prompts, side=64, shard_size=4, labels=faces_of, embedding_size=3)
     ids = list(images(root))
     columns = {"sample_id": ids, "sharpness": [float(n) for n in range(len(ids))]}
     rewrite_card(store, [write_added_columns(store, "beside", pa.table(columns), {})])
@@ -42,7 +42,8 @@ def dataset(tmp_path_factory):
 
 
 def faces_of(row):
-    faces = [{"subject_id": one, "landmarks": LANDMARKS, "similarity": 0.5} for one in row["subject_ids"]]
+    known = {"landmarks": LANDMARKS, "similarity": 0.5, "embedding": [0.6, 0.8, 0.0]}
+    faces = [{"subject_id": one, **known} for one in row["subject_ids"]]
     return {"faces": faces}
 
 
@@ -63,7 +64,10 @@ def test_webdataset_reads_it(dataset, tmp_path):
     import webdataset
 
     manifest = export(
-        dataset, tmp_path / "out", "webdataset", where="pc > 0.1 and not list_contains(subject_ids, 'bob')"
+        dataset,
+        tmp_path / "out",
+        "webdataset",
+        where="pc > 0.1 and not list_contains(subject_ids, 'bob') and faces[1].embedding[2] > 0.5",
     )
     listed(tmp_path / "out", manifest)
     tars = sorted(str(path) for path in (tmp_path / "out").glob("train-*.tar"))

@@ -19,12 +19,12 @@ from facediffuser.dataset.plan import Layout, Plan, RowSettings, read_shard_rows
 from facediffuser.dataset.reading import list_shards
 from facediffuser.dataset.references import encode_references
 from facediffuser.dataset.schema import (
-    DATASET_SCHEMA,
     PLAN_SCHEMA,
     SCHEMA_VERSION,
     SUBJECTS_KEY,
     SUBJECTS_SCHEMA,
     canonical_json,
+    dataset_schema,
     with_marks,
 )
 from facediffuser.dataset.seal import seal
@@ -44,10 +44,11 @@ def finish_dataset(
     side: int = 8,
     shard_size: int = 2,
     labels: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: {},
+    embedding_size: int = 0,
 ) -> Store:
     """Write the dataset to `folder`, a folder or a URL; return its store. By default: four rows in two shards.
 
-    `labels` returns further columns of a row of the plan.
+    `labels` returns further columns of a row of the plan; `embedding_size` is the length of its faces' embeddings.
     """
     store = open_store(folder)
     people = tuple(Subject(name, WORDS.get(name, "person"), (f"{name}/1.png",)) for name in sorted(names))
@@ -57,7 +58,7 @@ def finish_dataset(
     digests = {"models": {"unet": "0" * 64}, "scorers": {"identity": "1" * 64}}
     settings = {"batch_size": 2, "shard_size": shard_size, "device": "cpu"}
     run = {"settings": settings, "libraries": {}, "code": "0", **digests}
-    run |= {"schema": {"version": SCHEMA_VERSION, "embedding_size": 0}}
+    run |= {"schema": {"version": SCHEMA_VERSION, "embedding_size": embedding_size}}
     if (tuple(names), tuple(prompts), images) != (("ada", "bob"), ALONE, 1):
         run["plan"] = plan.digest()
     fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
@@ -72,6 +73,7 @@ def finish_dataset(
     columns = {field.name: field.type for field in SUBJECTS_SCHEMA}
     table = pa.Table.from_pylist([{name: face.get(name) for name in columns} for face in faces], schema=SUBJECTS_SCHEMA)
     store.put(SUBJECTS_KEY, encode_references(table, with_marks(SUBJECTS_SCHEMA, fingerprint, run, False)))
+    schema = dataset_schema(SCHEMA_VERSION, embedding_size)
     for shard in range(layout.shards):
         rows = read_shard_rows(store, layout, shard)
         for values in rows:
@@ -79,7 +81,7 @@ def finish_dataset(
             path = f"{values['sample_id']}.png"
             values |= {"image": {"bytes": data, "path": path}, "image_sha256": hashlib.sha256(data).hexdigest(),
                        "ip": values["seed"] % 100 / 100, "pc": 0.2, "status": "ok", **labels(values)}  # fmt: skip
-        store.put(layout.shard_key(shard), encode_shard(rows, with_marks(DATASET_SCHEMA, fingerprint, run, True)))
+        store.put(layout.shard_key(shard), encode_shard(rows, with_marks(schema, fingerprint, run, True)))
     entries = [shard_entry(store, layout, shard, info) for shard, info in enumerate(list_shards(store))]
     for shard, entry in enumerate(entries):
         stats = entry.model_dump(exclude={"key"}) | {"seconds": {"total": 1.5}}
