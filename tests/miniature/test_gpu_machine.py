@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from facediffuser.pipeline import FaceDiffuserPipeline
 from tools.miniature_weights import gpu
+from tools.miniature_weights.make import link_shared_parts
 
 
 class Refused:
@@ -39,9 +41,11 @@ def test_two_calls_train_and_measure_everything(tmp_path, monkeypatch):
     gpu.main()
     home = tmp_path / "home"
     for name in ("base/unet", "models/unet", "models/unet_text", "models/image_encoder", "models/subject_fuser"):
-        assert list((home / name).glob("*.safetensors")), name
+        assert list((home / "parts" / name).glob("*.safetensors")), name
     for name in ("forgetting/forgetting.png", "choice.json", "claim/claim.md", "words/words.csv", "tdm.log", "sdm.log"):
         assert (home / name).stat().st_size, name
+    link_shared_parts(home / "parts")
+    assert FaceDiffuserPipeline.from_pretrained(home / "parts" / "models").unet_text is not None
     with open(home / "forgetting" / "forgetting.csv") as file:
         rows = list(csv.DictReader(file))
     assert {(row["tdm_step"], row["sdm_step"]) for row in rows} == {("0", "0"), ("5", "9"), ("10", "18")}

@@ -156,7 +156,7 @@ def train_base_part(work: Path, size: Size, cores: int, device: str) -> Path:
     from tools.miniature_weights.base import save_fp16, train_base
     from tools.miniature_weights.photo_stream import load_photos
 
-    base, making = work / "base", work / "base-making"
+    base, making = work / "parts" / "base", work / "base-making"
     if base.exists():
         return base
     shutil.rmtree(making, ignore_errors=True)
@@ -169,6 +169,7 @@ def train_base_part(work: Path, size: Size, cores: int, device: str) -> Path:
     unet, text = train_base(vae, photos, tokenizer, size.base_steps, making, size.batch, device=device)
     save_fp16(unet.cpu(), making / "unet")
     save_fp16(text.cpu(), making / "text_encoder")
+    base.parent.mkdir(exist_ok=True)
     return making.rename(base)
 
 
@@ -185,7 +186,7 @@ def train_role(role: str, work: Path, size: Size, device: str, loaders: int) -> 
     steps = size.tdm_steps if role == "tdm" else size.sdm_steps
     other = {"reference_pairing": "other"} if role == "sdm" else {}
     settings = TrainSettings(
-        role=role, data=str(work / "prepared"), base=str(work / "base"), output=str(work / role), preset="miniature", resume=True,
+        role=role, data=str(work / "prepared"), base=str(work / "parts" / "base"), output=str(work / role), preset="miniature", resume=True,
         steps=steps, batch_size=size.batch, learning_rate=LEARNING_RATE, schedule="constant", compile=False,
         checkpoint_every=steps // size.points, keep_every=steps // size.points, log_every=max(1, steps // 40), **other,
     )  # fmt: skip
@@ -227,7 +228,7 @@ def train_both(work: Path, options: argparse.Namespace, clock: Clock, keep: floa
 
 def everything(work: Path, options: argparse.Namespace, size: Size, clock: Clock) -> None:
     """Do what is still to be done, in order, as far as the time reaches."""
-    from facediffuser.modelfolder import assemble
+    from tools.miniature_weights.make import make_models
 
     device, cores = options.device, options.cores
     step(clock, "render ffhq", lambda: render_ffhq(work, size, cores))
@@ -236,9 +237,8 @@ def everything(work: Path, options: argparse.Namespace, size: Size, clock: Clock
     if not step(clock, "train both", lambda: train_both(work, options, clock, 25)):
         say("trainings go on in the next call")
         return
-    models = work / "models"
-    if not models.exists():
-        assemble(work / "base", str(work / "tdm"), str(work / "sdm"), models)
+    if not (work / "parts" / "models").exists():
+        make_models(work / "parts", str(work / "tdm"), str(work / "sdm"))
     step(clock, "measure", lambda: measured(work, size, device, clock))
 
 
@@ -248,7 +248,7 @@ def measured(work: Path, size: Size, device: str, clock: Clock) -> None:
     from tools.miniature_weights.claim_here import chosen_sampler, claim_here
     from tools.miniature_weights.scored import Sampler
 
-    results, models = work / "results", str(work / "models")
+    results, models = work / "results", str(work / "parts" / "models")
     results.mkdir(exist_ok=True)
     steps = size.sampling_steps
     window = (round(steps * 3 / 12), round(steps * 11 / 12))
@@ -280,15 +280,13 @@ def step(clock: Clock, name: str, do: Callable):
 
 
 def take_home(work: Path, output: Path) -> None:
-    """Copy to `output` what is to be taken home: weights of base and models in half precision, numbers, pictures, logs."""
-    from tools.miniature_weights.make import TRAINED_PARTS, save_fp16
-
+    """Copy to `output` what is to be taken home: base and models as they are shipped, but for links; numbers, pictures, logs."""
     output.mkdir(parents=True, exist_ok=True)
-    if (work / "base").exists():
-        shutil.copytree(work / "base", output / "base", dirs_exist_ok=True)
-    if (work / "models").exists():
-        for name, kind in TRAINED_PARTS.items():
-            save_fp16(kind.from_pretrained(work / "models" / name), output / "models" / name)
+    for path in sorted((work / "parts").rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            target = output / path.relative_to(work)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
     for path in work.glob("*.log"):
         shutil.copy(path, output)
     for path in sorted((work / "results").rglob("*")):

@@ -2,7 +2,8 @@
 
 Each part is trained for a set number of steps on the CPU, on pictures rendered here; what a part needs is read from the output
 folder, so parts can be made one at a time, in the order of BUDGETS. What rests on a part is to be made again after it. `models`
-comes last, from two trainings on the base: `... make models --output DIR --tdm RUN --sdm RUN`.
+comes last, from two trainings on the base: `... make models --output DIR --tdm RUN --sdm RUN`. `links` makes again what a copy of
+DIR lacks of its links.
 """
 
 import argparse
@@ -150,11 +151,20 @@ def make_models(output: Path, tdm: str, sdm: str) -> Path:
     models = assemble(output / "base", tdm, sdm, output / "models")
     for name, kind in TRAINED_PARTS.items():
         save_fp16(kind.from_pretrained(models / name), models / name)
-    for name in ("vae", "text_encoder"):
-        for path in (models / name).glob("*.safetensors"):
-            path.unlink()
-            path.symlink_to(Path("../../base", name, path.name))
+    link_shared_parts(output)
     return models
+
+
+def link_shared_parts(output: Path) -> None:
+    """Make the weights of the autoencoder and the text encoder in `output`/models links to those of `output`/base.
+
+    Also where they are missing: links do not come home from every machine.
+    """
+    for name in ("vae", "text_encoder"):
+        for path in (output / "base" / name).glob("*.safetensors"):
+            link = output / "models" / name / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("../../base", name, path.name))
 
 
 def _texts(photos: PhotoSet) -> list[str]:
@@ -166,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.miniature_weights.make", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("part", choices=[*BUDGETS, "all", "models"])
+    parser.add_argument("part", choices=[*BUDGETS, "all", "models", "links"])
     parser.add_argument("--output", type=Path, required=True, help="folder for base/, scorers/ and models/")
     parser.add_argument("--tdm", help="models: folder or s3:// URL of the TDM's training")
     parser.add_argument("--sdm", help="models: folder or s3:// URL of the SDM's training")
@@ -176,6 +186,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
+    if args.part == "links":
+        link_shared_parts(args.output)
+        return
     if args.part == "models":
         if not (args.tdm and args.sdm):
             parser.error("models: give --tdm and --sdm")
