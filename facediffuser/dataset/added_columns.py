@@ -93,11 +93,14 @@ class AddedColumns:
 
 
 def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | None = None) -> None:
-    """Raise InputError for added columns with names that a dataset has already, before hours are spent on them.
+    """Check the names of added columns before hours are spent on them.
 
     Args:
         columns: the names of the columns, by the name of their file without `.parquet`.
         store: the dataset, whose other files below scores/ are looked at, too.
+
+    Raises:
+        InputError: a dataset has one of them already.
     """
     taken = {name: "every dataset" for name in DATASET_SCHEMA.names}
     if store and set(taken) & {name for names in columns.values() for name in names}:

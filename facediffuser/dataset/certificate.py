@@ -148,7 +148,11 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
 
 
 def dataset_certificates(store: Store) -> dict[str, dict[str, Any]]:
-    """Return what the certificates of a dataset say, by the name of the part that each is of; InputError as below."""
+    """Return what the certificates of a dataset say, by the name of the part that each is of.
+
+    Raises:
+        InputError: one cannot be read.
+    """
     names = [certified_part(info.key) for info in store.list(CERTIFICATE_PREFIX) if info.key.endswith(".json")]
     found = {name: dataset_certificate(store, name) for name in sorted(name for name in names if name is not None)}
     return {name: summary for name, summary in found.items() if summary is not None}

@@ -24,12 +24,15 @@ def subjects_schema(subjects: Iterable[Subject]) -> pa.Schema:
 
 
 def require_consent(subjects: Sequence[Subject], url: str, today: datetime.date | None = None) -> None:
-    """Raise InputError, naming them, for subjects whose `consent` in subjects.csv is empty or has expired.
+    """Check that every subject's consent is given and has not expired.
 
     Args:
         subjects: of the run.
         url: where they are, for the message.
         today: the day to compare `expires` with; by default this day, UTC.
+
+    Raises:
+        InputError: `consent` in subjects.csv is empty or has expired; the error names the subjects.
     """
     day = (today or _today()).isoformat()
     without = [subject.subject_id for subject in subjects if not dict(subject.terms).get("consent")]

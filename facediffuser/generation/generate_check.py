@@ -245,12 +245,15 @@ def require_empty_or_dataset(store: Store) -> None:
 
 
 def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> ModelFacts:
-    """Return what the model folder's configuration says; InputError when it cannot make what is asked for.
+    """Return what the model folder's configuration says.
 
     Args:
         settings: of the run.
         begun_with: the scheduler of the run that the output holds. Where none is named and that is the model's own, it
             is kept, however few the steps: the same command resumes a run that an earlier version began.
+
+    Raises:
+        InputError: the model cannot make what is asked for.
     """
     folder = resolve_model(settings.models)
     needs_subject = settings.method != "tdm"

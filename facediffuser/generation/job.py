@@ -182,7 +182,8 @@ class Prepared:
     def write(self) -> int:
         """Write the plan and the references, what is missing of them; return how many objects were written.
 
-        Raises InputError when another run took the output since it was looked at.
+        Raises:
+            InputError: another run took the output since it was looked at.
         """
         job, store = self.job, self.job.store()
         if self.resumes or not job.layout.rows:

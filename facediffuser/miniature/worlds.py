@@ -110,7 +110,11 @@ WORLDS: dict[WorldName, World] = {
 
 
 def world_of(name: WorldName) -> World:
-    """Return the world of that name; InputError names those there are."""
+    """Return the world of that name.
+
+    Raises:
+        InputError: there is none; the error names those there are.
+    """
     if name not in WORLDS:
         raise InputError(f"world {name}: there is none of that name; give {' or '.join(WORLDS)}")
     return WORLDS[name]

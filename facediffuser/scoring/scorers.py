@@ -132,9 +132,14 @@ class Scorers:
 
 
 def load_identity_scorer(name: str, device: str | torch.device = "cpu") -> tuple[IdentityScorer, dict[str, str]]:
-    """Return the identity scorer of the scorers called `name` and the digests of its parts (face_detector, identity).
+    """Return an identity scorer, and the digests of its parts (face_detector, identity).
 
-    Raises InputError, naming the file, when a weight is missing.
+    Args:
+        name: paper, miniature, a folder or an s3:// prefix with identity/.
+        device: where it runs.
+
+    Raises:
+        InputError: a weight is missing; the error names the file.
     """
     if name == PAPER:
         identity, digest = load_facenet(published_facenet(), device)

@@ -159,14 +159,21 @@ class Store(ABC):
 
     @abstractmethod
     def require_readable(self) -> None:
-        """Raise InputError when the folder or bucket is missing or may not be read; nothing is written."""
+        """Check that the folder or bucket is there and may be read; nothing is written.
+
+        Raises:
+            InputError: it is not.
+        """
 
     @abstractmethod
     def require_writable(self) -> None:
-        """Raise InputError when the bucket is missing, the credentials are wrong, the folder cannot be written.
+        """Check that objects can be written; nothing is written.
 
-        Writes nothing. An S3 server tells whether keys may be read and listed; a missing right to write shows at the
-        first `put`, as an InputError too.
+        An S3 server tells whether keys may be read and listed; a missing right to write shows at the first `put`, as an
+        InputError too.
+
+        Raises:
+            InputError: the bucket is missing, the credentials are wrong, or the folder cannot be written.
         """
 
     @abstractmethod

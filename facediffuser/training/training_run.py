@@ -106,9 +106,15 @@ def save_checkpoint(
     keep_every: int = 0,
     computed_with: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint whole or not at all, then remove all but the last few and those of every `keep_every` steps.
+    """Write a checkpoint whole or not at all, then remove those that need not be kept.
 
-    `computed_with`: the provenance, for the checkpoint's mark.
+    Args:
+        store: the run's output.
+        step: after which step it is.
+        state: tensors and plain values.
+        keep_last: how many of the last checkpoints are kept.
+        keep_every: checkpoints of multiples of so many steps are kept, too; 0 keeps none of them.
+        computed_with: the provenance, for the checkpoint's mark.
     """
     import torch
 
