@@ -11,13 +11,11 @@ def identity_plots(facts: FaceFacts) -> bytes:
     """Return a PNG of three distributions: similarity to the own and the nearest other subject, pairs of faces, ip_margin."""
     figure = Figure(figsize=(13.2, 3.9), layout="constrained")
     to_references, pairs, margins = figure.subplots(1, 3)
-    for counts, colour, name in (
-        (facts.own, COLOURS[0], "own subject"),
-        (facts.other, COLOURS[3], "nearest other subject"),
-    ):
-        _steps(to_references, counts, COSINES, colour, name)
+    edges, own, other = _joined_bins(COSINES, facts.own, facts.other)
+    _steps(to_references, own, edges, COLOURS[0], "own subject")
+    _steps(to_references, other, edges, COLOURS[3], "nearest other subject")
     style_axes(to_references, "cosine of a face and a subject's reference", "faces, %")
-    _zoom(to_references, facts.own + facts.other, COSINES)
+    _zoom(to_references, own + other, edges)
     _legend(to_references)
     if facts.pairs is None:
         pairs.text(
@@ -25,20 +23,22 @@ def identity_plots(facts: FaceFacts) -> bytes:
         )
         pairs.set_axis_off()
     else:
-        within, between = (np.histogram(values, COSINES)[0] for values in (facts.pairs.within, facts.pairs.between))
-        _steps(pairs, within, COSINES, COLOURS[0], f"same subject ({len(facts.pairs.within):,} pairs)")
-        _steps(pairs, between, COSINES, COLOURS[3], f"different subjects ({len(facts.pairs.between):,})")
+        both = (np.histogram(values, COSINES)[0] for values in (facts.pairs.within, facts.pairs.between))
+        edges, within, between = _joined_bins(COSINES, *both)
+        _steps(pairs, within, edges, COLOURS[0], f"same subject ({len(facts.pairs.within):,} pairs)")
+        _steps(pairs, between, edges, COLOURS[3], f"different subjects ({len(facts.pairs.between):,})")
         label = f"equal error rate {100 * facts.pairs.rate:.1f}%"
         pairs.axvline(facts.pairs.threshold, color="#333333", linewidth=1, linestyle="--", label=label)
         style_axes(pairs, "cosine of two images' faces", "pairs, %")
-        _zoom(pairs, within + between, COSINES)
+        _zoom(pairs, within + between, edges)
         _legend(pairs)
-    _steps(margins, facts.margins, MARGINS, COLOURS[2], "images")
+    edges, counts = _joined_bins(MARGINS, facts.margins)
+    _steps(margins, counts, edges, COLOURS[2], "images")
     margins.axvline(
         0, color="#333333", linewidth=1, linestyle="--", label=f"below 0: {100 * facts.wrong / facts.images:.1f}%"
     )
     style_axes(margins, "ip_margin", "images, %")
-    _zoom(margins, facts.margins, MARGINS)
+    _zoom(margins, counts, edges)
     _legend(margins)
     return as_png(figure)
 
@@ -73,6 +73,13 @@ def _steps(axis, counts: np.ndarray, edges: np.ndarray, colour: str, label: str)
     axis.stairs(_shares(counts), edges, color=colour, linewidth=1.6, label=label)
 
 
+def _joined_bins(edges: np.ndarray, *series: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return edges and counts with neighbouring bins joined where there are few values: single ones would stand alone."""
+    fewest = min(int(counts.sum()) for counts in series)
+    joined = 5 if fewest < 200 else 2 if fewest < 1000 else 1
+    return edges[::joined], *(counts.reshape(-1, joined).sum(axis=1) for counts in series)
+
+
 def _shares(counts: np.ndarray) -> np.ndarray:
     return counts * 100.0 / max(int(counts.sum()), 1)
 
@@ -81,7 +88,7 @@ def _zoom(axis, counts: np.ndarray, edges: np.ndarray) -> None:
     """Show the part of the axis where there is something, and a little beside it."""
     there = np.flatnonzero(counts)
     if len(there):
-        room = 3 * (edges[1] - edges[0])
+        room = edges[1] - edges[0]
         axis.set_xlim(edges[there[0]] - room, edges[there[-1] + 1] + room)
 
 
