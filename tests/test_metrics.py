@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from facediffuser.batch_stage import Limits, Stage, Unit, WorkerPool
@@ -20,6 +21,7 @@ from facediffuser.json_log import FORMAT_VARIABLE, JsonFormatter, about
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.metrics import metrics_served
 from tests.counting_worker import Counting
+from tools.dashboard import draw
 
 MONITORING = Path(__file__).parents[1] / "infra" / "monitoring"
 RAYS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
@@ -117,6 +119,10 @@ def test_a_real_prometheus_scrapes_a_driver(caplog, tmp_path):
                 time.sleep(0.2)
             assert value("facediffuser_rows_total") == 2, (tmp_path / "log").read_text()
             assert (value("facediffuser_running"), value("up")) == (0, 1)
+            picture = tmp_path / "dashboard.png"
+            drawn = draw(f"http://{address}", picture, minutes=1, window="10s")
+            # Rates take two scrapes with something between them, and GPUs are Ray's to tell.
+            assert drawn >= 3 and Image.open(picture).size[0] > 1000
         finally:
             process.terminate()
             process.wait(30)
