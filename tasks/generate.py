@@ -41,7 +41,7 @@ from facediffuser.dataset.references import encode_references, references_marks
 from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
 from facediffuser.dataset.seal import KEPT_ENTRIES, seal
 from facediffuser.dataset.shards import finished_shards
-from facediffuser.dataset.spending import Spent, add_up, read_spent, write_spent
+from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent, write_spent
 from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.evaluation.tables import ScoreRow
@@ -269,6 +269,10 @@ def _other_parts(store: Store, name: str, before: Manifest | None) -> list[Part]
     for other in part_names(info.key for info in store.list("plan/")):
         if other != name:
             part = listed.get(other) or finished_part(store, other)
+            if part and other not in listed:
+                there = read_spent(store)
+                spent = _sums(store, part.layout, part.run["settings"]["device"], there.hour_price if there else None)
+                part = part.model_copy(update={"spent": spent.model_dump() if spent else None})
             found += [part] if part else []
     return found
 
@@ -284,20 +288,26 @@ def _keep_references(job: GenerationJob, parts: list[Part]) -> None:
     store.put(SUBJECTS_KEY, encode_references(table, marked, fingerprints))
 
 
-def _spent(job: GenerationJob, store: Store) -> Spent | None:
-    """What the run took, put beside the stats; what is there of the whole run stays, whatever is made again later."""
-    added = bool(job.layout.name)
-    before, price = None if added else read_spent(store), job.limits.hour_price
-    if before and before.images == job.layout.rows and price in (None, before.hour_price):
-        return before
-    if price is None and before:
-        price = before.hour_price
-    spent = add_up(_stats(store, job.layout), "gpu" if job.device == "cuda" else "cpu", price)
+def _spent(job: GenerationJob, store: Store, before: Manifest | None) -> Spent | None:
+    """What the run took; what is known of the whole run stays, whatever is made again later.
+
+    `before`: the manifest that was there. Without one, sums that are of as many images were this run's.
+    """
+    name, price = job.layout.name, job.limits.hour_price
+    known = total_spent(part.spent for part in before.parts if part.name == name) if before else None
+    known = known or (None if name else read_spent(store))
+    if known and known.images == job.layout.rows and price in (None, known.hour_price):
+        return known
+    if price is None and known:
+        price = known.hour_price
+    spent = _sums(store, job.layout, job.device, price)
     if spent:
-        if not added:  # what an extension took stands in the manifest, with its part
-            write_spent(store, spent)
         logger.info("took %s", "; ".join(f"{name}: {value}" for name, value in spent_lines(spent)))
     return spent
+
+
+def _sums(store: Store, layout: Layout, device: str, price: float | None) -> Spent | None:
+    return add_up(_stats(store, layout), "gpu" if device == "cuda" else "cpu", price)
 
 
 def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
@@ -341,15 +351,16 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
-    spent = _spent(job, store)
+    before = _manifest_before(store)
+    spent = _spent(job, store, before)
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
     part = build_part(
         job.fingerprint, job.run, layout, entries, places, computed_with, spent.model_dump() if spent else None
     )
     part = part.model_copy(update={"certificate": certificate})
-    before = _manifest_before(store)
     parts = sorted([part, *_other_parts(store, layout.name, before)], key=lambda one: one.name)
     _keep_references(job, parts)
+    write_spent(store, parts)
     table = write_card(store)
     built = build_manifest(parts, retractions=before.retractions if before else ())
     known_entries = {entry.key: entry for entry in before.objects} if before else {}

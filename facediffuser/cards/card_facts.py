@@ -98,7 +98,7 @@ def spent_lines(spent: Spent | None) -> list[tuple[str, str]]:
     """Return what a dataset took as (name, value) lines; none where it is not known."""
     if spent is None:
         return []
-    worker = "GPU" if spent.workers == "gpu" else "CPU worker"
+    worker = {"gpu": "GPU", "cpu": "CPU worker"}.get(spent.workers, "worker")
     lines = [
         (f"{worker} hours", f"{spent.worker_hours:,.3g}"),
         (f"images per {worker} hour", f"{spent.images_per_hour:,.0f}"),
@@ -106,7 +106,8 @@ def spent_lines(spent: Spent | None) -> list[tuple[str, str]]:
     if spent.energy_kwh is not None:
         lines.append(("energy of the GPUs, kWh", f"{spent.energy_kwh:,.3g}"))
     if spent.cost is not None:
-        lines.append(("cost", f"{spent.cost:,.2f} at {spent.hour_price:g} an hour"))
+        price = "" if spent.hour_price is None else f" at {spent.hour_price:g} an hour"
+        lines.append(("cost", f"{spent.cost:,.2f}{price}"))
     return lines
 
 

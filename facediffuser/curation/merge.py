@@ -35,6 +35,7 @@ from facediffuser.dataset.manifest import (
 from facediffuser.dataset.references import encode_references
 from facediffuser.dataset.schema import SUBJECTS_KEY, schema_of_run, with_marks
 from facediffuser.dataset.seal import seal
+from facediffuser.dataset.spending import write_spent
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.storage import Store, open_store
@@ -268,6 +269,7 @@ def _finish(sources: Sequence[Source], store: Store, results: Results) -> Manife
         for unit in source.copies()
         if unit.key.startswith("plan/")
     ]
+    write_spent(store, parts)
     write_card(store)
     retractions = [one for source in sources for one in source.manifest.retractions]
     built = build_manifest(parts, [*plans, object_entry(SUBJECTS_KEY, subjects)], retractions)

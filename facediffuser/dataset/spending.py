@@ -1,7 +1,8 @@
 """What a dataset took: hours of workers, energy and money, added up from its shards' stats.
 
-The sums stand in `stats/spent.json` and in the manifest, and the card shows them. They are of the run that made the
-dataset, written when it is finished; shards that are made again later, by `repair`, do not change them.
+The sums of each part stand in the manifest, those of all parts in `stats/spent.json`, and the card shows the latter. They are
+of the runs that made the dataset, written when each is finished; shards that are made again later, by `repair`, do not change
+them.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from facediffuser.dataset.manifest import Part
 from facediffuser.storage import Store
 
 SPENT_KEY = "stats/spent.json"
@@ -20,12 +22,13 @@ class Spent(BaseModel):
     """What the shards of a dataset took.
 
     images: rows of the shards whose stats are there; the other numbers are of these.
-    workers: "gpu" or "cpu": what a worker is.
+    workers: "gpu", "cpu", or "mixed" where parts had one and the other: what a worker is.
     worker_hours: hours of workers in shards; loading of models and waiting for work are not in it. Of GPU workers
         these are GPU-hours.
     images_per_hour: images of one worker in an hour.
     energy_kwh: what the GPUs' meters counted meanwhile; None where they have none.
-    hour_price, cost: what an hour of a worker was said to cost, and the whole; None where it was not said.
+    hour_price, cost: what an hour of a worker was said to cost, and the whole; None where it was not said of every part. The
+        price is None, too, where it was not the same for all.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -67,14 +70,50 @@ def add_up(stats: Iterable[Mapping[str, Any]], workers: str, hour_price: float |
     )
 
 
-def write_spent(store: Store, spent: Spent) -> None:
-    """Put the sums where the card reads them."""
-    store.put(SPENT_KEY, (spent.model_dump_json(indent=1) + "\n").encode())
+def total_spent(parts: Iterable[Mapping[str, Any] | None]) -> Spent | None:
+    """Return what all parts of a dataset took, None where none of them says.
+
+    Args:
+        parts: `spent` of each part as the manifest has it, None for one that does not say.
+    """
+    found = [one for one in map(_spent, parts) if one]
+    if len(found) < 2:
+        return found[0] if found else None
+    kinds, prices = {one.workers for one in found}, {one.hour_price for one in found}
+    images, hours = sum(one.images for one in found), sum(one.worker_hours for one in found)
+    return Spent(
+        images=images,
+        workers=kinds.pop() if len(kinds) == 1 else "mixed",
+        worker_hours=round(hours, 6),
+        images_per_hour=round(images / hours, 2) if hours else 0.0,
+        energy_kwh=_sum(one.energy_kwh for one in found),
+        hour_price=prices.pop() if len(prices) == 1 else None,
+        cost=_sum(one.cost for one in found),
+    )
+
+
+def _spent(document: Any) -> Spent | None:
+    try:
+        return Spent.model_validate(document)
+    except ValidationError:
+        return None
+
+
+def _sum(numbers: Iterable[float | None]) -> float | None:
+    found = list(numbers)
+    return None if None in found else round(sum(one for one in found if one is not None), 6)
+
+
+def write_spent(store: Store, parts: Iterable[Part]) -> None:
+    """Put the sums of all parts where the card reads them; nothing where none of them says, or they are there."""
+    spent = total_spent(part.spent for part in parts)
+    if spent and spent != read_spent(store):
+        store.put(SPENT_KEY, (spent.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_spent(store: Store) -> Spent | None:
-    """Return a dataset's sums, None where there are none that can be read."""
+    """Return the sums of all parts of a dataset, None where there are none that can be read."""
     try:
-        return Spent.model_validate(json.loads(store.get(SPENT_KEY)))
-    except (FileNotFoundError, ValueError, ValidationError):
+        return _spent(json.loads(store.get(SPENT_KEY)))
+    except (FileNotFoundError, ValueError):
         return None

@@ -9,6 +9,7 @@ from world import PROMPTS, save_prompts
 
 from facediffuser.dataset.extension import NewRows, SampleIds
 from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.spending import read_spent, total_spent
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate
@@ -79,6 +80,9 @@ def test_a_dataset_grows_and_what_was_there_stays_byte_for_byte(world, dataset, 
     manifest = read_manifest(open_store(dataset))
     assert [part.name for part in manifest.parts] == ["", "p0002"] and manifest.counts.rows == 12
     assert len({part.fingerprint for part in manifest.parts}) == 2
+    # Hours are summed over the parts: in what the card shows, and for both parts in the manifest.
+    assert read_spent(open_store(dataset)) == total_spent(part.spent for part in manifest.parts)
+    assert [part.spent and part.spent["images"] for part in manifest.parts] == [4, 8]
     # A third person, a third time; seeds and ids are those of the whole made at once.
     people = tmp_path / "people"
     shutil.copytree(world.subjects, people)

@@ -6,9 +6,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from facediffuser.cards.card_facts import spent_lines
 from facediffuser.dataset.manifest import read_manifest
 from facediffuser.dataset.other_run import run_of_output
-from facediffuser.dataset.spending import Spent, add_up, read_spent
+from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent
 from facediffuser.dataset.verify import inspect
 from facediffuser.generation.energy import EnergyMeter
 from facediffuser.generation.estimate import Rate, shard_size_for
@@ -37,6 +38,22 @@ def test_a_shard_takes_about_a_minute_and_fits_the_memory(seconds, size, batch, 
     assert shard_size_for(Rate(seconds, size, "cpu", "here"), batch) == rows
     # A rate that comes out a little different gives the same shards.
     assert shard_size_for(Rate(seconds * 0.97, size, "cpu", "here"), batch) == rows
+
+
+def test_parts_are_summed_as_far_as_every_one_of_them_says():
+    gpu, cpu = add_up([GPU_SHARD], "gpu", 2.0), add_up([CPU_SHARD, CPU_SHARD], "cpu", 0.5)
+    assert gpu and cpu
+    assert total_spent([None, gpu.model_dump()]) == gpu and total_spent([None]) is None
+    twice = total_spent([gpu.model_dump()] * 2)
+    assert twice and twice.cost and gpu.cost and gpu.energy_kwh
+    assert (twice.images, twice.workers, twice.hour_price) == (2 * gpu.images, "gpu", 2.0)
+    assert twice.worker_hours == pytest.approx(2 * gpu.worker_hours) and twice.cost == pytest.approx(2 * gpu.cost)
+    assert twice.energy_kwh == pytest.approx(2 * gpu.energy_kwh)
+    both = total_spent([gpu.model_dump(), cpu.model_dump()])
+    assert both and (both.workers, both.hour_price, both.energy_kwh) == ("mixed", None, None)
+    assert both.cost == pytest.approx((gpu.cost or 0) + (cpu.cost or 0))
+    lines = dict(spent_lines(both))
+    assert set(lines) == {"worker hours", "images per worker hour", "cost"} and "an hour" not in lines["cost"]
 
 
 def test_cost_without_a_price_is_refused(world, tmp_path):
