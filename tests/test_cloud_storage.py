@@ -90,8 +90,9 @@ def test_what_is_no_place_is_one_line(url, said):
 
 
 def test_a_missing_bucket_and_missing_credentials_are_one_line(cloud, monkeypatch):
-    with pytest.raises(InputError, match="no such bucket"):
-        open_store("gs://nobucket/x").require_readable()
+    for url in ("gs://nobucket/x", f"gs://no{'-bucket' * 8}/{'long/' * 40}x"):
+        with pytest.raises(InputError, match="no such bucket"):
+            open_store(url).require_readable()
     for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="no credentials; set AZURE_STORAGE_ACCOUNT_NAME"):

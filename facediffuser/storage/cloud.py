@@ -159,7 +159,7 @@ class CloudStore(BucketStore):
                 f"{url}: access denied; set {CREDENTIALS[self.scheme]}, and check the bucket's policy"
             ) from None
         except kinds.BaseError as error:
-            said = " ".join(_SECRET.sub("", str(error)).split())[:200]
+            said = _SECRET.sub("", str(error))
             if re.search(r"\b404\b", said):  # a listing of a bucket that is not there
                 raise FileNotFoundError(errno.ENOENT, "no such object", url) from None
             if "Account must be specified" in said or "credential" in said.lower():
