@@ -143,8 +143,10 @@ def _objects(store: Store, manifest: Manifest, present: dict[str, ObjectInfo]) -
                 yield Problem(entry.key, problem, certificate=True)
     if not manifest.digest:
         return
-    listed = {entry.key for entry in manifest.objects}
+    listed, begun = {entry.key for entry in manifest.objects}, _parts_begun(manifest, present)
     for key in sorted(present.keys() - listed - {MANIFEST_KEY}):
+        if certified_part(key) in begun:
+            continue
         hidden = any(part.startswith(".") for part in key.split("/"))  # of a file manager, a hub's client, git
         if not hidden and not _parts_begun(manifest, [key]) and not key.startswith((DATA_PREFIX, *manifest.unlisted)):
             yield Problem(key, "not listed in the manifest; " + _ways_out(key), unlisted=True)

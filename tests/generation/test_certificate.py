@@ -207,7 +207,12 @@ def test_rows_that_are_added_have_a_certificate_of_their_own(copied, tmp_path):
     rows = [json.loads(line) for line in open(settings.prompts)]
     more = save_prompts(tmp_path / "more.jsonl", [*rows, {"prompt": "{subject} at night", "prompt_id": "night"}])
     settings = settings.model_copy(update={"prompts": str(more), "extend": True})
-    added, certificate, finished = run(settings)
+    added = plan_dataset.fn(settings, LocalDriver()).job
+    generate_shards.fn(added, driver=LocalDriver())
+    certificate = certify_dataset.fn(added, driver=LocalDriver())
+    [begun] = verify(settings.output)
+    assert "rows are being added, and that is not finished" in begun
+    finish_dataset.fn(added, certificate)
     assert added.layout.name == "p0002" and certificate["pairs"] == 6 == certificate["sample"]
     manifest = read_manifest(added.store())
     assert [part.certificate["sample"] for part in manifest.parts] == [18, 6]
