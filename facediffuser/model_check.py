@@ -4,7 +4,6 @@
 each model from its configuration on the meta device, compares names and shapes, and reads all values.
 """
 
-import json
 import math
 import re
 import struct
@@ -14,6 +13,7 @@ from typing import Any
 
 from facediffuser.errors import InputError
 from facediffuser.storage import LocalStore
+from facediffuser.storage.reading import parse_json
 
 CONFIGS = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
 """Configuration file of a component; `config.json` for all others."""
@@ -41,14 +41,14 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        content = json.loads(LocalStore(path.parent).get(path.name))
+        content = parse_json(LocalStore(path.parent).get(path.name))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; give a whole model folder") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a whole model folder") from None
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); give a whole model folder") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object; give a whole model folder")
@@ -68,11 +68,11 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not 2 <= length <= min(size - 8, HEADER_LIMIT):
             raise InputError(f"{path}: {size} bytes that are no safetensors file; copy it again")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
             found = {name: (value["dtype"], tuple(value["shape"])) for name, value in tensors.items()}
             spans = sorted((*value["data_offsets"], name) for name, value in tensors.items())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path}: its safetensors header is damaged; copy it again") from None
     end = 0
     for first, last, name in spans:

@@ -1,7 +1,9 @@
 """The one place where picture files are opened: what is accepted, and pictures of any kind made 8-bit RGB, upright."""
 
+import ctypes
 import hashlib
 import io
+import logging
 import posixpath
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -55,6 +57,23 @@ class Rejection(Exception):
     def reason(self) -> str:
         """The kind and the detail in one line."""
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+def _silence_readers() -> None:
+    """Keep Pillow's readers from writing to the terminal: what is wrong with a file is a Rejection here, one line."""
+    # Once and for the whole process: filters set around each call would race in threads. One of the warnings is about
+    # large pictures, which our own limit refuses; none says which file.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+    # Pillow leaves libtiff's own handlers, which print, in place; the library is found through Pillow's extension.
+    library = ctypes.CDLL(Image.core.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if setter := getattr(library, name, None):  # a Pillow without libtiff, or with hidden symbols
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+
+
+_silence_readers()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -134,18 +153,15 @@ def read_header(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.I
     """
     if not data:
         raise Rejection("empty file", "0 bytes")
-    with warnings.catch_warnings():
-        # Of Pillow's warnings one is about large pictures, which our own limit refuses, the others do not say which file.
-        warnings.simplefilter("ignore")
-        try:
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise Rejection("too large", str(error)) from error
-        except Image.UnidentifiedImageError as error:
-            raise Rejection("not a picture", f"none of {', '.join(FORMATS)}") from error
-        except Exception as error:
-            # Damaged headers make Pillow's readers raise nearly anything; all of it is a fact about this file.
-            raise Rejection("damaged picture", f"{type(error).__name__}: {error}") from error
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Rejection("too large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise Rejection("not a picture", f"none of {', '.join(FORMATS)}") from error
+    except Exception as error:
+        # Damaged headers make Pillow's readers raise nearly anything; all of it is a fact about this file.
+        raise Rejection("damaged picture", f"{type(error).__name__}: {error}") from error
     width, height = opened.size
     if width * height > max_megapixels * 1e6:
         raise Rejection("too large", f"{width} x {height} px, at most {max_megapixels:g} megapixels are decoded")

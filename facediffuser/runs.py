@@ -24,6 +24,7 @@ from typing import Any
 
 from facediffuser import __version__
 from facediffuser.errors import InputError
+from facediffuser.storage.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,14 @@ def canonical_json(value: Any) -> str:
 def fingerprint_of(document: Document) -> str:
     """Return the SHA-256 of a run document, hexadecimal."""
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
+
+
+def has_fingerprint(document: Any, fingerprint: str) -> bool:
+    """Return whether a document is the one of a fingerprint; False for anything that no run's document can be."""
+    try:
+        return isinstance(document, Mapping) and fingerprint_of(document) == fingerprint
+    except ValueError:  # NaN or infinity, which no run's document holds
+        return False
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -190,7 +199,7 @@ def count_provenances(each: Sequence[Document | None], noun: str) -> list[dict[s
     """
     counts = Counter(canonical_json(one) for one in each if one)
     order = sorted(counts, key=lambda text: (-counts[text], text))
-    return [{noun: counts[text], **json.loads(text)} for text in order]
+    return [{noun: counts[text], **parse_json(text)} for text in order]
 
 
 @functools.cache

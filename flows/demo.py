@@ -1,6 +1,5 @@
 """The flow `demo`: the whole factory at a small scale, from rendered photographs to a scored dataset."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from facediffuser.modelfolder import assemble, resolve_base
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
+from facediffuser.storage.reading import parse_json
 from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def _keep_first(photos: Path, subjects: int, prompts: int) -> None:
     (photos / "subjects" / "subjects.csv").write_text("\n".join(kept) + "\n")
     categories: dict[str, list[str]] = {}
     for line in (photos / "prompts.jsonl").read_text().splitlines():
-        categories.setdefault(json.loads(line)["category"], []).append(line)
+        categories.setdefault(parse_json(line)["category"], []).append(line)
     in_turn = [line for lines in zip_longest(*categories.values()) for line in lines if line]
     (photos / "prompts.jsonl").write_text("\n".join(in_turn[:prompts]) + "\n")
 

@@ -1,6 +1,5 @@
 """The settings of the flows that are made of other flows, and of commands without a flow."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,8 @@ from facediffuser.errors import InputError
 from facediffuser.miniature.world_names import WorldName
 from facediffuser.schedulers import SchedulerName
 from facediffuser.settings import MOST_WORKERS, ImagesPerPrompt, Output, Sampling, Seeded, Settings, Steps, Workers
+from facediffuser.storage import LocalStore
+from facediffuser.storage.reading import parse_json
 from facediffuser.training.train_settings import TrainSettings
 
 
@@ -84,7 +85,8 @@ class ClaimSettings(Sampling, Seeded):
             return self
         names = ("steps", "guidance_scale", "fusion_start", "fusion_end")
         try:
-            said = json.loads(self.choice.read_text())
+            # Through the store, which opens regular files alone: a pipe would be waited for.
+            said = parse_json(LocalStore(self.choice.parent).get(self.choice.name))
             chosen = {name: said[name] for name in names if name not in self.model_fields_set}
             return ClaimSettings(**self.model_dump(exclude_unset=True, exclude={"choice"}) | chosen)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,8 @@ from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added_columns
 from facediffuser.dataset.reading import count_rows
 from facediffuser.devices import pick_device
-from facediffuser.evaluation.add_columns import column_stage
+from facediffuser.errors import InputError
+from facediffuser.evaluation.add_columns import column_stage, discard_unfinished
 from facediffuser.evaluation.copies import find_copies, recorded_scorers
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
@@ -28,7 +29,12 @@ def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[st
     gpu = driver.gpus > 0 and settings.device != "cpu"
     # Without GPUs the workers share the cores.
     cpus = 1 if gpu else max(1, driver.cpus // (settings.workers or 1))
-    return driver.run(column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))
+    stage = column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu))
+    try:
+        return driver.run(stage)
+    except InputError:
+        discard_unfinished(settings.url)
+        raise
 
 
 @task(name="find-copies", cache_policy=None, **RETRIES)

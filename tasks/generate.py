@@ -1,7 +1,6 @@
 """The tasks of the flow `generate-dataset`: plan, estimate, and the stage that generates the shards."""
 
 import functools
-import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,12 +45,14 @@ from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.certify import CertificateWorker, certificate_parts, certificate_stage, missing_parts
-from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset, rate_of_sample, shard_size_for
+from facediffuser.generation.estimate import estimate, rate_of_sample, shard_size_for
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
+from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
+from facediffuser.storage.reading import parse_json, read_json_object
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
@@ -250,7 +251,9 @@ def certify_dataset(
         (driver or RayDriver()).run(certificate_stage(job, parts, missing, worker=worker))
     names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
     found = [row for key in parts for row in read_columns(store, key, names).to_pylist()]
-    summary = summarise(found, [json.loads(store.get(stats_key(key))) for key in parts], job.max_loss)
+    fix = "remove it, and run the same command again"
+    timings = [read_json_object(store, stats_key(key), fix, {"seconds": dict}) for key in parts]
+    summary = summarise(found, timings, job.max_loss)
     if dataset_certificate(store, job.layout.name) != summary:
         store.put(summary_key(job.layout.name), summary_bytes(summary))
     changes, speeds = summary["differences"], summary["images_per_second"]
@@ -315,7 +318,7 @@ def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
 
     def read(shard: int) -> dict[str, Any] | None:
         try:
-            stats = json.loads(store.get(layout.stats_key(shard)))
+            stats = parse_json(store.get(layout.stats_key(shard)))
             return stats if isinstance(stats["rows"], int) and isinstance(stats["seconds"]["total"], float) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

@@ -1,6 +1,5 @@
 """The task `preprocess`: lists the source, has its pictures checked and prepared part by part, and sums up."""
 
-import json
 import logging
 import posixpath
 import time
@@ -34,6 +33,7 @@ from facediffuser.preprocess.sources import Listing, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import Store, open_store
+from facediffuser.storage.reading import parse_json
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
@@ -77,7 +77,7 @@ def prepare_photographs(
     run, there = begin_or_resume_prepared(store, identity, listing)
     if MANIFEST in there:
         logger.info("%s: finished earlier; nothing to do", store.url)
-        return _result(store, json.loads(store.get(MANIFEST)), started, {}, 0)
+        return _result(store, parse_json(store.get(MANIFEST)), started, {}, 0)
     parts = dict(enumerate(split_into_parts(listing.records, settings.part_size)))
     summaries = finished_parts(store, there, run.fingerprint, len(parts))
     recorded = [recorded_provenance(run, summary) for summary in summaries.values()]
@@ -146,7 +146,7 @@ def _finished_checks(store: Store, there: Container[str], job: Job, parts: Parts
     hashes = {}
     for part, records in parts.items():
         key = part_name("checks", part, "json")
-        content = json.loads(store.get(key)) if key in there else {}
+        content = parse_json(store.get(key)) if key in there else {}
         if content.get("fingerprint") == job.fingerprint and len(content["hashes"]) == len(records):
             hashes[part] = content["hashes"]
     return hashes

@@ -15,7 +15,9 @@ from PIL import Image, PngImagePlugin
 from facediffuser.errors import InputError
 from facediffuser.pictures import (
     EXTENSIONS,
+    Rejection,
     batches_of_files,
+    decode_picture,
     is_picture_name,
     left_out_line,
     open_picture,
@@ -171,3 +173,23 @@ def test_files_are_read_in_batches_of_a_bounded_size(monkeypatch):
     sizes = [4, 4, 4, 25, 1, 1, 1, 1]
     assert batches_of_files(sizes, 3, lambda size: size) == [[4, 4], [4], [25], [1, 1, 1], [1]]
     assert batches_of_files([], 3, lambda size: size) == []
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "group4"])
+def test_damaged_tiffs_are_rejected_and_nothing_is_printed(compression, capfd, caplog):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).convert("1" if compression == "group4" else "RGB").save(
+        sink, "TIFF", compression=compression
+    )
+    rejected = 0
+    for seed in range(40):
+        data, random = bytearray(sink.getvalue()), np.random.default_rng(seed)
+        for _ in range(20):
+            data[random.integers(8, len(data))] ^= 1 << random.integers(8)
+        try:
+            decode_picture(bytes(data))
+        except Rejection:
+            rejected += 1
+    assert rejected
+    assert capfd.readouterr() == ("", "") and not caplog.records

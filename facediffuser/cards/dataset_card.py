@@ -30,7 +30,7 @@ from facediffuser.dataset.certificate import dataset_certificates
 from facediffuser.dataset.column_meanings import column_lines
 from facediffuser.dataset.consent import consent_facts
 from facediffuser.dataset.reading import open_parquet, read_chosen, recorded_run
-from facediffuser.dataset.seal import require_sealable, seal
+from facediffuser.dataset.seal import CARD_KEYS, require_sealable, seal
 from facediffuser.dataset.spending import read_spent
 from facediffuser.evaluation.face_plots import identity_plots, pose_plots
 from facediffuser.evaluation.plots import image_plane, score_histograms
@@ -81,7 +81,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         "card/ip_pc_plane.png": image_plane(groups),
         **_face_pictures(card),
     }
-    for key in (*pictures, "card/index.html", "README.md"):
+    for key in CARD_KEYS:
         store.require_replaceable(key)
     for key, data in pictures.items():
         store.put(key, data)

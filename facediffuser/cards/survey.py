@@ -265,18 +265,15 @@ class _NamedSelection:
         self.low: list[tuple] = []
 
     def add(self, located: LocatedRow, faces: pa.Table, row: int) -> None:
-        margin = faces[IP_MARGIN][row].as_py()
-        if margin is None:
+        margin, there = faces[IP_MARGIN][row].as_py(), faces[FACES][row].as_py()
+        if margin is None or there is None:
             return
         people, name = len(located.subject_ids), located.values["sample_id"]
         for heap, value in ((self.high, margin), (self.low, -margin)):
             key = (people, value, name)
             if len(heap) >= NAMED_EACH and key <= heap[0][0]:
                 continue
-            own = [
-                {field: value for field, value in face.items() if field != "embedding"}
-                for face in faces[FACES][row].as_py()
-            ]
+            own = [{field: value for field, value in face.items() if field != "embedding"} for face in there]
             shown = replace(located, values=located.values | {FACES: own, IP_MARGIN: margin})
             (heapq.heappush if len(heap) < NAMED_EACH else heapq.heapreplace)(heap, (key, shown))
 

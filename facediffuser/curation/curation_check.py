@@ -4,7 +4,8 @@ from facediffuser.curation.curation_settings import ExportSettings, MergeSetting
 from facediffuser.curation.export import open_export
 from facediffuser.curation.merge import MARK_KEY, merge_identity, open_sources, require_mergeable, require_output
 from facediffuser.curation.publish import listed_objects, repository_of
-from facediffuser.curation.retract import begin_retraction
+from facediffuser.curation.retract import begin_retraction, require_retractable
+from facediffuser.dataset.manifest import require_objects
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import open_store
 
@@ -17,6 +18,8 @@ def check_merge(settings: MergeSettings) -> None:
     """
     sources, store = open_sources(settings.urls), open_store(settings.output)
     require_output(store, merge_identity(sources))
+    for source in sources:
+        require_objects(source.store, source.manifest)
     if not store.exists(MARK_KEY):
         require_mergeable(sources)
 
@@ -28,6 +31,7 @@ def check_export(settings: ExportSettings) -> None:
         InputError: it cannot.
     """
     export = open_export(settings)
+    require_objects(export.store, export.manifest)
     if export.scorers is not None:
         require_scorers(export.scorers)
 
@@ -36,9 +40,12 @@ def check_retract(settings: RetractSettings) -> None:
     """Check that the dataset has the subject, or that an interrupted retraction of it is to go on.
 
     Raises:
-        InputError: neither is so.
+        InputError: neither is so, or something of the dataset is missing or damaged.
     """
-    begin_retraction(open_store(settings.url), settings.subject)
+    store = open_store(settings.url)
+    manifest, resumes = begin_retraction(store, settings.subject)
+    if not resumes:
+        require_retractable(store, manifest)
 
 
 def check_publish(settings: PublishSettings) -> None:
@@ -48,4 +55,5 @@ def check_publish(settings: PublishSettings) -> None:
         InputError: one of these is not so.
     """
     repository_of(settings.target)
-    listed_objects(settings)
+    manifest, _ = listed_objects(settings)
+    require_objects(open_store(settings.dataset), manifest)

@@ -27,6 +27,7 @@ from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, read_sound_man
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.storage import Store, open_store
+from facediffuser.storage.reading import parse_json, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,12 @@ def open_export(settings: ExportSettings) -> Export:
 
 def _recorded_fingerprint(output: Store) -> str | None:
     for key in (MANIFEST_KEY, MARK_KEY):
-        try:
-            found = json.loads(output.get(key))
-        except (FileNotFoundError, ValueError):
+        if not output.exists(key):
             continue
+        try:
+            found = parse_json(output.get(key))
+        except ValueError:
+            return ""
         return str(found.get("fingerprint")) if isinstance(found, dict) else ""
     return None
 
@@ -169,6 +172,11 @@ class ExportWorker:
         return dict(counts)
 
     def _samples(self, row: dict[str, Any], split: str) -> list[Sample]:
+        data = (row["image"] or {}).get("bytes")
+        # A JPEG with a flipped bit is still one: what is copied to others is compared with its digest.
+        if not data or hashlib.sha256(data).hexdigest() != row["image_sha256"]:
+            raise InputError(f"{self.store.url}: row {row['sample_id']!r} has no image, or another than its sha256 says; run "
+                             "`facediffuser repair`, then the same command again with another output")  # fmt: skip
         if self.crops is None:
             return [sample_of_row(row)]
         return self.crops(row, [name for name in row["subject_ids"] if self.sides.get(name, TRAIN) == split])
@@ -193,7 +201,8 @@ def _finish(
         for split in (TRAIN, TEST):
             facts: list[tuple[str, dict[str, Any]]] = []
             for key in (key for key in keys if key.startswith(f"{PARTS_PREFIX}{split}-")):
-                part = json.loads(output.get(key))
+                fix = "remove it, and run the same command again"
+                part = read_json_object(output, key, fix, {"objects": list, "counts": dict})
                 objects += part["objects"]
                 for name in counts:
                     counts[name] += part["counts"][name]
@@ -217,7 +226,7 @@ def _finish(
         output.put(MANIFEST_KEY, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     for info in output.list(PARTS_PREFIX):
         output.delete(info.key)
-    return json.loads(output.get(MANIFEST_KEY))
+    return parse_json(output.get(MANIFEST_KEY))
 
 
 def _subjects_by_side(export: Export, settings: ExportSettings) -> dict[str, list[str]]:

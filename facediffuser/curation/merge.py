@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,15 +178,16 @@ def require_output(store: Store, identity: dict[str, Any]) -> None:
         InputError: it holds something else.
     """
     store.require_writable()
-    try:
-        there = json.loads(store.get(MARK_KEY))
-    except (FileNotFoundError, ValueError):
-        there = None
+    if not store.exists(MARK_KEY):
         if present := store.list():
-            raise InputError(f"{store.url}: holds {present[0].key!r}; give an empty output") from None
-    if there is not None and there != {"fingerprint": fingerprint_of(identity)}:
+            raise InputError(f"{store.url}: holds {present[0].key!r}; give an empty output")
+    elif store.get(MARK_KEY) != _mark(identity):
         raise InputError(f"{store.url}: holds a merge of other datasets, or of these before they changed; give an empty "
                          "output")  # fmt: skip
+
+
+def _mark(identity: dict[str, Any]) -> bytes:
+    return canonical_json({"fingerprint": fingerprint_of(identity)}).encode()
 
 
 class CopyWorker:
@@ -239,7 +239,7 @@ def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stag
     require_output(store, identity)
     if not store.exists(MARK_KEY):
         require_mergeable(sources)
-        store.put(MARK_KEY, canonical_json({"fingerprint": fingerprint_of(identity)}).encode(), if_absent=True)
+        store.put(MARK_KEY, _mark(identity), if_absent=True)
     there = {info.key: info.size for info in store.list()}
     every = [unit for source in sources for unit in source.copies()]
     units = [unit for unit in every if there.get(unit.key) != unit.data[2]]

@@ -16,7 +16,7 @@ from facediffuser.storage.hub import hub_client, hub_errors
 
 # Objects of one commit: few commits, and memory for about so many bytes.
 COMMIT_BYTES, COMMIT_OBJECTS = 512 << 20, 100
-_TARGET = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
+_TARGET = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?", re.ASCII)
 
 Listed = tuple[str, int, str]
 """Key, bytes and SHA-256 of an object."""
@@ -31,6 +31,13 @@ def repository_of(target: str) -> str:
     match = _TARGET.fullmatch(target)
     if match is None:
         raise InputError(f"{target}: no place to publish to; give hf://datasets/ORG/NAME")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError as error:
+        raise InputError(f"{target}: {str(error).rstrip('.')}; give hf://datasets/ORG/NAME") from None
     return match[1]
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -26,11 +27,12 @@ from facediffuser.dataset.manifest import (
     object_entry,
     parse_manifest,
     read_manifest_bytes,
+    require_objects,
     write_manifest,
 )
 from facediffuser.dataset.mentions import mentioned, subjects_of_sample, text_columns, without_mentions
 from facediffuser.dataset.plan import Layout, encode_groups, part_names
-from facediffuser.dataset.reading import open_parquet, readable_parquet
+from facediffuser.dataset.reading import READERS, open_parquet, readable_parquet
 from facediffuser.dataset.references import ROWS_PER_GROUP
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.seal import CARD_PREFIX, KEPT_ENTRIES, README_KEY, seal
@@ -70,6 +72,23 @@ def begin_retraction(store: Store, subject: str) -> tuple[Manifest, bool]:
             f"{store.url}: no subject {subject!r}; the column subject_id of {SUBJECTS_KEY} has {near}, ..."
         )
     return manifest, False
+
+
+def require_retractable(store: Store, manifest: Manifest) -> None:
+    """Raise InputError for an object that is missing, of another size, or whose texts cannot be read.
+
+    Found in the middle of the work it would leave a dataset that can neither be finished nor repaired.
+    """
+    require_objects(store, manifest)
+    beside = [info.key for info in store.list() if info.key.startswith(KEPT_ENTRIES) and info.key.endswith(".parquet")]
+
+    def read(key: str) -> None:
+        with open_parquet(store, key) as file:
+            file.read(columns=text_columns(file.schema_arrow))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(read, [*(entry.key for entry in manifest.all_shards), *manifest.planned_keys(), *beside]):
+            pass
 
 
 def _mark(manifest: Manifest, subject: str) -> str:

@@ -14,8 +14,10 @@ from facediffuser.dataset.manifest import Manifest
 from facediffuser.dataset.reading import open_parquet
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
+from facediffuser.storage.reading import parse_json
 
 TRAIN, TEST = "train", "test"
+CONDITION_MEMORY = "1GB"
 
 
 def split_subjects(names: Iterable[str], test_share: float, seed: int) -> dict[str, str]:
@@ -35,7 +37,11 @@ def split_subjects(names: Iterable[str], test_share: float, seed: int) -> dict[s
 
 
 class Condition:
-    """An SQL condition on a dataset's columns, evaluated by DuckDB without access to files or the network."""
+    """An SQL condition on a dataset's columns, evaluated by DuckDB without access to files or the network.
+
+    It is parsed by itself, as one expression, so that it cannot end the query around it. It may look at its own row only,
+    and must say the same of a row at every run: neither a query inside, nor parameters, nor functions such as `random`.
+    """
 
     def __init__(self, text: str | None, schema: pa.Schema):
         self.text = text
@@ -44,7 +50,14 @@ class Condition:
         import duckdb
 
         self._error = duckdb.Error
-        self._connection = duckdb.connect(config={"enable_external_access": False, "threads": 1})
+        self._connection = duckdb.connect(
+            config={"enable_external_access": False, "threads": 1, "memory_limit": CONDITION_MEMORY}
+        )
+        try:
+            self._expression = duckdb.SQLExpression(text)
+            self._require_of_row(text, schema.names)
+        except (duckdb.Error, UnicodeEncodeError, TypeError) as error:
+            raise self._refusal(error) from None
         # Some errors, as of a text that is no number, show in a row only.
         nothing = {field.name: pa.nulls(1, single_precision(field.type)) for field in schema}
         self.rows(pa.table(nothing | {"status": pa.array(["ok"])}))
@@ -59,17 +72,45 @@ class Condition:
         if self.text is None:
             return np.flatnonzero(made.to_numpy(zero_copy_only=False))
         wide = pa.schema([field.with_type(single_precision(field.type)) for field in table.schema])
-        numbered = table.cast(wide).append_column("row_number_", pa.array(np.arange(table.num_rows, dtype=np.int64)))
-        self._connection.register("dataset_rows", numbered)
-        query = f"SELECT row_number_ FROM dataset_rows WHERE status = 'ok' AND (\n{self.text}\n) ORDER BY row_number_"
         try:
-            found = self._connection.execute(query).fetchnumpy()["row_number_"]
+            answers = self._connection.from_arrow(table.cast(wide)).select(self._expression.cast("BOOLEAN")).fetchall()
         except self._error as error:
-            said = " ".join(str(error).split("LINE")[0].split())
-            raise InputError(f"--where {self.text!r}: {said[:300]}; give an SQL condition on the columns") from None
-        finally:
-            self._connection.unregister("dataset_rows")
-        return np.asarray(found, np.int64)
+            raise self._refusal(error) from None
+        if len(answers) != table.num_rows or any(len(answer) != 1 for answer in answers):
+            raise InputError(
+                f"--where {self.text!r}: says not one thing of each row; give an SQL condition on the columns"
+            )
+        holds = np.array([answer[0] is True for answer in answers], bool)
+        return np.flatnonzero(holds & made.to_numpy(zero_copy_only=False))
+
+    def _require_of_row(self, text: str, columns: Sequence[str]) -> None:
+        """Raise InputError for a condition that looks at more than its row, or says something else at the next run."""
+        serialized = self._connection.execute("SELECT json_serialize_sql(?)", [f"SELECT (\n{text}\n)"]).fetchone()
+        assert serialized is not None  # one row for one statement
+        changing = self._connection.execute(
+            "SELECT function_name FROM duckdb_functions() GROUP BY 1 "
+            "HAVING bool_and(function_type = 'aggregate') OR bool_or(stability <> 'CONSISTENT')"
+        ).fetchall()
+        for found in _nodes(parse_json(serialized[0])):
+            # Some functions are written without brackets, as `current_date`, like a column.
+            names = found.get("column_names") or [found.get("function_name", "")]
+            name = str(names[-1]).lower() if len(names) == 1 and names[0] not in columns else ""
+            if found.get("class") in ("SUBQUERY", "WINDOW", "PARAMETER", "STAR") or (name,) in changing:
+                what = name or str(found["class"]).lower()
+                raise InputError(f"--where {text!r}: {what} is no condition on a row alone, the same at every run; give an SQL "
+                                 "condition on the columns")  # fmt: skip
+
+    def _refusal(self, error: Exception) -> InputError:
+        said = " ".join(str(error).split("LINE")[0].split())
+        return InputError(f"--where {self.text!r}: {said[:300]}; give an SQL condition on the columns")
+
+
+def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON document."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _nodes(part)
 
 
 def single_precision(kind: pa.DataType) -> pa.DataType:

@@ -17,6 +17,11 @@ SCORER_MARK, LICENCE_MARK = "facediffuser_scorer_", "facediffuser_licence_"
 KEY = "sample_id"
 
 
+def added_key(name: str) -> str:
+    """Return where the added columns of a name lie."""
+    return f"{ADDED_PREFIX}{name}.parquet"
+
+
 class AddedColumns:
     """The added columns of a dataset; `schema` without the key, in the order of the files' names.
 
@@ -150,6 +155,6 @@ def write_added_columns(
     metadata = {f"{SCORER_MARK}{part}": digest for part, digest in digests.items()}
     metadata |= {f"{LICENCE_MARK}{part}": licence for part, licence in (licences or {}).items()}
     metadata["huggingface"] = canonical_json({"info": {"features": hugging_face_features(table.schema)}})
-    key = f"{ADDED_PREFIX}{name}.parquet"
+    key = added_key(name)
     store.put(key, parquet_bytes(table.replace_schema_metadata(metadata)))
     return key

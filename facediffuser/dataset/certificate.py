@@ -20,6 +20,7 @@ from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import IMAGE
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
+from facediffuser.storage.reading import parse_json
 
 CERTIFICATE_PREFIX = "certificate/"
 SHARE, FEWEST, MOST = 0.01, 64, 1000
@@ -168,7 +169,7 @@ def dataset_certificate(store: Store, name: str = "") -> dict[str, Any] | None:
     if not store.exists(key):
         return None
     try:
-        found = json.loads(store.get(key))
+        found = parse_json(store.get(key))
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -12,8 +12,9 @@ from facediffuser.dataset.plan import Layout, find_sample
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, run_schema_version
 from facediffuser.errors import InputError
-from facediffuser.runs import canonical_json, count_provenances, fingerprint_of, provenance_of
+from facediffuser.runs import canonical_json, count_provenances, has_fingerprint, provenance_of
 from facediffuser.storage import ObjectInfo, Store
+from facediffuser.storage.reading import parse_json
 
 MANIFEST_KEY = "manifest.json"
 SHARDS = "shards"
@@ -341,7 +342,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         if hashlib.sha256(unsigned).hexdigest() != manifest.digest:
             yield "changed since it was written (its digest is of other bytes)"
     else:
-        unknown = json.loads(data).keys() - EARLIER_FIELDS
+        unknown = parse_json(data).keys() - EARLIER_FIELDS
         if unknown:
             yield f"has no digest, but {sorted(unknown)[0]!r}, which no manifest of an earlier version has"
     if manifest.schema_version not in READABLE_VERSIONS:
@@ -377,7 +378,7 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
 def _part_problems(part: Part) -> Iterator[str]:
     """Yield what is wrong with a part taken by itself."""
     layout = part.layout
-    if _fingerprint(part.run) != part.fingerprint:
+    if not has_fingerprint(part.run, part.fingerprint):
         yield "its run is not the one of its fingerprint"
     for name in ("models", "scorers"):
         if getattr(part, name) != part.run.get(name):
@@ -393,13 +394,6 @@ def _part_problems(part: Part) -> Iterator[str]:
         if entry.rows != layout.shard_rows(shard) or entry.rows != entry.ok + entry.failed:
             yield f"lists {entry.rows} rows ({entry.ok} ok, {entry.failed} failed) of {entry.key}, {layout.shard_rows(shard)} are planned"
             break
-
-
-def _fingerprint(run: dict[str, Any]) -> str:
-    try:
-        return fingerprint_of(run)
-    except ValueError:  # NaN or infinity, which no run's document holds
-        return ""
 
 
 def object_entries(store: Store, keys: Iterable[str]) -> list[ObjectEntry]:
@@ -424,6 +418,20 @@ def find_row(store: Store, manifest: Manifest, sample_id: str) -> tuple[Part, in
     raise InputError(f"{store.url}: no row {sample_id!r}; look in column sample_id of its plan")
 
 
+def require_objects(store: Store, manifest: Manifest) -> None:
+    """Raise InputError for an object that a manifest lists and that is missing or of another size; one listing, no reading.
+
+    The card does not count: it is written anew by whatever changes a dataset.
+    """
+    sizes = {info.key: info.size for info in store.list()}
+    entries: list[ShardEntry | ObjectEntry] = [*manifest.all_shards, *manifest.objects]
+    for entry in entries:
+        if entry.key.startswith("card/") or entry.key == "README.md" or sizes.get(entry.key) == entry.bytes:
+            continue
+        what = f"{sizes[entry.key]} bytes, the manifest says {entry.bytes}" if entry.key in sizes else "missing"
+        raise InputError(f"{store.url_of(entry.key)}: {what}; put it back, or run `facediffuser repair`")
+
+
 def object_entry(key: str, data: bytes) -> ObjectEntry:
     """Return the entry of an object that holds `data`."""
     return ObjectEntry(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -439,7 +447,7 @@ def shard_entry(store: Store, layout: Layout, shard: int, info: ObjectInfo) -> S
         info: its key and size in bytes.
     """
     try:
-        stats = json.loads(store.get(layout.stats_key(shard)))
+        stats = parse_json(store.get(layout.stats_key(shard)))
         if stats["bytes"] == info.size and stats["rows"] == layout.shard_rows(shard):
             return ShardEntry(key=info.key, **{name: stats[name] for name in ENTRY_NAMES})
     except (FileNotFoundError, ValueError, KeyError, TypeError):

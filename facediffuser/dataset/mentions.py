@@ -19,6 +19,7 @@ from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
 from facediffuser.storage.base import OldVersion
+from facediffuser.storage.reading import parse_json
 
 READERS = 4
 # Texts that a user wrote: a subject's id may be a word of them.
@@ -311,7 +312,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _in_document(value: bytes, search: Search) -> bool:
     """Whether a value of a footer, JSON or text, names the subject in one of its strings or names."""
     try:
-        leaves: Sequence[str] = list(_strings(json.loads(value)))
+        leaves: Sequence[str] = list(_strings(parse_json(value)))
     except ValueError:
         return search.in_bytes(value)
     return any(names_subject(text, search.subject) for text in leaves)

@@ -1,6 +1,5 @@
 """Which run an output holds, and how it differs from the run at hand, named by its own plan and subjects."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,11 +10,12 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.inputs import Prompt, Subject
 from facediffuser.dataset.plan import Plan, part_names
-from facediffuser.dataset.reading import readable_parquet
+from facediffuser.dataset.reading import open_parquet, read_columns, readable_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
 from facediffuser.errors import InputError
-from facediffuser.runs import Run, begin_or_resume, differences, identity_of, other_run_error
+from facediffuser.runs import Run, begin_or_resume, differences, has_fingerprint, identity_of, other_run_error
 from facediffuser.storage import Store
+from facediffuser.storage.reading import DamagedError, parse_json
 
 SHOWN_NAMES = 3
 SHOWN_TEXT = 60
@@ -48,11 +48,16 @@ def run_of_output(store: Store, name: str = "") -> Run | None:
     if not plans:
         return None
     try:
-        with store.open(plans[0]) as source:
+        with readable_parquet(store, plans[0]), store.open(plans[0]) as source:
             marks = pq.read_schema(source).metadata or {}
-        return Run(json.loads(marks[RUN_KEY]), marks[FINGERPRINT_KEY].decode())
-    except (pa.ArrowInvalid, KeyError, ValueError):
-        raise InputError(f"{store.url}: {plans[0]} is not a plan that `generate` wrote; give an empty output") from None
+            document, fingerprint = parse_json(marks[RUN_KEY]), marks[FINGERPRINT_KEY].decode()
+    except (DamagedError, KeyError):
+        document, fingerprint = None, ""
+    # A document that is not the one it was marked with may lack anything.
+    if not has_fingerprint(document, fingerprint):
+        raise InputError(f"{store.url}: {plans[0]} is damaged, or not a plan that `generate` wrote; put it back, or give an "
+                         "empty output")  # fmt: skip
+    return Run(document, fingerprint)
 
 
 def begin_or_resume_dataset(
@@ -179,7 +184,7 @@ def planned_prompts(store: Store) -> list[PlannedPrompt]:
 
 def _groups(store: Store, columns: list[str]) -> Iterator[pa.Table]:
     for info in store.list("plan/"):
-        with store.open(info.key) as source, pq.ParquetFile(source) as file:
+        with open_parquet(store, info.key) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=columns)
 
@@ -253,8 +258,7 @@ def recorded_subjects(store: Store) -> list[dict[str, Any]]:
     """Return id, class word, key and sha256 of each reference that an output keeps; empty where it keeps none yet."""
     if not store.exists(SUBJECTS_KEY):
         return []
-    with readable_parquet(store, SUBJECTS_KEY), store.open(SUBJECTS_KEY) as source:
-        return pq.read_table(source, columns=["subject_id", "class_word", "reference", "source_sha256"]).to_pylist()
+    return read_columns(store, SUBJECTS_KEY, ["subject_id", "class_word", "reference", "source_sha256"]).to_pylist()
 
 
 def subject_differences(

@@ -1,6 +1,5 @@
 """Reading the Parquet of a dataset piece by piece: its shards, their row groups, footers and columns."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,9 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.row_values import value_problems
 from facediffuser.dataset.schema import (
     DATASET_SCHEMA,
+    FACES,
     FINGERPRINT_KEY,
+    IP_MARGIN,
     PLAN_SCHEMA,
     RUN_KEY,
     SUBJECTS_KEY,
@@ -22,7 +24,7 @@ from facediffuser.dataset.schema import (
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
-from facediffuser.storage.reading import reading
+from facediffuser.storage.reading import DamagedError, parse_json, reading
 
 DATA_PREFIX = "data/"
 READERS = 16
@@ -76,12 +78,40 @@ def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
         FileNotFoundError: there is no such object.
-        InputError: it is damaged or no Parquet, found when it is opened or when it is read in the block; or its columns
-            are not what such an object of a dataset holds.
+        InputError: it is damaged or no Parquet, found when it is opened or when it is read in the block; or its columns,
+            or their values, are not what such an object of a dataset holds.
     """
-    with readable_parquet(store, key), store.open(key) as source, pq.ParquetFile(source) as file:
+    with readable_parquet(store, key), store.open(key) as source, _Rows(source) as file:
+        file.url, file.known = store.url_of(key), _known_schema(key)
         _require_columns_of(store, key, file.schema_arrow)
         yield file
+
+
+class _Rows(pq.ParquetFile):
+    """A Parquet file whose values are looked at when they are read."""
+
+    url: str
+    known: pa.Schema | None = None
+
+    def read(self, *args: Any, **options: Any) -> pa.Table:
+        return self._sound(super().read(*args, **options))
+
+    def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
+        return self._sound(super().read_row_group(*args, **options))
+
+    def _sound(self, table: pa.Table) -> pa.Table:
+        require_values(self.url, table, self.known)
+        return table
+
+
+def require_values(url: str, table: pa.Table, known: pa.Schema | None) -> None:
+    """Raise DamagedError when rows hold what no run writes; `url` names the object they are from."""
+    for problem in value_problems(table, known) if known is not None else ():
+        raise DamagedError(f"{url}: {problem}; put it back, or let `facediffuser repair` make it again")
+
+
+def _known_schema(key: str) -> pa.Schema | None:
+    return next((known for prefix, known, _ in _KNOWN if key.startswith(prefix)), None)
 
 
 # What each object of a dataset holds, and the columns without which nothing can be made of it.
@@ -92,7 +122,7 @@ _KNOWN = (
         ("sample_id", "method", "subject_ids", "prompt_id", "prompt", "category", "ip", "pc", "status"),
     ),
     ("plan/", PLAN_SCHEMA, tuple(PLAN_SCHEMA.names)),
-    ("scores/", pa.schema([DATASET_SCHEMA.field("sample_id")]), ("sample_id",)),
+    ("scores/", pa.schema([DATASET_SCHEMA.field(name) for name in ("sample_id", FACES, IP_MARGIN)]), ("sample_id",)),
     (SUBJECTS_KEY, SUBJECTS_SCHEMA, ("subject_id", "image")),
 )
 
@@ -205,7 +235,7 @@ def recorded_run(schema: pa.Schema | None) -> tuple[str | None, dict[str, Any]]:
     metadata = (schema.metadata if schema is not None else None) or {}
     fingerprint = metadata.get(FINGERPRINT_KEY)
     with reading("the run in a Parquet footer", "JSON", "run `facediffuser verify` to find the damaged file"):
-        run = json.loads(metadata.get(RUN_KEY, b"{}"))
+        run = parse_json(metadata.get(RUN_KEY, b"{}"))
         return fingerprint.decode() if fingerprint else None, run if isinstance(run, dict) else {}
 
 
@@ -222,7 +252,9 @@ def read_chosen(store: Store, key: str, names: Sequence[str], column: str, value
     with open_parquet(store, key) as file:
         present = [name for name in names if name in file.schema_arrow.names]
     with readable_parquet(store, key), store.open(key) as source:
-        return pq.read_table(source, columns=present, filters=pc.field(column).isin(list(values)))
+        table = pq.read_table(source, columns=present, filters=pc.field(column).isin(list(values)))
+    require_values(store.url_of(key), table, _known_schema(key))
+    return table
 
 
 def read_columns(store: Store, key: str, columns: Iterable[str]) -> pa.Table:

@@ -1,7 +1,6 @@
 """The reference pictures of a run: checked, cropped, measured once, and kept with the dataset in subjects.parquet."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.dataset.encoding import parquet_bytes
-from facediffuser.dataset.reading import read_chosen
+from facediffuser.dataset.reading import read_chosen, readable_parquet
 from facediffuser.dataset.schema import FINGERPRINT_KEY, SUBJECTS_KEY
 from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
 from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
+from facediffuser.storage.reading import DamagedError, parse_json
 
 ROWS_PER_GROUP = 16
 # The runs of a dataset of several parts, in the footer of its references.
@@ -56,12 +56,12 @@ def encode_references(table: pa.Table, schema: pa.Schema, parts: Sequence[str] =
 def references_marks(store: Store, key: str = SUBJECTS_KEY) -> list[str]:
     """Return the fingerprints of the runs whose references a file holds; none when it is missing or not whole."""
     try:
-        with store.open(key) as source:
+        with readable_parquet(store, key), store.open(key) as source:
             metadata = pq.read_metadata(source).metadata or {}
-    except (pa.ArrowInvalid, FileNotFoundError):
+            first, parts = metadata.get(FINGERPRINT_KEY, b"").decode(), parse_json(metadata.get(PARTS_KEY, b"[]"))
+    except (DamagedError, FileNotFoundError):
         return []
-    first = metadata.get(FINGERPRINT_KEY, b"").decode()
-    return [*json.loads(metadata.get(PARTS_KEY, b"[]")), *([first] if first else [])]
+    return [*(parts if isinstance(parts, list) else []), *([first] if first else [])]
 
 
 def load_references(store: Store, subject_ids: Iterable[str], key: str = SUBJECTS_KEY) -> dict[str, References]:

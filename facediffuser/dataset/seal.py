@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added_columns
-from facediffuser.dataset.certificate import CERTIFICATE_PREFIX
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, dataset_certificates
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     UNLISTED,
@@ -22,23 +22,35 @@ from facediffuser.storage import Store
 logger = logging.getLogger(__name__)
 
 README_KEY, CARD_PREFIX = "README.md", "card/"
+_PICTURES = ("contact_sheet", "score_histograms", "ip_pc_plane", "identity", "pose_and_size", "named_faces")
+CARD_KEYS = (README_KEY, f"{CARD_PREFIX}index.html", *(f"{CARD_PREFIX}{name}.png" for name in _PICTURES))
+"""What a card is made of; not every dataset has all of it."""
 KEPT_ENTRIES = (ADDED_PREFIX, CERTIFICATE_PREFIX)
 """Objects that keep the digest they were first listed with when a manifest is written anew."""
 
 
-def require_sealable(store: Store) -> Manifest | None:
-    """Return a dataset's manifest before something is added to the dataset, None where there is none.
+def require_sealable(store: Store, written: Collection[str] = ()) -> Manifest | None:
+    """Return a dataset's manifest, None where there is none, before something is added to the dataset.
+
+    Args:
+        store: the dataset.
+        written: the keys of what is to be added.
 
     Raises:
-        InputError: the manifest, the plan, the references or columns that were added before are damaged: the card could
-            not be written after hours of work. The error names the object.
+        InputError: the manifest, the plan, the references, the certificate or columns that were added before are damaged,
+            or something else stands where the card or what is to be added goes: found after hours of work, the card could
+            not be written.
     """
+    store.list()  # finds a link that leads nowhere, and a folder that may not be read
+    for key in (*written, *CARD_KEYS, MANIFEST_KEY):
+        store.require_replaceable(key)
     manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
     for key in [info.key for info in store.list("plan/") if info.key.endswith(".parquet")][:1]:
         read_footer(store, key)
     if store.exists(SUBJECTS_KEY):
         read_columns(store, SUBJECTS_KEY, ["subject_id"])
     read_added_columns(store)
+    dataset_certificates(store)
     return manifest
 
 

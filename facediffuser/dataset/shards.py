@@ -1,6 +1,5 @@
 """Shards: finished rows as one Parquet object, encoded in memory; its presence with the run's fingerprint ends it."""
 
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,11 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
+from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import COMPUTED_WITH_KEY, FACES, FINGERPRINT_KEY, RUN_KEY
 from facediffuser.runs import provenance_of
 from facediffuser.storage import ObjectInfo, Store
+from facediffuser.storage.reading import DamagedError, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +83,16 @@ def encode_table(table: pa.Table) -> bytes:
 def read_marks(store: Store, key: str) -> Marks | None:
     """Return the marks in a Parquet object's footer; None when it has none, is missing, or is not whole."""
     try:
-        with store.open(key) as source:
+        with readable_parquet(store, key), store.open(key) as source:
             metadata = pq.read_metadata(source).metadata or {}
-    except (pa.ArrowInvalid, FileNotFoundError):
+            fingerprint = metadata.get(FINGERPRINT_KEY, b"").decode()
+            computed_with = parse_json(metadata.get(COMPUTED_WITH_KEY, b"null"))
+            run = parse_json(metadata.get(RUN_KEY, b"{}"))
+    except (DamagedError, FileNotFoundError):
         return None
-    fingerprint = metadata.get(FINGERPRINT_KEY, b"").decode()
-    if not fingerprint:
+    if not fingerprint or not isinstance(run, dict) or not isinstance(computed_with, dict | None):
         return None
-    computed_with = json.loads(metadata.get(COMPUTED_WITH_KEY, b"null"))
-    return Marks(fingerprint, computed_with, computed_with or provenance_of(json.loads(metadata.get(RUN_KEY, b"{}"))))
+    return Marks(fingerprint, computed_with, computed_with or provenance_of(run))
 
 
 def shard_mark(store: Store, key: str) -> str | None:

@@ -5,7 +5,6 @@ of the runs that made the dataset, written when each is finished; shards that ar
 them.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from facediffuser.dataset.manifest import Part
 from facediffuser.storage import Store
+from facediffuser.storage.reading import parse_json
 
 SPENT_KEY = "stats/spent.json"
 JOULES_PER_KWH = 3.6e6
@@ -114,6 +114,6 @@ def write_spent(store: Store, parts: Iterable[Part]) -> None:
 def read_spent(store: Store) -> Spent | None:
     """Return the sums of all parts of a dataset, None where there are none that can be read."""
     try:
-        return _spent(json.loads(store.get(SPENT_KEY)))
+        return _spent(parse_json(store.get(SPENT_KEY)))
     except (FileNotFoundError, ValueError):
         return None

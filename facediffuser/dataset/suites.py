@@ -6,11 +6,11 @@
 our own; the subjects are the user's.
 """
 
-import json
 import re
 from pathlib import Path
 
 from facediffuser.errors import InputError
+from facediffuser.storage.reading import parse_json
 
 FOLDER = Path(__file__).parent / "suites"
 _PLACE = re.compile(r"\{subject(?:_\d+)?\}")
@@ -38,7 +38,7 @@ def suite_subjects(name: str) -> int:
     Raises:
         InputError: there is no suite of that name.
     """
-    first = json.loads(suite_prompts(name).read_text().splitlines()[0])
+    first = parse_json(suite_prompts(name).read_text().splitlines()[0])
     return len(_PLACE.findall(first["prompt"]))
 
 

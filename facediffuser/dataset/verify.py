@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from facediffuser.errors import InputError
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.base import StorageError
+from facediffuser.storage.reading import parse_json
 
 READERS = 4
 _EARLIER = (
@@ -196,9 +196,9 @@ def _stats(store: Store, part: Part, present: dict[str, ObjectInfo], number: int
         if key not in present:
             continue
         try:
-            stats = json.loads(store.get(key))
+            stats = parse_json(store.get(key))
             same = all(stats[name] == getattr(entry, name) for name in ENTRY_NAMES)
-        except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
             yield Problem(key, "not a shard's stats; remove it", part=number, stats=True)
         else:
             if not same:

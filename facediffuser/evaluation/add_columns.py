@@ -15,7 +15,7 @@ from pyarrow import feather
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.dataset.added_columns import KEY, read_added_columns, require_new_columns, write_added_columns
 from facediffuser.dataset.reading import list_shards, read_footer, row_groups
-from facediffuser.dataset.schema import FACES
+from facediffuser.dataset.schema import DATASET_SCHEMA, FACES
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.image_sources import dataset_reference_pictures
 from facediffuser.evaluation.row_scorers import DatasetScorer, load_row_scorers, score_dataset_rows
@@ -51,19 +51,27 @@ def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Sta
         "batch_size": settings.batch_size,
         "shards": [[info.key, info.size, str(info.version)] for info in shards],
     }
-    folder = f"{UNFINISHED_PREFIX}{fingerprint_of(identity)[:16]}"
+    # Not in a folder of their own, which would be left behind, empty.
+    prefix = f"{UNFINISHED_PREFIX}{fingerprint_of(identity)[:16]}-"
     units, finished = [], 0
     for info in shards:
-        unit = Unit(f"{folder}/{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
+        unit = Unit(f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
         if store.exists(unit.key):
             finished += unit.rows
         else:
             units.append(unit)
-    keys = [f"{folder}/{info.key.rsplit('/', 1)[-1]}.arrow" for info in shards]
+    keys = [f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow" for info in shards]
     return Stage(
         "Score", "images", identity, units, functools.partial(ColumnWorker, settings),
         functools.partial(_finish, store, scorers, keys), finished, pool or WorkerPool(),
     )  # fmt: skip
+
+
+def discard_unfinished(url: str) -> None:
+    """Remove what workers kept of columns that are not written: a dataset that is damaged will be another when it is repaired."""
+    store = open_store(url)
+    for info in store.list(UNFINISHED_PREFIX):
+        store.delete(info.key)
 
 
 class ColumnWorker:
@@ -87,8 +95,10 @@ class ColumnWorker:
     def score(self, key: str) -> pa.Table:
         """Return the sample ids of a shard with the columns of all scorers; `key` is the shard's."""
         parts, ids = [], []
-        columns = (*COLUMNS, FACES) if self.added is not None else COLUMNS
-        for _, _, table in row_groups(self.store, [key], columns):
+        wanted = (*COLUMNS, FACES) if self.added is not None else COLUMNS
+        # All columns are read, and so looked at: the card reads others than the scorers, after the hours of work.
+        for _, _, read in row_groups(self.store, [key], DATASET_SCHEMA.names):
+            table = read.select([name for name in wanted if name in read.column_names])
             if self.added is not None and FACES in self.added.schema.names:
                 table = table.append_column(FACES, self.added.rows(table["sample_id"])[FACES])
             for start in range(0, table.num_rows, self.batch_size):
@@ -117,6 +127,5 @@ def _finish(store: Store, scorers: Mapping[str, DatasetScorer], keys: list[str],
         )
         for name, scorer in scorers.items()
     ]
-    for info in store.list(UNFINISHED_PREFIX):
-        store.delete(info.key)
+    discard_unfinished(store.url)
     return written

@@ -10,6 +10,7 @@ from PIL import Image
 
 from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
 from facediffuser.dataset.reading import list_shards, read_columns, row_groups
+from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.evaluation.similarity import THUMBNAIL, face_pixels, nearest_neighbours, pixel_similarity, thumbnail
 from facediffuser.pictures import stored_picture
@@ -203,7 +204,9 @@ def _copied_references(
 
 def _batches(store: Store) -> Iterator[list[dict]]:
     keys = [info.key for info in list_shards(store)]
-    for _, _, table in row_groups(store, keys, READ_COLUMNS):
+    # All columns are read, and so looked at: the card reads others, after the hours of work.
+    for _, _, read in row_groups(store, keys, DATASET_SCHEMA.names):
+        table = read.select([name for name in READ_COLUMNS if name in read.column_names])
         for start in range(0, table.num_rows, BATCH):
             yield table.slice(start, BATCH).to_pylist()
 

@@ -3,6 +3,9 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
+from collections.abc import Sequence
+
+from facediffuser.dataset.added_columns import added_key
 from facediffuser.dataset.reading import require_no_dataset, require_readable_shards
 from facediffuser.dataset.seal import require_sealable
 from facediffuser.errors import InputError
@@ -14,7 +17,7 @@ from facediffuser.evaluation.row_scorers import check_row_scorers
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import training_keys
 from facediffuser.generation.generate_check import check_generate
-from facediffuser.scoring.columns import find_scorer
+from facediffuser.scoring.columns import find_scorer, short_name
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
@@ -62,7 +65,8 @@ def check_score(settings: ScoreSettings) -> None:
     Raises:
         InputError: there is no dataset, it cannot be written to, or a scorer is not to be found.
     """
-    check_row_scorers(settings, _require_extendable(settings.url))
+    keys = [added_key(short_name(name)) for name in settings.add]
+    check_row_scorers(settings, _require_extendable(settings.url, keys))
     if settings.scorers:
         require_scorers(settings.scorers)
 
@@ -73,16 +77,16 @@ def check_copies(settings: CopySettings) -> None:
     Raises:
         InputError: there is no dataset, no training set where one is named, or no scorers.
     """
-    store = _require_extendable(settings.url)
+    store = _require_extendable(settings.url, [added_key("copies")])
     if settings.training:
         training_keys(settings.training)
     require_scorers(settings.scorers or recorded_scorers(store))
 
 
-def _require_extendable(url: str) -> Store:
-    """Return the store of a dataset to which columns can be added; InputError when there is none or it is damaged."""
+def _require_extendable(url: str, written: Sequence[str]) -> Store:
+    """Return the store of a dataset to which the keys `written` can be added; InputError for none or a damaged one."""
     store = open_store(url)
     require_readable_shards(store)
     store.require_writable()
-    require_sealable(store)
+    require_sealable(store, written)
     return store

@@ -1,61 +1,17 @@
 """What a run would take: worker hours, bytes and money, from a rate that was measured."""
 
 import itertools
-import json
 import time
-from dataclasses import dataclass
 
 import pyarrow as pa
 
 from facediffuser.errors import InputError
 from facediffuser.generation.job import GenerationJob
-from facediffuser.storage import Store, open_store
+from facediffuser.generation.measured_rate import Rate
 
-MOST_STATS = 200
 SHARD_SECONDS = 60.0
 SHARD_BYTES = 512 << 20
 MOST_SHARD_ROWS = 20_000
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A measured rate: seconds of one worker and bytes an image, on what device, and where it was measured.
-
-    certificate_seconds: of a row of the certificate, which is made in both modes; None where it is not known.
-    """
-
-    seconds_per_image: float
-    bytes_per_image: float
-    device: str
-    source: str
-    certificate_seconds: float | None = None
-
-
-def rate_of_dataset(url: str) -> Rate:
-    """Return the rate of a dataset that `generate` made, from the stats of its shards.
-
-    Raises:
-        InputError: it has none.
-    """
-    store = open_store(url)
-    store.require_readable()
-    keys = [info.key for info in store.list("stats/shard-")]
-    if not keys:
-        raise InputError(f"{url}: no stats/ there; give a dataset that `generate` made")
-    # Evenly over the run: its first shards are made while caches are cold.
-    stats = [json.loads(store.get(key)) for key in keys[:: -(-len(keys) // MOST_STATS)]]
-    rows = sum(one["rows"] for one in stats)
-    seconds, size = sum(one["seconds"]["total"] for one in stats), sum(one["bytes"] for one in stats)
-    return Rate(
-        seconds / rows, size / rows, stats[0]["device"], f"{url}, {len(stats)} shards", _seconds_of_certificate(store)
-    )
-
-
-def _seconds_of_certificate(store: Store) -> float | None:
-    """Return what a row of a dataset's certificate took by its stats, without scoring; None for a dataset that has none."""
-    stats = [json.loads(store.get(info.key)) for info in store.list("stats/certificate-")]
-    rows = sum(one["rows"] for one in stats)
-    return sum(sum(one["seconds"].values()) for one in stats) / rows if rows else None
 
 
 def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table, certified: bool = False) -> Rate:

@@ -18,6 +18,7 @@ from facediffuser.dataset.reading import read_footer, require_no_dataset
 from facediffuser.dataset.schema import SCHEMA_VERSION, run_schema_version
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
+from facediffuser.generation.measured_rate import rate_of_dataset
 from facediffuser.generation.speed_settings import FAST_SCHEDULER
 from facediffuser.model_check import MODULES, check_component, check_model_files, read_json
 from facediffuser.modelfolder import resolve_model
@@ -103,6 +104,8 @@ def check_generate(settings: GenerateSettings) -> Checked:
     _require_room(model, subjects, prompts, settings)
     if settings.scorers:
         require_scorers(settings.scorers)
+    if settings.measured_by:
+        rate_of_dataset(settings.measured_by)
     plan = Plan(
         tuple(subjects), tuple(prompts), settings.images_per_prompt, settings.seed,
         RowSettings(

@@ -1,12 +1,11 @@
 """Prompts for the miniature world, of the benchmark's four kinds; {subject} stands for the person."""
 
-import json
-
 from facediffuser.dataset.suites import suite_prompts
+from facediffuser.storage.reading import parse_json
 
 
 def _rows(suite: str) -> tuple[dict[str, str], ...]:
-    return tuple(json.loads(line) for line in suite_prompts(suite).read_text().splitlines())
+    return tuple(parse_json(line) for line in suite_prompts(suite).read_text().splitlines())
 
 
 PROMPTS = _rows("miniature-30")

@@ -1,6 +1,5 @@
 """What a source itself says of a picture: FastComposer's JSON and the caption files of plain folders."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from facediffuser.pictures import Rejection
 from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
 from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, segment_box
 from facediffuser.preprocess.subject_segments import Subject
+from facediffuser.storage.reading import parse_json
 
 MISMATCH = "annotation does not match"
 DAMAGED = "damaged annotation"
@@ -59,8 +59,8 @@ def read_annotation(data: bytes) -> Annotation:
         Rejection: the file is not JSON of that layout.
     """
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
         raise Rejection(DAMAGED, f"not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
         raise Rejection(DAMAGED, "no text under `caption`")

@@ -24,6 +24,7 @@ from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import Listing
 from facediffuser.runs import Run, differences, fingerprint_of, identity_of, other_run_error
 from facediffuser.storage import Store, open_store
+from facediffuser.storage.reading import parse_json, reading
 
 RUN, MANIFEST = "run.json", "manifest.json"
 REJECTED = "rejected"
@@ -147,7 +148,7 @@ def begin_or_resume_prepared(store: Store, identity: dict[str, Any], listing: Li
     """
     there = require_startable(store, identity, listing)
     if there:
-        document = json.loads(store.get(RUN))
+        document = parse_json(store.get(RUN))
         return Run({name: document[name] for name in document if name != "fingerprint"}, document["fingerprint"]), there
     run = Run(identity, fingerprint_of(identity))
     store.put(RUN, to_json({"fingerprint": run.fingerprint, **identity}))
@@ -175,13 +176,13 @@ def require_startable(store: Store, identity: dict[str, Any], listing: Listing |
         example = next(iter(there))
         raise InputError(f"{store.url}: holds something else ({example}); give an empty or a new --output")
     try:
-        document = json.loads(store.get(RUN))
+        document = parse_json(store.get(RUN))
         # A damaged document may lack what a later step needs.
         earlier = {name: identity_of(document)[name] for name in identity} if document["fingerprint"] else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{store.url_of(RUN)}: damaged; give a new --output") from error
     # Through JSON, as the earlier one went.
-    here = json.loads(json.dumps(identity))
+    here = parse_json(json.dumps(identity))
     if earlier != here:
         found = explain_differences(store, earlier, here, listing)
         raise other_run_error(store.url, found, "give a new --output or the same settings")
@@ -245,9 +246,19 @@ def prepared_ids(store: Store) -> list[str]:
     ids: list[str] = []
     for info in store.list():
         if info.key.startswith(("train/", "test/", f"{REJECTED}/")) and info.key.endswith(".parquet"):
-            with store.open(info.key) as source:
-                ids += pq.read_table(source, columns=["image_id"])["image_id"].to_pylist()
+            ids += _read_columns(store, info.key, ["image_id"])["image_id"].to_pylist()
     return ids
+
+
+def _read_columns(store: Store, key: str, names: Sequence[str]) -> pa.Table:
+    with reading(store.url_of(key), "prepared Parquet", "put it back, or prepare the pictures again"):
+        with store.open(key) as source, pq.ParquetFile(source) as file:
+            absent = [name for name in names if name not in file.schema_arrow.names]
+            if absent:
+                raise InputError(
+                    f"{store.url_of(key)}: no column {absent[0]!r}; give what `facediffuser preprocess` wrote"
+                )
+            return file.read(columns=list(names))
 
 
 def earlier_splits(url: str) -> dict[str, str]:
@@ -258,13 +269,14 @@ def earlier_splits(url: str) -> dict[str, str]:
     """
     store = open_store(url)
     try:
-        keys = [key for key in json.loads(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
+        keys = [key for key in parse_json(store.get(MANIFEST))["files"] if not key.startswith(REJECTED)]
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there") from error
     sides: dict[str, str] = {}
     for key in keys:
-        with store.open(key) as source:
-            table = pq.read_table(source, columns=["image_id", "split"])
+        if not store.exists(key):
+            raise InputError(f"--earlier {store.url_of(key)}: missing; put it back, or prepare the pictures again")
+        table = _read_columns(store, key, ["image_id", "split"])
         sides.update(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))
     return sides
 
@@ -287,7 +299,7 @@ def finished_parts(store: Store, there: dict[str, int], fingerprint: str, count:
         if key not in there:
             continue
         try:
-            summary = json.loads(store.get(key))
+            summary = parse_json(store.get(key))
             whole = all(there.get(name) == file["bytes"] for name, file in summary["files"].items())
             whole = whole and summary["fingerprint"] == fingerprint
         except (ValueError, KeyError, TypeError):

@@ -33,6 +33,7 @@ from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.subject_segments import PhraseMatcher, Subject, match_subjects
 from facediffuser.scoring.face_detector import FaceDetector
 from facediffuser.storage import Store
+from facediffuser.storage.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ class Findings:
             if row is None:
                 new.append(item)
             else:
-                self.stage.unpack(item, json.loads(row["found"]), row["map"])
+                self.stage.unpack(item, parse_json(row["found"]), row["map"])
         if new:
             self.stage.run(new)
             self.news = True

@@ -7,7 +7,7 @@ import posixpath
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess.archives import is_archive
-from facediffuser.preprocess.parts import MANIFEST, require_parts_fit, require_startable, split_into_parts
+from facediffuser.preprocess.parts import earlier_splits, require_parts_fit, require_startable, split_into_parts
 from facediffuser.preprocess.prepared_schema import SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.required_models import Captions, captions_of, needed_models, require_model_exists
@@ -30,7 +30,7 @@ def check_preprocess(settings: PreprocessSettings) -> None:
         for option, name in needed_models(settings, *known).items():
             require_model_exists(option, name)
     if settings.earlier:
-        require_earlier(settings.earlier)
+        earlier_splits(settings.earlier)
     store = open_store(settings.output)
     store.require_writable()
     if settings.stages:
@@ -49,16 +49,6 @@ def require_apart(settings: PreprocessSettings) -> None:
         url = getattr(settings, option)
         if url and f"{open_store(url).url.rstrip('/')}/".startswith(f"{source}/"):
             raise InputError(f"--{option} {url}: lies inside of the source; give one outside of it")
-
-
-def require_earlier(url: str) -> None:
-    """Check that finished prepared data is at the URL of `--earlier`.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not open_store(url).exists(MANIFEST):
-        raise InputError(f"--earlier {url}: no finished output of `facediffuser preprocess` there")
 
 
 def _require_source(settings: PreprocessSettings) -> tuple[str, Captions] | None:

@@ -12,6 +12,7 @@ from facediffuser.pictures import stored_picture
 from facediffuser.preprocess.parts import encode_part
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 from facediffuser.scoring.face_detector import FaceDetector
+from facediffuser.storage.reading import parse_json
 
 RENDERED_PX = 128
 MTCNN_PX = 160
@@ -37,7 +38,7 @@ def write_prepared(folder: Path, count: int, side: int) -> Path:
 
 def _row(path: Path, side: int) -> dict:
     content, picture = (
-        json.loads(path.read_text()),
+        parse_json(path.read_text()),
         stored_picture(next(path.parent.glob(f"{path.stem}.[jp][pn]g")).read_bytes(), path.stem),
     )
     factor = side // picture.width

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from facediffuser.storage.reading import parse_json
+
 SIDE = 64
 
 
@@ -50,7 +52,7 @@ def load_identity_embedder(folder: Path) -> IdentityEmbedder:
     Args:
         folder: holds `config.json` and `model.safetensors`.
     """
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = parse_json((Path(folder) / "config.json").read_text())
     model = IdentityEmbedder(tuple(config["widths"]), config["dim"])
     model.load_state_dict(
         {name: value.float() for name, value in load_file(Path(folder) / "model.safetensors").items()}

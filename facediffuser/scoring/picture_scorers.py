@@ -102,6 +102,9 @@ def _linear_layers(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     fits = all(len(shape) == 2 for shape in shapes) and all(
         a[0] == b[1] for a, b in zip(shapes, shapes[1:], strict=False)
     )
+    fits = fits and all(offset.shape == matrix.shape[:1] for matrix, offset in layers)
+    if not all(np.isfinite(values).all() for layer in layers for values in layer):
+        raise InputError(f"{file}: holds values that are not finite; give a whole aesthetic head")
     if not layers or not fits or shapes[-1][0] != 1:
         raise InputError(f"{file}: not linear layers that end in one number ({shapes}); give an aesthetic head")
     if not all(np.isfinite(values).all() for layer in layers for values in layer):

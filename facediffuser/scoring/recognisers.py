@@ -105,12 +105,29 @@ class OnnxFaceScorer:
             raise InputError(f"{path}: takes {entry.shape}; give a recogniser of (n, 3, 112, 112)")
         self.entry, self.single = entry.name, entry.shape[0] == 1
         self.bgr = order == "bgr"
+        self._require_vectors(path)
         name = re.sub(r"\W+", "_", file.stem).strip("_").lower() or "onnx_face"
         self.columns = pa.schema([(f"{name}_cosine", pa.float32())])
         self.detector = FaceDetector(device, min_side=MIN_SIDE)
         method = f"{files_digest([file])} {detector_digest()} {order} aligned 112 cosine 1"
         self.digest = hashlib.sha256(method.encode()).hexdigest()
         self.known: dict[int, tuple[Image.Image, np.ndarray]] = {}
+
+    def _require_vectors(self, path: str) -> None:
+        """Raise InputError for a model that does not make a vector of finite numbers of each crop, before the first image."""
+        crops = np.zeros((1 if self.single else 2, 3, 112, 112), np.float32)
+        try:
+            found = np.asarray(self.session.run(None, {self.entry: crops})[0], np.float32)
+            fits = found.size > 0 and found.shape[0] == len(crops) and bool(np.isfinite(found).all())
+        except Exception as error:  # onnxruntime's errors have no common base but Exception
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(
+                f"{path}: does not run on crops ({reason}); give a recogniser of (n, 3, 112, 112)"
+            ) from None
+        if not fits:
+            raise InputError(
+                f"{path}: makes no vector of finite numbers of each crop; give a recogniser of (n, 3, 112, 112)"
+            )
 
     def embed(self, image: Image.Image) -> np.ndarray:
         """Return the unit vectors (faces, d) of a picture's faces, the largest first."""

@@ -11,6 +11,28 @@ from facediffuser.errors import InputError
 from facediffuser.storage.base import StorageError, Store
 
 
+class DamagedError(InputError):
+    """A file that was read is not what it should be: damaged, cut off, or something else under its name."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return what a JSON text holds; the one place where the package parses JSON.
+
+    Args:
+        data: the text, UTF-8.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+        JSONDecodeError: it is not JSON, nested too deep, or holds a number of thousands of digits. Both are ValueErrors.
+    """
+    try:
+        return json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (RecursionError, ValueError) as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
+
+
 @contextmanager
 def reading(url: str, what: str, fix: str) -> Iterator[None]:
     """Turn what reading a damaged file raises in the block into InputError.
@@ -23,14 +45,14 @@ def reading(url: str, what: str, fix: str) -> Iterator[None]:
         fix: what the user can do.
 
     Raises:
-        InputError: one line with all three and the kind of error.
+        DamagedError: one line with all three and the kind of error.
     """
     try:
         yield
     except (StorageError, FileNotFoundError, InputError):
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{url}: not readable as {what} ({type(error).__name__}); {fix}") from None
+        raise DamagedError(f"{url}: not readable as {what} ({type(error).__name__}); {fix}") from None
 
 
 def read_json_object(store: Store, key: str, fix: str, fields: dict[str, type]) -> dict[str, Any]:
@@ -48,7 +70,7 @@ def read_json_object(store: Store, key: str, fix: str, fields: dict[str, type]) 
     """
     url = store.url_of(key)
     with reading(url, "JSON", fix):
-        content = json.loads(store.get(key))
+        content = parse_json(store.get(key))
     if not isinstance(content, dict):
         raise InputError(f"{url}: holds no JSON object; {fix}")
     for name, kind in fields.items():

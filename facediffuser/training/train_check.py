@@ -3,7 +3,6 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from facediffuser.modelfolder import resolve_base, resolve_model
 from facediffuser.preprocess.parts import MANIFEST
 from facediffuser.preprocess.prepared_schema import SCHEMA_KEY, SCHEMA_VERSION
 from facediffuser.storage import Store, open_store
-from facediffuser.storage.reading import reading
+from facediffuser.storage.reading import parse_json, reading
 from facediffuser.training import training_run as runs
 from facediffuser.training.train_settings import TrainSettings
 
@@ -78,7 +77,7 @@ def require_prepared(url: str, store: Store, split: str) -> None:
 def _require_files(url: str, store: Store) -> None:
     """Raise InputError unless the files that the manifest lists are there, each of the size it had."""
     try:
-        files = json.loads(store.get(MANIFEST))["files"]
+        files = parse_json(store.get(MANIFEST))["files"]
         sizes = {key: int(entry["bytes"]) for key, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{url}/{MANIFEST}: not a manifest of prepared data; prepare it again") from None
@@ -92,7 +91,7 @@ def _require_files(url: str, store: Store) -> None:
 def data_fingerprint(url: str) -> str | None:
     """Return the fingerprint of the run that prepared the data, None when its manifest does not say."""
     store = open_store(url)
-    return json.loads(store.get(MANIFEST)).get("fingerprint") if store.exists(MANIFEST) else None
+    return parse_json(store.get(MANIFEST)).get("fingerprint") if store.exists(MANIFEST) else None
 
 
 def require_schema(url: str, schema: pa.Schema) -> None:

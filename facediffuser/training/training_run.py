@@ -77,7 +77,7 @@ def begin_or_resume_training(store: Store, settings: TrainSettings, inputs: dict
         record = {"content": settings.content(), "inputs": inputs, "settings": settings.model_dump(mode="json")}
         store.put(RUN, json.dumps(record, indent=1).encode())
         return
-    earlier = json.loads(store.get(RUN)).get("inputs") or {}
+    earlier = read_json_object(store, RUN, FIX, {}).get("inputs") or {}
     if found := differences(earlier, {name: inputs.get(name) for name in earlier}):
         raise other_run_error(settings.output, found, FIX)
 
@@ -85,7 +85,7 @@ def begin_or_resume_training(store: Store, settings: TrainSettings, inputs: dict
 def recorded_provenances(store: Store) -> list[dict[str, Any]]:
     """Return what the last checkpoint was computed with; none without a checkpoint, or with one of earlier versions."""
     steps = checkpoint_steps(store)
-    found = json.loads(store.get(f"{_name(steps[-1])}.json")).get("computed_with") if steps else None
+    found = read_json_object(store, f"{_name(steps[-1])}.json", FIX, {}).get("computed_with") if steps else None
     return [found] if found else []
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from curation.test_merge import Killed, contents, images
 from dataset.finished import ALONE, TOGETHER, finish_dataset
@@ -42,9 +44,9 @@ def dataset(tmp_path_factory):
 
 
 def faces_of(row):
-    known = {"landmarks": LANDMARKS, "similarity": 0.5, "embedding": [0.6, 0.8, 0.0]}
-    faces = [{"subject_id": one, **known} for one in row["subject_ids"]]
-    return {"faces": faces}
+    measured = {name: 1.0 for name in ("probability", "yaw", "pitch", "roll", "size", "sharpness")}
+    known = {"box": [8.0, 8.0, 56.0, 60.0], "landmarks": LANDMARKS, "similarity": 0.5, "embedding": [0.6, 0.8, 0.0]}
+    return {"faces": [{"subject_id": one, **known, **measured} for one in row["subject_ids"]]}
 
 
 def export(dataset, output, to, **others):
@@ -228,13 +230,49 @@ def test_nobody_is_on_both_sides_and_newcomers_change_little():
         ("ip >", "syntax error"),
         ("ip > 'x'", "x"),
         ("1 = 1); drop table dataset_rows; --", "--where"),
-        ("exists(select * from read_csv('/etc/passwd'))", "disabled"),
+        ("1 = 1) or (1 = 1", "syntax error"),
+        ("ip > 0; select 1", "more than one statement"),
+        ("exists(select * from read_csv('/etc/passwd'))", "subquery is no condition on a row"),
+        ("(select count(*) from range(10000000000)) > 0", "subquery is no condition on a row"),
+        ("random() > 0.5", "random is no condition on a row"),
+        ("now() > '2020-01-01'", "now is no condition on a row"),
+        ("current_date > DATE '2020-01-01'", "current_date is no condition on a row"),
+        ("row_number() over () > 1", "row_number is no condition on a row"),
+        ("ip > $1", "parameter is no condition on a row"),
+        ("columns('i.*') > 0", "star is no condition on a row"),
+        ("count(*) > 1", "count_star is no condition on a row"),
+        ("unnest(subject_ids) = 'ada'", "not one thing of each row"),
+        ("repeat('a', 100000000000) = 'a'", "string"),
+        ("(" * 3000 + "1 = 1" + ")" * 3000, "depth"),
     ],
 )
 def test_what_is_no_condition_is_one_line(dataset, tmp_path, where, said):
     with pytest.raises(InputError, match=said) as error:
         check_export(ExportSettings(url=dataset.url, to="lmdb", output=str(tmp_path / "out"), where=where))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_not_the_rows_is_not_exported(dataset, tmp_path):
+    shutil.copytree(dataset.root, tmp_path / "dataset")
+    path = sorted((tmp_path / "dataset" / "data").iterdir())[1]
+    data, image = path.read_bytes(), pq.read_table(path)["image"][1]["bytes"].as_py()
+    place = data.index(image) + len(image) // 2
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(InputError, match="has no image, or another than its sha256 says"):
+        export(open_store(tmp_path / "dataset"), tmp_path / "out", "lmdb")
+    path.write_bytes(data[:-1])
+    with pytest.raises(InputError, match="bytes, the manifest says"):
+        export(open_store(tmp_path / "dataset"), tmp_path / "out", "lmdb")
+
+
+@pytest.mark.parametrize("key", ["manifest.json", "parts/export.json"])
+def test_a_damaged_mark_in_the_output_is_another_export(dataset, tmp_path, key):
+    export(dataset, tmp_path / "out", "lmdb")
+    (tmp_path / "out" / key).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / key).write_bytes(b"[" * 100_000)
+    with pytest.raises(InputError, match="holds another export"):
+        export(dataset, tmp_path / "out", "lmdb")
 
 
 def test_another_export_or_a_changed_dataset_is_refused(dataset, tmp_path):

@@ -50,17 +50,27 @@ def finish_dataset(
 
     `labels` returns further columns of a row of the plan; `embedding_size` is the length of its faces' embeddings.
     """
-    store = open_store(folder)
     people = tuple(Subject(name, WORDS.get(name, "person"), (f"{name}/1.png",)) for name in sorted(names))
     row = RowSettings(method="face-diffuser", num_inference_steps=2, guidance_scale=5.0, fusion_start=0, fusion_end=1,
                       scheduler="PNDMScheduler", height=side, width=side)  # fmt: skip
     plan = Plan(people, tuple(prompts), images, 7, row)
-    digests = {"models": {"unet": "0" * 64}, "scorers": {"identity": "1" * 64}}
-    settings = {"batch_size": 2, "shard_size": shard_size, "device": "cpu"}
-    run = {"settings": settings, "libraries": {}, "code": "0", **digests}
-    run |= {"schema": {"version": SCHEMA_VERSION, "embedding_size": embedding_size}}
+    run = {"settings": {"batch_size": 2, "shard_size": shard_size, "device": "cpu"}, "libraries": {}, "code": "0"}
     if (tuple(names), tuple(prompts), images) != (("ada", "bob"), ALONE, 1):
         run["plan"] = plan.digest()
+    return finish_plan(folder, plan, run, labels, embedding_size)
+
+
+def finish_plan(
+    folder: Path | str,
+    plan: Plan,
+    run: Mapping[str, Any],
+    labels: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: {},
+    embedding_size: int = 0,
+) -> Store:
+    """Write the dataset of a plan to `folder`; return its store. `run`: its document, but for models, scorers, schema."""
+    store, shard_size, side = open_store(folder), run["settings"]["shard_size"], plan.row.height
+    run = {**run, "models": {"unet": "0" * 64}, "scorers": {"identity": "1" * 64}}
+    run |= {"schema": {"version": SCHEMA_VERSION, "embedding_size": embedding_size}}
     fingerprint = hashlib.sha256(canonical_json(run).encode()).hexdigest()
     layout = Layout(len(plan), shard_size)
     write_plan(store, plan, layout, with_marks(PLAN_SCHEMA, fingerprint, run, False))
@@ -68,7 +78,7 @@ def finish_dataset(
         {"subject_id": one.subject_id, "class_word": one.class_word, "reference": one.references[0],
          "source_sha256": "2" * 64, "image": {"bytes": _png("green"), "path": "1.png"}, "crop_box": [0, 0, 8, 8],
          "identity": [1.0, 0.0]}
-        for one in people
+        for one in plan.subjects
     ]  # fmt: skip
     columns = {field.name: field.type for field in SUBJECTS_SCHEMA}
     table = pa.Table.from_pylist([{name: face.get(name) for name in columns} for face in faces], schema=SUBJECTS_SCHEMA)
@@ -84,7 +94,7 @@ def finish_dataset(
         store.put(layout.shard_key(shard), encode_shard(rows, with_marks(schema, fingerprint, run, True)))
     entries = [shard_entry(store, layout, shard, info) for shard, info in enumerate(list_shards(store))]
     for shard, entry in enumerate(entries):
-        stats = entry.model_dump(exclude={"key"}) | {"seconds": {"total": 1.5}}
+        stats = entry.model_dump(exclude={"key"}) | {"seconds": {"total": 1.5}, "device": "cpu"}
         store.put(layout.stats_key(shard), json.dumps(stats).encode())
     write_card(store)
     places = {"models": "miniature", "scorers": "miniature"}

@@ -7,6 +7,7 @@ from fuzzing import (
     COMMANDS,
     DAMAGES,
     READS,
+    VARIANTS,
     WORK,
     Tried,
     make_hostile,
@@ -39,6 +40,7 @@ def no_work_is_done(monkeypatch):
 
 def try_inputs(command: str, templates: Path, count: int) -> dict[str, Tried]:
     """Try `count` hostile command lines and `count` damaged files on a command; return what came of each kind."""
+    reads = list(VARIANTS[command].reads) if command in VARIANTS else READS[command]
     tried = {"options": Tried(), "files": Tried()}
     quiet = settings(
         max_examples=count, derandomize=True, database=None, deadline=None,
@@ -54,25 +56,25 @@ def try_inputs(command: str, templates: Path, count: int) -> dict[str, Tried]:
     @quiet
     @given(DAMAGES)
     def with_files(damage) -> None:
-        with world_of(templates, READS[command]) as root:
-            damage.do(root, READS[command])
-            changed = {"models": "models"} if "models" in READS[command] else {}
+        with world_of(templates, reads) as root:
+            damage.do(root, reads)
+            changed = {"models": "models"} if "models" in reads else {}
             require_promise(command, [*words(command, root, changed)], root, tried["files"])
 
     with_options()
-    if READS[command]:
+    if reads:
         with_files()
     return tried
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *VARIANTS])
 def test_hostile_input_is_one_line_and_nothing_is_written(command, templates):
     tried = try_inputs(command, templates, 5)
     assert tried["options"].refused
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *VARIANTS])
 def test_much_hostile_input_is_one_line_and_nothing_is_written(command, templates, capsys):
     tried = try_inputs(command, templates, 300)
     assert tried["options"].refused

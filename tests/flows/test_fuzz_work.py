@@ -10,7 +10,9 @@ from fuzzing import DAMAGES, Damage, Tried, contents, make_templates, run, words
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
+from facediffuser.tasks.add_columns import add_scores, flag_copies, update_card
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
 from facediffuser.tasks.score_images import score_and_tabulate
@@ -26,13 +28,28 @@ def retry(given: RetrySettings) -> dict[str, int]:
     return retry_failed_rows.fn(given, LocalDriver()).counts.model_dump()
 
 
+def score(given: ScoreSettings) -> list[str]:
+    keys = add_scores.fn(given, LocalDriver())
+    update_card.fn(given.url, keys)
+    return keys
+
+
+def copies(given: CopySettings) -> dict[str, int]:
+    key, found = flag_copies.fn(given)
+    update_card.fn(given.url, [key])
+    return found
+
+
 FLOWS = {
+    "facediffuser.flows.score.score": score,
+    "facediffuser.flows.score.copies": copies,
     "facediffuser.flows.repair_dataset.repair_dataset": repair,
     "facediffuser.flows.repair_dataset.retry_failed": retry,
     "facediffuser.flows.evaluate.evaluate": lambda given: score_and_tabulate.fn(given).markdown,
 }
 GIVEN = {
     "card": {}, "verify": {}, "repair": {}, "retry-failed": {}, "remake": {},
+    "score": {}, "copies": {},
     "evaluate": {"images": "", "index": "", "prompts": "", "subjects": ""},
 }  # fmt: skip
 
@@ -78,6 +95,20 @@ def templates(tmp_path_factory) -> Path:
     return root
 
 
+def require_work_promise(command: str, root: Path, what: str, tried: Tried) -> None:
+    """Run a command with its work; it does it, or refuses in one line and leaves the dataset as it was."""
+    line = [word for word in words(command, root, GIVEN[command]) if not word.endswith("=")]
+    before = contents(root)
+    code, err = run(line, root)
+    if code in (0, 1):
+        tried.accepted += 1
+        return
+    assert code == 2, (what, line, code, err)
+    assert err.splitlines()[-1].startswith(f"facediffuser {command}: ") and "Traceback" not in err, (what, err)
+    assert contents(root) == before, (what, err)
+    tried.refused += 1
+
+
 def try_damages(command: str, templates: Path, monkeypatch, count: int) -> Tried:
     for name, work in FLOWS.items():
         monkeypatch.setattr(name, work)
@@ -91,16 +122,7 @@ def try_damages(command: str, templates: Path, monkeypatch, count: int) -> Tried
     def with_damage(damage: Damage) -> None:
         with world_of(templates, ["dataset"]) as root:
             what = damage.do(root, ["dataset"])
-            line = [word for word in words(command, root, GIVEN[command]) if not word.endswith("=")]
-            before = contents(root)
-            code, err = run(line, root)
-            if code in (0, 1):
-                tried.accepted += 1
-                return
-            assert code == 2, (what, line, code, err)
-            assert err.splitlines()[-1].startswith(f"facediffuser {command}: ") and "Traceback" not in err, (what, err)
-            assert contents(root) == before, (what, err)
-            tried.refused += 1
+            require_work_promise(command, root, what, tried)
 
     with_damage()
     return tried

@@ -31,9 +31,10 @@ from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.generation.certify import CertificateWorker, certificate_parts, missing_parts, similarity
-from facediffuser.generation.estimate import Rate, estimate, rate_of_dataset
+from facediffuser.generation.estimate import estimate
 from facediffuser.generation.generate_settings import RemakeSettings, RepairSettings
 from facediffuser.generation.job import prepare
+from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.generation.repair import remake
 from facediffuser.means import Means
 from facediffuser.storage import open_store

@@ -12,7 +12,8 @@ from facediffuser.dataset.reading import open_dataset
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.flows.generate_dataset import generate_dataset
-from facediffuser.generation.estimate import estimate, rate_of_dataset
+from facediffuser.generation.estimate import estimate
+from facediffuser.generation.measured_rate import rate_of_dataset
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import FailedRowsError, finish_dataset
 

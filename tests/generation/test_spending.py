@@ -12,7 +12,8 @@ from facediffuser.dataset.other_run import run_of_output
 from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent
 from facediffuser.dataset.verify import inspect
 from facediffuser.generation.energy import EnergyMeter
-from facediffuser.generation.estimate import Rate, shard_size_for
+from facediffuser.generation.estimate import shard_size_for
+from facediffuser.generation.measured_rate import Rate
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.local_driver import LocalDriver
