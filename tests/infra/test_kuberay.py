@@ -157,6 +157,22 @@ def test_the_cluster_asks_for_a_token(cluster):
     assert cluster["spec"]["authOptions"] == {"mode": "token"}
 
 
+def test_the_heads_books_are_in_the_redis_beside_it(cluster):
+    beside = list(yaml.safe_load_all((FILE.parent / "redis.yaml").read_text()))
+    for one in beside:
+        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    redis = {one["kind"]: one for one in beside}
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    (port,) = redis["Service"]["spec"]["ports"]
+    assert options["redisAddress"] == f"{redis['Service']['metadata']['name']}:{port['port']}"
+    (container,) = redis["StatefulSet"]["spec"]["template"]["spec"]["containers"]
+    password = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert all(one["valueFrom"]["secretKeyRef"] == password for one in container["env"])
+    (rule,) = redis["NetworkPolicy"]["spec"]["ingress"]
+    let_in = rule["from"][0]["podSelector"]["matchLabels"].items()
+    assert all(let_in <= group["template"]["metadata"]["labels"].items() for group in _groups(cluster).values())
+
+
 def test_replicas_stand_between_their_bounds(cluster):
     for group in cluster["spec"]["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]

@@ -102,4 +102,4 @@ def test_secrets_are_not_those_of_the_operator():
     made = re.findall(r"kubectl create secret generic (\S+)", text)
     assert made and cluster["metadata"]["name"] not in made
     used = re.findall(r"secretRef: \{name: (\S+)\}", (ROOT / "infra/kuberay/raycluster.yaml").read_text())
-    assert set(used) == set(made)
+    assert set(used) <= set(made)
