@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from faults.cluster import MiniatureOnS3
 from faults.ground import Ground, Outcome
 
 OUTCOMES: list[Outcome] = []
@@ -29,6 +30,14 @@ def ground(made_ground, tmp_path) -> Ground:
     """The ground, with this test's own folder for logs."""
     made_ground.folder = tmp_path
     return made_ground
+
+
+@pytest.fixture
+def ground_on_s3(s3_bucket, tmp_path) -> Ground:
+    """The miniature with all of its inputs in the bucket, and what an undisturbed run of it in this process makes."""
+    ground = Ground(MiniatureOnS3(s3_bucket.url, tmp_path / "photos"), tmp_path, {"images_per_prompt": 6})
+    ground.make_undisturbed()
+    return ground
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ SHARDS = 12
 
 def actors_killed(ground: Ground, url: str, kills: int = 4) -> Outcome:
     """A worker is killed with SIGKILL each time another shard appeared."""
-    poller = _polled(url)
+    poller = polled(url)
     driver = ground.start(ground.settings(url, workers=2))
     killed = 0
     while killed < kills and driver.process.poll() is None:
@@ -34,7 +34,7 @@ def actors_killed(ground: Ground, url: str, kills: int = 4) -> Outcome:
 
 def driver_killed(ground: Ground, url: str, kills: int = 3) -> Outcome:
     """The driver is killed with SIGKILL as soon as it made another shard, and started again."""
-    poller = _polled(url)
+    poller = polled(url)
     for _ in range(kills):
         driver, there = ground.start(ground.settings(url)), shards_there(url)
         wait_until(lambda there=there: shards_there(url) > there, driver)
@@ -54,7 +54,7 @@ def node_killed(ground: Ground, url: str) -> Outcome:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **own})
     try:
         first = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
-        poller = _polled(url)
+        poller = polled(url)
         driver = ground.start(ground.settings(url), RAY_ADDRESS=cluster.address)
         wait_until(lambda: shards_there(url) >= 2, driver)  # so the worker is on the one node there is
         cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
@@ -68,7 +68,7 @@ def node_killed(ground: Ground, url: str) -> Outcome:
 def faulty_store(ground: Ground, url: str, server, monkeypatch, kinds: tuple[str, ...], share: float) -> Outcome:
     """Requests to S3 fail; the run goes on."""
     direct = server.endpoint
-    poller = _polled(url)  # its client was made for the server itself
+    poller = polled(url)  # its client was made for the server itself
     with FaultyProxy(direct, kinds, share) as proxy:
         driver = ground.start(ground.settings(url), AWS_ENDPOINT_URL=proxy.endpoint)
         assert driver.wait() == 0, driver.said()[-3000:]
@@ -102,7 +102,7 @@ def bucket_gone(ground: Ground, url: str) -> Outcome:
     assert code != 0, "the run ended well without its bucket"
     assert "no such bucket" in driver.said()
     client.create_bucket(Bucket=name)
-    poller = _polled(url)
+    poller = polled(url)
     ground.finish(ground.settings(url))
     return ground.outcome("bucket disappears", 1, url, poller, f"exit code {code}, then run again")
 
@@ -113,7 +113,7 @@ def disk_full(ground: Ground, folder: Path) -> Outcome:
     data = sum(len(data) for key, data in ground.undisturbed.items() if key.startswith("data/"))
     with _small_disk(folder, plan + data // 2 + 64 * 1024) as grow:
         url, actor = str(folder / "dataset"), "" if grow else "Cramped"
-        poller = _polled(url)
+        poller = polled(url)
         driver = ground.start(ground.settings(url), actor)
         code = driver.wait()
         assert code == 1, f"exit code {code}:\n{driver.said()[-3000:]}"
@@ -129,7 +129,7 @@ def disk_full(ground: Ground, folder: Path) -> Outcome:
 
 def two_drivers(ground: Ground, url: str) -> Outcome:
     """Two drivers with the same settings start at once on one output: both may end well, the bytes are the same."""
-    poller = _polled(url)
+    poller = polled(url)
     drivers = [ground.start(ground.settings(url)) for _ in range(2)]
     codes = [driver.wait() for driver in drivers]
     assert 0 in codes, drivers[0].said()[-2000:] + drivers[1].said()[-2000:]
@@ -181,7 +181,7 @@ def poisoned_row(ground: Ground, url: str) -> Outcome:
 
 def terminated(ground: Ground, url: str) -> Outcome:
     """SIGTERM: the shards in hand are finished, the command says so and ends with 143; run again, it goes on."""
-    poller = _polled(url)
+    poller = polled(url)
     driver = ground.start_command(ground.settings(url))
     wait_until(lambda: shards_there(url) >= 1, driver)
     driver.process.send_signal(signal.SIGTERM)
@@ -194,7 +194,8 @@ def terminated(ground: Ground, url: str) -> Outcome:
     return ground.outcome("SIGTERM", 1, url, poller, f"{there} of {SHARDS} shards finished, exit code 143")
 
 
-def _polled(url: str) -> Poller:
+def polled(url: str) -> Poller:
+    """Start a reader that looks at a dataset again and again."""
     poller = Poller(open_store(url))
     poller.start()
     return poller

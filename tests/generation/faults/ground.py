@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from facediffuser.dataset.manifest import MANIFEST_KEY
 from facediffuser.dataset.verify import verify
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import prepare
@@ -25,6 +26,7 @@ from facediffuser.storage import Store, open_store
 from facediffuser.tasks.generate import finish_dataset
 
 DRIVER = Path(__file__).with_name("driver.py")
+TAKEN = ("stats/", "README.md", "card/")  # they say what a run took, which differs from run to run
 WAIT_S = 1200.0
 POLL_S = 0.1
 
@@ -140,11 +142,8 @@ class Ground:
         """Start `facediffuser generate`, the command itself with its Prefect."""
         number = len(list(self.folder.glob("command-*.log")))
         log = self.folder / f"command-{number}.log"
-        words = [str(Path(sys.executable).with_name("facediffuser")), "generate"]
-        for name, value in settings.model_dump(exclude_unset=True).items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
         home = {"PREFECT_HOME": str(self.folder / "prefect")}
-        return Driver(self._process(words, log, home), log)
+        return Driver(self._process(generate_words(settings), log, home), log)
 
     def _process(self, words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
         clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PREFECT_API_URL")}
@@ -172,6 +171,8 @@ class Ground:
         corrupted = sum(6 for key in wrong if key.startswith("data/")) + sum(
             not key.startswith("data/") for key in wrong
         )
+        if wrong:
+            note = f"{note}; other than in the undisturbed run: {', '.join(sorted(wrong))}"
         partial = 0
         if poller:
             poller.stop()
@@ -188,9 +189,26 @@ class Ground:
         return [pq.read_table(io.BytesIO(one), columns=["sample_id"])["sample_id"].to_pylist() for one in data]
 
 
+def generate_words(settings: GenerateSettings) -> list[str]:
+    """The command line of `facediffuser generate` with these settings."""
+    given = settings.model_dump(exclude_unset=True, exclude_none=True).items()
+    options = [[f"--{name.replace('_', '-')}", str(value)] for name, value in given]
+    return [str(Path(sys.executable).with_name("facediffuser")), "generate", *sum(options, [])]
+
+
 def contents(store: Store) -> dict[str, bytes]:
-    """The bytes of all objects but the stats."""
-    return {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")}
+    """The bytes of all objects that do not say what a run took: stats and pages are left out, the manifest without it."""
+    found = {info.key: store.get(info.key) for info in store.list() if not info.key.startswith(TAKEN)}
+    if MANIFEST_KEY in found:
+        found[MANIFEST_KEY] = _lasting(found[MANIFEST_KEY])
+    return found
+
+
+def _lasting(manifest: bytes) -> bytes:
+    document = json.loads(manifest)
+    lasting = {name: value for name, value in document.items() if name not in ("spent", "digest")}
+    lasting["objects"] = [one for one in document["objects"] if not one["key"].startswith(TAKEN)]
+    return json.dumps(lasting, sort_keys=True).encode()
 
 
 def shards_there(url: str) -> int:

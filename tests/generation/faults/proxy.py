@@ -5,8 +5,10 @@ One request a connection, passed on as it came (signatures stay valid); which re
 
 import asyncio
 import random
+import socket
 import threading
 from collections import Counter
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 KINDS = ("500", "503", "cut", "slow")
@@ -14,27 +16,45 @@ WAIT_S = 0.15
 PIECES = 4
 
 
+class Request(NamedTuple):
+    """Who asked for what: the address of the client, the method, the path with its query."""
+
+    client: str
+    method: str
+    path: str
+
+
 class FaultyProxy:
     """As a context manager it serves on `endpoint`; while `active`, a share of the requests fails in the `kinds` given.
 
     A request that fails with 500 or is cut may have been carried out, as with a real store. `counts`: requests by what
-    was done to them.
+    was done to them; `requests`: all of them. It listens on the loopback address, or where the given socket does.
     """
 
-    def __init__(self, upstream: str, kinds: tuple[str, ...], share: float, seed: int = 0):
+    def __init__(
+        self,
+        upstream: str,
+        kinds: tuple[str, ...] = (),
+        share: float = 0.0,
+        seed: int = 0,
+        listener: socket.socket | None = None,
+    ):
         parts = urlsplit(upstream)
         self.host, self.port = parts.hostname, parts.port
         self.kinds, self.share, self.active = kinds, share, True
         self.counts: Counter[str] = Counter()
+        self.requests: list[Request] = []
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> "FaultyProxy":
         self._thread.start()
-        starting = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        starting = asyncio.start_server(self._serve, sock=self._listener)
         self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result(30)
-        self.endpoint = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        host, port = self._listener.getsockname()
+        self.endpoint = f"http://{host}:{port}"
         return self
 
     def __exit__(self, *_) -> None:
@@ -55,7 +75,9 @@ class FaultyProxy:
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes | None:
         head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head[:-4].split(b"\r\n")
+        method, path, _ = first.decode().split(" ", 2)
         headers = {line.split(b":", 1)[0].strip().lower(): line for line in lines}
+        self.requests.append(Request(writer.get_extra_info("peername")[0], method, path))
         if headers.pop(b"expect", None):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         headers[b"connection"] = b"Connection: close"
