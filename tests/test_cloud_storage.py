@@ -1,6 +1,7 @@
 """Google Cloud Storage behind the same door: a dataset is written, verified, merged and retracted there as on a disk."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -97,3 +98,35 @@ def test_a_missing_bucket_and_missing_credentials_are_one_line(cloud, monkeypatc
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="no credentials; set AZURE_STORAGE_ACCOUNT_NAME"):
         open_store("az://container/x").require_readable()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "empty", "nested", "binary", "list"])
+def test_a_file_of_credentials_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, kind):
+    path = tmp_path / "key.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "nested": b"[" * 100_000, "binary": b"\xff\xfe\0", "list": b"[]"}[kind])
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+    with pytest.raises(InputError, match="key.json") as error:
+        open_store("gs://bucket/x").require_readable()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOOGLE_TIMEOUT", "MARKED"), ("GOOGLE_ALLOW_HTTP", "MARKED")])
+def test_an_environment_that_the_client_refuses_is_one_line_without_its_values(monkeypatch, name, value):
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="environment's GOOGLE_") as error:
+        open_store("gs://bucket/x").require_readable()
+    assert "MARKED" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["a--b/c", "org/n..x", "org/n.git", f"org/{'n' * 200}", "org/-n", "org/n-", "\u00e9/n"]
+)
+def test_a_name_that_the_hub_does_not_allow_is_refused_before_it_is_asked(name):
+    with pytest.raises(InputError, match="give hf://datasets/ORG/NAME"):
+        open_store(f"hf://datasets/{name}")

@@ -12,7 +12,7 @@ from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, ObjectEntry, S
 from facediffuser.dataset.seal import README_KEY
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
-from facediffuser.storage.hub import hub_client, hub_errors
+from facediffuser.storage.hub import hub_client, hub_errors, require_repository_name
 
 # Objects of one commit: few commits, and memory for about so many bytes.
 COMMIT_BYTES, COMMIT_OBJECTS = 512 << 20, 100
@@ -31,13 +31,7 @@ def repository_of(target: str) -> str:
     match = _TARGET.fullmatch(target)
     if match is None:
         raise InputError(f"{target}: no place to publish to; give hf://datasets/ORG/NAME")
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(match[1])
-    except HFValidationError as error:
-        raise InputError(f"{target}: {str(error).rstrip('.')}; give hf://datasets/ORG/NAME") from None
+    require_repository_name(match[1])
     return match[1]
 
 

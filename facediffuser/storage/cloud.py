@@ -6,6 +6,7 @@ AZURE_STORAGE_ACCOUNT_NAME, ...) and nothing else. A put is one request, which b
 
 import errno
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from urllib.parse import quote
 
 from facediffuser.errors import InputError
 from facediffuser.storage.base import BUFFER_BYTES, BucketStore, ObjectInfo, StorageError
+from facediffuser.storage.local import LocalStore
 from facediffuser.storage.ranges import RangedObject
+from facediffuser.storage.reading import read_json_object
 
 CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`",
     "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or another Azure credential",
 }
+CREDENTIAL_FILES = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
 _SECRET = re.compile(r"Debug source:.*", re.DOTALL)
 
 
@@ -45,9 +49,25 @@ class CloudStore(BucketStore):
                     f"{self.url}: obstore is not installed; run: pip install 'facediffuser[stores]'"
                 ) from None
             kind = stores.GCSStore if self.scheme == "gs" else stores.AzureStore
-            with self._translated_errors(""):
-                self._cached = kind(self.bucket)
+            self._require_credential_files()
+            try:
+                with self._translated_errors(""):
+                    self._cached = kind(self.bucket)
+            except StorageError:  # nothing was asked yet: the environment, or the name, cannot be used
+                names = "GOOGLE_*" if self.scheme == "gs" else "AZURE_*"
+                raise InputError(f"{self.url}: the client refuses the bucket's name or one of the environment's {names}; "
+                                 "correct it") from None  # fmt: skip
         return self._cached
+
+    def _require_credential_files(self) -> None:
+        """Raise InputError for a file of credentials that is named and cannot be used: the client would wait for a pipe."""
+        for name in CREDENTIAL_FILES if self.scheme == "gs" else ():
+            if value := os.environ.get(name):
+                path = Path(value)
+                try:
+                    read_json_object(LocalStore(path.parent), path.name, f"correct {name}", {})
+                except OSError as error:
+                    raise InputError(f"{name}={value}: cannot be read ({error.strerror}); correct it") from None
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> None:
         import obstore

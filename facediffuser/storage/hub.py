@@ -22,7 +22,8 @@ DOWNLOAD_BYTES = 8 << 20
 REQUEST_TIMEOUT_S = 60
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _URL = re.compile(
-    rf"hf://datasets/(?P<repository>{_NAME}/(?P<name>{_NAME}))(?:@(?P<revision>[\w.%-]+))?(?:/(?P<prefix>.*))?"
+    rf"hf://datasets/(?P<repository>{_NAME}/(?P<name>{_NAME}))(?:@(?P<revision>[\w.%-]+))?(?:/(?P<prefix>.*))?",
+    re.ASCII,
 )
 
 
@@ -35,8 +36,25 @@ def open_hub(url: str) -> "HubStore":
     match = _URL.fullmatch(url)
     if match is None:
         raise InputError(f"{url}: not a dataset of the hub; give hf://datasets/ORG/NAME, or a folder in it")
+    require_repository_name(match["repository"])
     prefix = (match["prefix"] or "").strip("/")
     return HubStore(match["repository"], match["revision"] or "", safe_key(prefix) if prefix else "")
+
+
+def require_repository_name(name: str) -> None:
+    """Check an `ORG/NAME` by the hub's own rules, before it is asked.
+
+    Raises:
+        InputError: it is none.
+    """
+    hub_client()
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"hf://datasets/{name}: {str(error).rstrip('.')}; give hf://datasets/ORG/NAME") from None
 
 
 class HubStore(BucketStore):

@@ -1,6 +1,7 @@
 """The aesthetic scorer: heads in the two layouts that LAION published, on the unit vector of CLIP, against sums by hand."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -147,3 +148,35 @@ def test_a_head_runs_no_code_of_its_file(clip, tmp_path):
     torch.save({"weight": Runs(), "bias": torch.zeros(1)}, tmp_path / "head.pth")
     with pytest.raises(InputError, match=r"head\.pth: not a state dict of linear layers"):
         load_columns([f"aesthetic:{tmp_path}/head.pth#{clip}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("nan", "values that are not finite"), ("infinite offset", "values that are not finite"),
+        ("long offset", "not linear layers that end in one number"), ("no offset", "not a state dict"),
+        ("list", "not a state dict"), ("empty", "not a state dict"), ("cut", "not a state dict"), ("folder", "not a file"),
+        ("pipe", "not a file"), ("code", "not a state dict"), ("flat", "not linear layers that end in one number"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_damaged_or_none_is_one_line(tmp_path, kind, says):
+    path, weight, bias = tmp_path / "head.pth", torch.ones(1, WIDTH), torch.zeros(1)
+    state = {
+        "nan": {"weight": weight * math.nan, "bias": bias}, "infinite offset": {"weight": weight, "bias": bias + math.inf},
+        "long offset": {"weight": weight, "bias": torch.zeros(3)}, "no offset": {"weight": weight}, "list": [weight],
+        "flat": {"weight": torch.ones(WIDTH), "bias": bias}, "code": {"weight": print, "bias": bias},
+        "cut": {"weight": weight, "bias": bias},
+    }  # fmt: skip
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "empty":
+        path.touch()
+    else:
+        torch.save(state[kind], path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=says) as error:
+        load_columns([f"aesthetic:{path}"])
+    assert "\n" not in str(error.value)
