@@ -34,8 +34,10 @@ def no_work_is_done(monkeypatch):
     """An input that is accepted ends there: neither Prefect, Ray nor a model starts."""
     for work in filter(None, WORK.values()):
         monkeypatch.setattr(work, no_work)
-    for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL"):
+    for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_NAME"):
         monkeypatch.delenv(name, raising=False)
+    # gs:// is refused for its credentials: without them the client would ask the network.
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
 
 
 def try_inputs(command: str, templates: Path, count: int) -> dict[str, Tried]:
