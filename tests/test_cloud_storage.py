@@ -16,6 +16,7 @@ from facediffuser.dataset.mentions import find_mentions
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.storage import local_copy, open_store
+from facediffuser.storage.hub import hub_errors
 from facediffuser.tasks.local_driver import LocalDriver
 
 
@@ -130,3 +131,20 @@ def test_an_environment_that_the_client_refuses_is_one_line_without_its_values(m
 def test_a_name_that_the_hub_does_not_allow_is_refused_before_it_is_asked(name):
     with pytest.raises(InputError, match="give hf://datasets/ORG/NAME"):
         open_store(f"hf://datasets/{name}")
+
+
+def test_a_token_with_an_end_of_line_is_one_line_without_it(monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "a")
+    monkeypatch.setenv("AZURE_STORAGE_TOKEN", "MARKED\n")
+    with pytest.raises(InputError, match="AZURE_STORAGE_TOKEN: holds a control character") as error:
+        open_store("az://container/x").require_readable()
+    assert "MARKED" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("MARKED"), UnicodeEncodeError("ascii", "MARKED", 0, 1, "x"), OSError(2, "MARKED")]
+)
+def test_what_the_hubs_client_makes_of_a_bad_environment_is_one_line(error):
+    with pytest.raises(InputError, match="HF_ENDPOINT, HF_TOKEN") as found, hub_errors("hf://datasets/org/name"):
+        raise error
+    assert "MARKED" not in str(found.value)

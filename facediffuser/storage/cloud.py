@@ -50,6 +50,11 @@ class CloudStore(BucketStore):
                 ) from None
             kind = stores.GCSStore if self.scheme == "gs" else stores.AzureStore
             self._require_credential_files()
+            prefix = "GOOGLE_" if self.scheme == "gs" else "AZURE_"
+            for name, value in os.environ.items():
+                # The client panics at a token with a line's end.
+                if name.startswith(prefix) and not value.isprintable():
+                    raise InputError(f"{name}: holds a control character; set it again without")
             try:
                 with self._translated_errors(""):
                     self._cached = kind(self.bucket)

@@ -20,6 +20,7 @@ from facediffuser.storage.ranges import RangedObject
 
 DOWNLOAD_BYTES = 8 << 20
 REQUEST_TIMEOUT_S = 60
+ENVIRONMENT = "correct HF_ENDPOINT, HF_TOKEN, HF_HUB_*, the proxy or SSL_CERT_FILE of the environment"
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _URL = re.compile(
     rf"hf://datasets/(?P<repository>{_NAME}/(?P<name>{_NAME}))(?:@(?P<revision>[\w.%-]+))?(?:/(?P<prefix>.*))?",
@@ -178,6 +179,8 @@ def hub_client() -> Any:
         from huggingface_hub import HfApi
     except ModuleNotFoundError:
         raise InputError("huggingface_hub is not installed; run: pip install 'facediffuser[stores]'") from None
+    except ValueError:  # its numbers are read when it is imported
+        raise InputError(f"the hub's client does not start; {ENVIRONMENT}") from None
     return HfApi()
 
 
@@ -202,6 +205,8 @@ def hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
+    except (InputError, StorageError):
+        raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403, 404):
@@ -216,3 +221,5 @@ def hub_errors(what: str) -> Iterator[None]:
         raise StorageError(
             f"{what}: the hub cannot be reached ({type(error).__name__}); run the same command again"
         ) from None
+    except (ValueError, OSError) as error:  # of an address, a token, a proxy or certificates that cannot be
+        raise InputError(f"{what}: the hub cannot be asked ({type(error).__name__}); {ENVIRONMENT}") from None
