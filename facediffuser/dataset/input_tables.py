@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facediffuser.errors import InputError
-from facediffuser.storage import Store
+from facediffuser.storage import StorageError, Store
 
 # Tables are read whole: one of more bytes is none that a person or a program wrote on purpose.
 MOST_TABLE_BYTES = 1 << 28
@@ -32,7 +32,9 @@ def read_table_file(store: Store, key: str) -> bytes:
     try:
         with store.open(key) as file:
             data = file.read(MOST_TABLE_BYTES + 1)
-    except (PermissionError, FileNotFoundError) as error:
+    except StorageError:
+        raise
+    except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if len(data) > MOST_TABLE_BYTES:
         raise InputError(f"{name}: file too large, at most {MOST_TABLE_BYTES:,} bytes are read; split it")
