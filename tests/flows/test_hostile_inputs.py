@@ -41,7 +41,6 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a URL with one slash": ("assemble", {"output": "s3:/bucket/x"}, "write s3://bucket/x"),
     "a file URL that is half an address": ("verify", {"url": "FILE://["}, "of another machine"),
     "an index that cannot be read": ("evaluate", {"index": "/proc/self/mem"}, "cannot be read"),
-    "prompts that cannot be read": ("evaluate", {"prompts": "/proc/self/mem"}, "cannot be read"),
     "a scorer without a class": ("score", {"add": "os:"}, "names no class"),
     "more rows than a plan has": (
         "generate",
