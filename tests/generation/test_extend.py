@@ -16,6 +16,7 @@ from facediffuser.generation.generate_check import check_generate
 from facediffuser.generation.generate_settings import RepairSettings
 from facediffuser.generation.job import prepare
 from facediffuser.storage import open_store
+from facediffuser.storage.output import put_folder
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage
@@ -62,16 +63,32 @@ def dataset(small, tmp_path):
     return tmp_path / "dataset"
 
 
+@pytest.fixture(scope="module")
+def more(world, small):
+    """Settings with one more prompt and two images of each, and the dataset that they made of the small one."""
+    prompts = save_prompts(small / "more.jsonl", [*PROMPTS[:2], MORE[-1]])
+    shutil.copytree(small / "dataset", small / "extended")
+    settings = world.settings(small / "extended", prompts=str(prompts), images_per_prompt=2, extend=True)
+    assert generate(settings) == 1
+    return settings
+
+
 @pytest.fixture
-def grown(world, dataset, tmp_path):
-    """Settings with one more prompt and two images of each."""
-    prompts = save_prompts(tmp_path / "more.jsonl", [*PROMPTS[:2], MORE[-1]])
-    return world.settings(dataset, prompts=str(prompts), images_per_prompt=2, extend=True)
+def grown(more, dataset):
+    """The same settings for a copy of the small dataset."""
+    return more.model_copy(update={"output": str(dataset)})
 
 
-def test_a_dataset_grows_and_what_was_there_stays_byte_for_byte(world, dataset, grown, tmp_path):
-    before, data = rows(dataset), contents(dataset, "data/")
-    assert generate(grown) == 1
+@pytest.fixture
+def extended(more, tmp_path):
+    """A copy of the dataset that was extended, and the settings for it."""
+    shutil.copytree(more.output, tmp_path / "extended")
+    return tmp_path / "extended", more.model_copy(update={"output": str(tmp_path / "extended")})
+
+
+def test_a_dataset_grows_and_what_was_there_stays_byte_for_byte(world, small, extended, tmp_path):
+    before, data = rows(small / "dataset"), contents(small / "dataset", "data/")
+    dataset, grown = extended
     after = rows(dataset)
     assert len(before) == 4 and len(after) == 12
     assert {name: after[name] for name in before} == before
@@ -96,8 +113,17 @@ def test_a_dataset_grows_and_what_was_there_stays_byte_for_byte(world, dataset, 
     assert set(pq.read_table(dataset / "subjects.parquet")["subject_id"].to_pylist()) == {"ada", "bob", "cyd"}
 
 
-def test_repeated_it_adds_nothing(dataset, grown):
-    generate(grown)
+def test_on_s3_it_grows_to_the_same_bytes(small, more, s3_bucket):
+    url = f"{s3_bucket.url}/dataset"
+    put_folder(open_store(url), small / "dataset", "manifest.json")
+    generate(more.model_copy(update={"output": url}))
+    assert contents(url, "data/") == contents(more.output, "data/")
+    assert contents(url, "plan/") == contents(more.output, "plan/")
+    assert verify(url) == []
+
+
+def test_repeated_it_adds_nothing(extended):
+    dataset, grown = extended
     before = contents(dataset)
     generate(grown)
     assert contents(dataset) == before
@@ -127,7 +153,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, grown, monkeypatch):
+def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, grown, more, monkeypatch):
     from facediffuser.storage.local import LocalStore
 
     put, at = LocalStore.put, {"left": -1}
@@ -139,9 +165,7 @@ def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, 
         return put(self, *given, **options)
 
     monkeypatch.setattr(LocalStore, "put", counted)
-    shutil.copytree(dataset, dataset.parent / "undisturbed")
-    generate(grown.model_copy(update={"output": str(dataset.parent / "undisturbed")}))
-    expected = contents(dataset.parent / "undisturbed")
+    expected = contents(more.output)
     writes = 0
     for number in range(100):
         at["left"] = 2 * number + 1
@@ -190,8 +214,8 @@ def test_new_rows_are_those_of_the_plan_that_are_not_known(world, tmp_path):
     assert len(NewRows(plan, SampleIds(ids))) == 0 and len(NewRows(plan, SampleIds())) == len(ids)
 
 
-def test_a_lost_manifest_is_written_again_with_all_parts(dataset, grown):
-    generate(grown)
+def test_a_lost_manifest_is_written_again_with_all_parts(extended):
+    dataset, grown = extended
     before = contents(dataset)
     (dataset / "manifest.json").unlink()
     generate(grown)
@@ -207,9 +231,9 @@ def test_a_lost_manifest_is_written_again_with_all_parts(dataset, grown):
     assert verify(str(dataset)) == []
 
 
-def test_damage_after_an_extension_is_repaired_in_every_part(dataset, grown):
+def test_damage_after_an_extension_is_repaired_in_every_part(extended):
     """A shard of each part and the plan of the added one: each comes back with the bytes that it had, faces included."""
-    generate(grown)
+    dataset, _ = extended
     store = open_store(dataset)
     before, parts = contents(dataset), read_manifest(store).parts
     first, second = (part.shards[0].key for part in parts)
