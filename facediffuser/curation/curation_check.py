@@ -31,7 +31,6 @@ def check_export(settings: ExportSettings) -> None:
         InputError: it cannot.
     """
     export = open_export(settings)
-    require_objects(export.store, export.manifest)
     if export.scorers is not None:
         require_scorers(export.scorers)
 

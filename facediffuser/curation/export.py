@@ -23,7 +23,7 @@ from facediffuser.curation.selection import (
 )
 from facediffuser.dataset.added_columns import read_added_columns
 from facediffuser.dataset.extension import read_references
-from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, read_sound_manifest
+from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, read_sound_manifest, require_objects
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.storage import Store, open_store
@@ -62,6 +62,7 @@ def open_export(settings: ExportSettings) -> Export:
     """
     store, output = open_store(settings.url), open_store(settings.output)
     manifest = read_sound_manifest(store)
+    require_objects(store, manifest)
     schema = schema_of(store, manifest)
     Condition(settings.where, schema)
     scorers = None

@@ -272,5 +272,8 @@ def add_references(there: pa.Table, here: pa.Table) -> pa.Table:
 
 def read_references(store: Store, key: str = SUBJECTS_KEY) -> pa.Table:
     """Return the whole table of references of a dataset."""
-    with open_parquet(store, key) as file:
-        return file.read()
+    try:
+        with open_parquet(store, key) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{store.url_of(key)}: missing; put it back, or run `facediffuser repair`") from None

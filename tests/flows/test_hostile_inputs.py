@@ -1,6 +1,7 @@
 """Inputs that would be taken wrongly without a word, one by one: each is one line with exit code 2, nothing written."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,16 @@ def test_a_row_is_found_by_its_id_in_either_of_unicodes_forms(tmp_path):
     layout = read_manifest(store).layout
     assert find_sample(open_store(store.url), layout, "bob~p1~0") == (1, 1)
     assert find_sample(store, layout, "b\u00f3b~p1~0") is None
+
+
+@pytest.mark.parametrize(
+    "key", ["subjects.parquet", "data/shard-00000-of-00002.parquet", "plan/part-00000-of-00001.parquet"]
+)
+@pytest.mark.parametrize("command", ["retract", "export", "merge", "publish"])
+def test_an_object_of_the_dataset_that_is_missing_is_named(root, tmp_path, command, key):
+    shutil.copytree(root, tmp_path / "world", ignore=shutil.ignore_patterns("pipe*", "zero*"))
+    (tmp_path / "world" / "dataset" / key).unlink()
+    before = contents(tmp_path / "world")
+    code, err = run(words(command, tmp_path / "world", {}), tmp_path / "world")
+    assert code == 2 and f"{key}: missing" in err.splitlines()[-1], err
+    assert contents(tmp_path / "world") == before
