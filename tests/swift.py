@@ -193,9 +193,15 @@ def _default_section(folder: Path, port: int) -> dict[str, object]:
     }
 
 
+# On a busy machine half a second for a connection, or three for an answer, are not enough. An object server that gives up
+# on the container's server leaves the listing for later, for a process that does not run here: the object is written and
+# never listed.
+PATIENCE = {"conn_timeout": 30, "node_timeout": 60}
+
+
 def _storage_sections(folder: Path, kind: str, port: int) -> dict[str, dict[str, object]]:
     return {
-        "DEFAULT": {**_default_section(folder, port), "container_update_timeout": 30},
+        "DEFAULT": {**_default_section(folder, port), **PATIENCE, "container_update_timeout": 60},
         "pipeline:main": {"pipeline": f"{kind}-server"},
         f"app:{kind}-server": {
             "use": f"egg:swift#{kind}",
@@ -214,6 +220,7 @@ def _proxy_sections(folder: Path, port: int) -> dict[str, dict[str, object]]:
         "pipeline:main": {"pipeline": " ".join([*PROXY_FILTERS, "proxy-logging", "proxy-server"])},
         "app:proxy-server": {
             "use": "egg:swift#proxy",
+            **PATIENCE,
             "account_autocreate": "true",
             "allow_account_management": "true",
         },
