@@ -183,7 +183,8 @@ def fetch_images(store: Store, wanted: list[LocatedRow]) -> dict[str, bytes]:
     for key, groups in sorted(places.items()):
         with open_parquet(store, key) as file:
             for group, rows in sorted(groups.items()):
-                column = file.read_row_group(group, columns=["image"])["image"]
+                # With the status, so that an image that is missing is seen as damage.
+                column = file.read_row_group(group, columns=["status", "image"])["image"]
                 for located in rows:
                     images[located.values["sample_id"]] = column[located.row].as_py()["bytes"]
     return images

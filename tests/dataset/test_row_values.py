@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from dataset.finished import finish_dataset
 
+from facediffuser.cards.dataset_card import write_card
 from facediffuser.dataset.reading import read_columns, row_groups
 from facediffuser.dataset.row_values import value_problems
 from facediffuser.dataset.schema import DATASET_SCHEMA, face_type
@@ -51,14 +52,26 @@ def test_values_that_runs_write_are_none():
     assert list(value_problems(with_embedding, DATASET_SCHEMA)) == []
 
 
-def test_every_reader_of_a_dataset_looks(tmp_path):
-    store = finish_dataset(tmp_path / "dataset")
-    path = sorted((tmp_path / "dataset" / "data").iterdir())[0]
+def without_values(folder, column: str) -> str:
+    """Write nulls into a column of a dataset's first shard; return the shard's key."""
+    path = sorted((folder / "data").iterdir())[0]
     table = pq.read_table(path)
-    place = table.column_names.index("subject_ids")
+    place = table.column_names.index(column)
     field = table.schema.field(place).with_nullable(True)
     pq.write_table(table.set_column(place, field, pa.nulls(table.num_rows, field.type)), path)
-    key = f"data/{path.name}"
+    return f"data/{path.name}"
+
+
+def test_the_card_names_a_shard_whose_images_are_missing(tmp_path):
+    store = finish_dataset(tmp_path / "dataset")
+    key = without_values(tmp_path / "dataset", "image")
+    with pytest.raises(InputError, match=f"{key}: column 'image' is null in a row whose status is ok"):
+        write_card(store)
+
+
+def test_every_reader_of_a_dataset_looks(tmp_path):
+    store = finish_dataset(tmp_path / "dataset")
+    key = without_values(tmp_path / "dataset", "subject_ids")
     with pytest.raises(InputError, match="column 'subject_ids' holds nulls"):
         read_columns(store, key, ["subject_ids"])
     with pytest.raises(InputError, match="column 'subject_ids' holds nulls"):
