@@ -100,7 +100,8 @@ class Machine:
         """Switch the machine on, with an empty disk."""
         folder = self.network.folder / self.namespace
         folder.mkdir(exist_ok=True)
-        shown = dict.fromkeys(os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, ROOT))
+        # Outer folders first: a machine takes no folder that another one has brought.
+        shown = sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, ROOT)}, key=len)
         self._unshare = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc",
              "bash", SCRIPT, folder, self.name, self.address, *shown],
