@@ -193,9 +193,8 @@ def _default_section(folder: Path, port: int) -> dict[str, object]:
     }
 
 
-# On a busy machine half a second for a connection, or three for an answer, are not enough. An object server that gives up
-# on the container's server leaves the listing for later, for a process that does not run here: the object is written and
-# never listed.
+# Longer than Swift's own half a second for a connection and three for an answer, for a busy machine: an object server that
+# gives up on the container's server leaves the listing to a process that does not run here.
 PATIENCE = {"conn_timeout": 30, "node_timeout": 60}
 
 
