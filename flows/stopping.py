@@ -78,6 +78,8 @@ def watch() -> None:
                     break
                 except httpx.HTTPError:
                     time.sleep(min(2.0**attempt, LONGEST_WAIT_S))  # a server that is busy or away for a moment
+            else:
+                return  # away for good: no other run can be reported to it, either
 
 
 def _report_killed(client: SyncPrefectClient, run_id: UUID, state_id: UUID) -> None:
