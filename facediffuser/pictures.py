@@ -89,20 +89,19 @@ def is_picture_name(key: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-def left_out_line(names: Iterable[str]) -> str:
-    """Return one line that says how many files are left out because they are no pictures, and names the first of them.
+def left_out_line(names: Iterable[str], layout: str | None = None) -> str:
+    """Return one line that says how many files are left out, why, and names the first of them.
 
     Args:
         names: of the files left out.
+        layout: the layout that they have no place in; None where they have not the name of a picture.
     """
     names = sorted(names)
     # Names of files may hold anything: newlines, and bytes that are no text.
     shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
     more = ", ..." if len(names) > SHOWN_NAMES else ""
-    return (
-        f"{len(names):,} other file{'s' * (len(names) != 1)} left out: "
-        f"{', '.join(shown)}{more} (pictures are named {' '.join(EXTENSIONS)})"
-    )
+    why = f"pictures are named {' '.join(EXTENSIONS)}" if layout is None else f"no part of the layout {layout}"
+    return f"{len(names):,} other file{'s' * (len(names) != 1)} left out: {', '.join(shown)}{more} ({why})"
 
 
 def batches_of_files(items: Sequence[Item], count: int, bytes_of: Callable[[Item], int]) -> list[list[Item]]:

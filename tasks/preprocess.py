@@ -29,7 +29,7 @@ from facediffuser.preprocess.preprocess_check import require_apart
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.preprocess_stage import Parts, PartWorker, check_stage, prepare_stage
 from facediffuser.preprocess.required_models import require_models
-from facediffuser.preprocess.sources import Listing, list_source
+from facediffuser.preprocess.sources import FOLDER, Listing, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import Store, open_store
@@ -65,8 +65,10 @@ def prepare_photographs(
     store = open_store(settings.output)
     require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
-    if listing.left_out:
+    if listing.left_out and listing.format == FOLDER:
         logger.warning("%s: %s", listing.url, left_out_line(listing.left_out))
+    elif listing.left_out:  # a set with a layout has other files, too: licences, lists, people to generate
+        logger.info("%s: %s", listing.url, left_out_line(listing.left_out, listing.format))
     require_parts_fit(listing.url, split_into_parts(listing.records, settings.part_size))
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)

@@ -38,7 +38,8 @@ def test_the_demo_generates_a_dataset_on_s3_and_computes_nothing_twice(
     assert "Generate: 2/2 images, in" in ended.stderr and "Train sdm: 1/1 steps" in ended.stderr
     # A healthy run shows nothing of its libraries.
     assert not any(
-        word in ended.stdout + ended.stderr for word in ("raylet", "WARNING", "Warning", "prefect.", "Traceback")
+        word in ended.stdout + ended.stderr
+        for word in ("raylet", "WARNING", "Warning", "warning:", "prefect.", "Traceback")
     )
     assert verify(f"{output}/dataset") == []
     store = open_store(f"{output}/dataset")
