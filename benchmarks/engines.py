@@ -17,28 +17,35 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.beside import quiet
 from facediffuser.engine_options import COMPILED, EAGER, EngineOptions
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.window import default_fusion_window
 
 RELEASED = "released way (classic attention, eager)"
+EAGER_WAY = "eager, as without an engine"
 EXACT = "exact mode (compiled)"
 CALLS = 5
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running the models: its name, the engine's options, images at once, whether whole images are timed."""
+    """A way of running the models: its name, the engine's options, images at once, whether whole images are timed.
+
+    timed_convolutions: let cuDNN time its kernels for each convolution and take the quickest, which may be another one in
+        the next process.
+    """
 
     name: str
     options: EngineOptions
     images: int
     whole: bool = False
+    timed_convolutions: bool = False
 
-    @property
-    def expected_seconds(self) -> float:
-        """About what it takes on an H200: compiling most of all."""
-        return (100 if self.options.compiles else 8) + (15 if self.whole else 0) + (60 if self.options.autotune else 0)
+    def expected_seconds(self, code_is_kept: bool) -> float:
+        """About what it takes on an H200: compiling most of all, or reading the code that another process has kept."""
+        compiling = (30 if code_is_kept else 100 + 60 * self.options.autotune) if self.options.compiles else 8
+        return compiling + (15 if self.whole else 0)
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,23 @@ def ways(images: int, largest: int, all_of_them: bool = True) -> list[Way]:
         "eager + fused projections": replace(EAGER, fused_projections=True),
         "eager + text once": replace(EAGER, text_once=True),
     }
-    compiled = {
-        "compiled alone": EngineOptions(compile="full"),
-        "exact mode + CUDA graphs": replace(COMPILED, cuda_graphs=True),
-        "exact mode, blocks alone compiled": replace(COMPILED, compile="blocks"),
-        "exact mode, attention by cuDNN": replace(COMPILED, attention="cudnn"),
-        "exact mode + autotuning": replace(COMPILED, autotune=True),
-    }
+    compiled = [
+        Way("exact mode, convolutions by timing", COMPILED, largest, timed_convolutions=True),
+        Way("exact mode + autotuning", replace(COMPILED, autotune=True), largest),
+        Way("exact mode, attention by cuDNN", replace(COMPILED, attention="cudnn"), largest),
+        Way("exact mode, attention by flash", replace(COMPILED, attention="flash"), largest),
+        Way("compiled alone", EngineOptions(compile="full"), largest),
+        Way("exact mode, twice as many at once", COMPILED, 2 * largest),
+        Way("exact mode + CUDA graphs", replace(COMPILED, cuda_graphs=True), largest),
+        Way("exact mode, blocks alone compiled", replace(COMPILED, compile="blocks"), largest),
+    ]
     chosen = [
         Way(RELEASED, EAGER, images, whole=True),
-        Way("eager, as without an engine", EAGER, images, whole=True),
+        Way(EAGER_WAY, EAGER, images, whole=True),
         Way(EXACT, COMPILED, largest, whole=True),
-        *(Way(name, options, images) for name, options in means.items()),
     ]
-    return chosen + [Way(name, options, largest) for name, options in compiled.items()] if all_of_them else chosen
+    alone = [Way(name, options, images) for name, options in means.items()]
+    return chosen + compiled + alone if all_of_them else chosen
 
 
 class Bench:
@@ -149,26 +159,42 @@ class Bench:
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        torch.backends.cudnn.benchmark = way.timed_convolutions
         pipe = self.build(way)
-        null, text, _, noise = self.inputs(way.images)
-        embeds, rows, t = torch.cat([null, text]), torch.cat([noise, noise]), torch.tensor(500, device=self.device)
-
-        def call() -> torch.Tensor:
-            if pipe._engine is not None:
-                return pipe._engine.denoise("unet_text", rows, t, embeds)
-            return pipe.unet_text(rows, t, embeds, return_dict=False)[0]
-
+        call = self._call(pipe, way.images)
         first = self.seconds(call)
         call()
-        rate = len(rows) * CALLS / self.seconds(lambda: [call() for _ in range(CALLS)])
+        with quiet():
+            rate = 2 * way.images * CALLS / self.seconds(lambda: [call() for _ in range(CALLS)])
+        noise = self.inputs(way.images)[3]
         pipe.decode_latents(noise, "pil")
-        decoded = self.seconds(lambda: pipe.decode_latents(noise, "pil")) / way.images
+        with quiet():
+            decoded = self.seconds(lambda: pipe.decode_latents(noise, "pil")) / way.images
         whole = float("nan")
         if way.whole:
             self.sample(pipe, way.images, steps=3)  # the SDM's UNet is compiled here
-            whole = self.seconds(lambda: self.sample(pipe, way.images)) / way.images
+            with quiet():
+                whole = self.seconds(lambda: self.sample(pipe, way.images)) / way.images
+        torch.backends.cudnn.benchmark = False
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else float("nan")
         return Found(first, rate, decoded, whole, peak), pipe
+
+    def _call(self, pipe: FaceDiffuserPipeline, images: int) -> Callable[[], torch.Tensor]:
+        """Return a call of the TDM's UNet for so many images, both rows of each."""
+        null, text, _, noise = self.inputs(images)
+        embeds, rows, t = torch.cat([null, text]), torch.cat([noise, noise]), torch.tensor(500, device=self.device)
+        engine = pipe._engine
+        if engine is None:
+            return torch.no_grad()(lambda: pipe.unet_text(rows, t, embeds, return_dict=False)[0])
+        return lambda: engine.denoise("unet_text", rows, t, embeds)
+
+    @torch.no_grad()
+    def compile(self, way: Way) -> None:
+        """Compile what a way runs, so that its code is kept for another process."""
+        pipe = self.build(way)
+        self._call(pipe, way.images)()
+        if way.whole:
+            pipe.decode_latents(self.inputs(way.images)[3], "pt")
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Return the seconds of one call, the GPU's work included."""
@@ -240,28 +266,38 @@ class Bench:
     @torch.no_grad()
     def profile(self, pipe: FaceDiffuserPipeline, images: int, most: int = 14) -> Iterator[str]:
         """Yield the kernels of three UNet calls by their share of the time, and the shares of their kinds."""
-        null, text, _, noise = self.inputs(images)
-        embeds, rows, t = torch.cat([null, text]), torch.cat([noise, noise]), torch.tensor(500, device=self.device)
-        assert pipe._engine is not None
+        call = self._call(pipe, images)
         activities = [torch.profiler.ProfilerActivity.CUDA if self.gpu else torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities) as found:
+        with quiet(), torch.profiler.profile(activities=activities) as found:
             for _ in range(3):
-                pipe._engine.denoise("unet_text", rows, t, embeds)
+                call()
             if self.gpu:
                 torch.cuda.synchronize()
-        spent = {
-            one.key: (one.self_device_time_total if self.gpu else one.self_cpu_time_total, one.count)
-            for one in found.key_averages()
-        }
-        total = sum(time for time, _ in spent.values()) or 1.0
-        kinds: defaultdict[str, float] = defaultdict(float)
-        for name, (time_spent, _) in spent.items():
-            kinds[kind_of(name)] += time_spent / total
-        yield "by kind: " + ", ".join(
-            f"{name} {100 * share:.1f}%" for name, share in sorted(kinds.items(), key=lambda k: -k[1])
-        )
-        for name, (time_spent, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:most]:
-            yield f"{100 * time_spent / total:>6.1f}% {count // 3:>5} x  {name[:100]}"
+        yield from kernels(found, self.gpu, 3, most)
+
+
+def kernels(found: torch.profiler.profile, gpu: bool, calls: int, most: int = 14) -> Iterator[str]:
+    """Yield the kernels of a profile by their share of the time, and the shares of their kinds.
+
+    Args:
+        found: the profile.
+        gpu: whether it is of a GPU.
+        calls: how many calls it is of.
+        most: kernels that are named.
+    """
+    spent = {
+        one.key: (one.self_device_time_total if gpu else one.self_cpu_time_total, one.count)
+        for one in found.key_averages()
+    }
+    total = sum(time for time, _ in spent.values()) or 1.0
+    kinds: defaultdict[str, float] = defaultdict(float)
+    for name, (time_spent, _) in spent.items():
+        kinds[kind_of(name)] += time_spent / total
+    yield f"{total / calls / 1000:.1f} ms a call; by kind: " + ", ".join(
+        f"{name} {100 * share:.1f}%" for name, share in sorted(kinds.items(), key=lambda k: -k[1])
+    )
+    for name, (time_spent, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:most]:
+        yield f"{100 * time_spent / total:>6.1f}% {count // calls:>5} x  {name[:110]}"
 
 
 def kind_of(kernel: str) -> str:

@@ -32,6 +32,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.beside import quiet
 from benchmarks.engines import RELEASED
 from benchmarks.engines import Bench as EngineBench
 from benchmarks.engines import Way as EngineWay
@@ -246,6 +247,10 @@ def pairs_table(fast: str, exact: str) -> Markdown:
     return markdown_table(head, lines, right=(1, *range(3, len(head))))
 
 
+LEAST_SECONDS = 5
+WARM_UP_STEPS = 8
+"""In which every function and every number of rows of a way at full size is met."""
+
 FULL_SIZE = (
     Way("exact", 50, "pndm"),
     Way("fast", FAST_STEPS, FAST_SCHEDULER, FAST_MEANS),
@@ -258,48 +263,75 @@ FULL_SIZE = (
 )
 
 
-def full_size(images: int, left: Callable[[], float], eager: bool, small: bool) -> None:
+def full_size(
+    images: int,
+    left: Callable[[], float],
+    eager: bool,
+    bench: EngineBench,
+    exact: FaceDiffuserPipeline | None = None,
+    released: float | None = None,
+) -> None:
     """Print what each means brings at full size, a line per way, and the released way to compare with.
 
     Args:
         images: made at once.
         left: says how many seconds are left; ways for which they do not suffice are left out.
         eager: without the compiled engine.
-        small: small models instead, to try it.
+        bench: the models.
+        exact: a pipeline of them that runs exact mode, where there is one already.
+        released: seconds an image of the released way, where they are known already.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = small_random_pipeline() if small else full_size_pipeline(device)
-    models.set_progress_bar_config(disable=True)
-    bench = EngineBench(models, EXACT.steps)
-    null, text, fused, noise = bench.inputs(images)
+    models = bench.pipe
+    conditions = bench.inputs(images)
     say(bench.header().splitlines()[0])
     say(f"{'way':<36}{'UNet rows':>10}{'first s':>9}{'s/image':>9}{'images/s':>10}{'of exact':>10}{'of released':>12}")
-    spent: dict[str, float] = {}
-    pipe = None
+    spent: dict[str, float] = {} if released is None else {RELEASED: released}
     for way in (Way(RELEASED, EXACT.steps, EXACT.scheduler), *FULL_SIZE):
-        if left() <= 0:
+        if way.name in spent:
+            continue
+        if left() <= LEAST_SECONDS:
             say(f"{way.name:<36} left out: the time is over")
             continue
-        if pipe is None or len(spent) == 1:
-            options = EAGER if eager or way.name == RELEASED else COMPILED
-            pipe = bench.build(EngineWay(way.name, options, images))
+        if way.name == RELEASED:
+            pipe = bench.build(EngineWay(RELEASED, EAGER, images))
+        else:
+            exact = exact or bench.build(EngineWay(way.name, EAGER if eager else COMPILED, images))
+            pipe = exact
         set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
+        sample = _sampler(pipe, conditions, way)
+        first = bench.seconds(lambda run=sample: run(True))  # compiles what is new
+        with quiet():
+            spent[way.name] = bench.seconds(lambda run=sample: run(False)) / images
         start, stop = way.window
-
-        def sample(way: Way = way, start: int = start, stop: int = stop, pipe: Any = pipe) -> None:
-            pipe(
-                prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null, latents=noise,
-                num_inference_steps=way.steps, fusion_start=start, fusion_end=stop, means=way.means,
-            )  # fmt: skip
-
-        first = bench.seconds(sample)  # compiles what is new
-        spent[way.name] = bench.seconds(sample) / images
         stages = plan_stages("face-diffuser", pipe.num_timesteps, way.steps, start, stop)
         shares = part_shares(models.unet, way.means.deep_layers) if way.means.keeps_features else {"whole": 1.0}
         cost = row_equivalents(plan_steps(stages, way.means), shares)
         times = [f"{spent[name] / spent[way.name]:.2f}x" if name in spent else "" for name in (EXACT.name, RELEASED)]
         say(f"{way.name[:35]:<36}{cost:>10.1f}{first:>9.1f}{spent[way.name]:>9.3f}{1 / spent[way.name]:>10.2f}"
             f"{times[0]:>10}{times[1]:>12}")  # fmt: skip
+
+
+def compile_full_size(images: int, bench: EngineBench) -> None:
+    """Compile what the table of `full_size` runs, so that its code is kept for another process."""
+    pipe = bench.build(EngineWay(EXACT.name, COMPILED, images))
+    for way in FULL_SIZE:
+        set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
+        _sampler(pipe, bench.inputs(images), way)(True)
+
+
+def _sampler(pipe: FaceDiffuserPipeline, conditions: tuple[torch.Tensor, ...], way: Way) -> Callable[[bool], Any]:
+    """Return what makes images in a way: all its steps or, if told so, a few in which every function and shape is met."""
+    null, text, fused, noise = conditions
+
+    def sample(few: bool) -> None:
+        steps = min(way.steps, WARM_UP_STEPS) if few else way.steps
+        start, stop = way.window if steps == way.steps else default_fusion_window(steps)
+        pipe(
+            prompt_embeds=text, subject_prompt_embeds=fused, negative_prompt_embeds=null, latents=noise,
+            num_inference_steps=steps, fusion_start=start, fusion_end=stop, means=way.means,
+        )  # fmt: skip
+
+    return sample
 
 
 def _evenly(rows: Sequence[dict], count: int) -> list[dict]:
@@ -399,19 +431,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.full_size or options.small:
         end = time.monotonic() + options.seconds
-        full_size(options.images or 32, lambda: end - time.monotonic(), options.eager, options.small)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        models = small_random_pipeline() if options.small else full_size_pipeline(device)
+        models.set_progress_bar_config(disable=True)
+        bench = EngineBench(models, EXACT.steps)
+        full_size(options.images or 32, lambda: end - time.monotonic(), options.eager, bench)
         return
     options.images = options.images or 40
     folder = Path(options.output)
     (folder / "ways").mkdir(parents=True, exist_ok=True)
-    bench = Bench(folder, options.images)
+    sweep = Bench(folder, options.images)
     results: dict[str, dict[str, Any]] = {}
     for way in WAYS:
         if options.only and way is not EXACT and way.name not in options.only:
             continue
         file = folder / "ways" / f"{way.name.replace(', ', '_').replace(' ', '-').replace(chr(39), '')}.json"
         if not file.exists() or len(json.loads(file.read_text())["ip"]) != options.images:
-            file.write_text(json.dumps(bench.make(way)) + "\n")
+            file.write_text(json.dumps(sweep.make(way)) + "\n")
         results[way.name] = json.loads(file.read_text())
         sys.stderr.write(
             f"{way.name}: {results[way.name]['cost']:.1f} rows, IP {np.mean(results[way.name]['ip']):.3f}\n"

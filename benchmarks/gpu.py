@@ -1,22 +1,25 @@
 """What has to be measured on a GPU, in runs of a few minutes: every section prints as it goes and stops in time.
 
-    python -m benchmarks.gpu [--seconds 340] [--small] SECTION[:SECONDS] ...
+    python -m benchmarks.gpu [--seconds 340] [--compile 100] [--beside COMMAND] [--small] SECTION[:SECONDS] ...
 
     sampler    the engine's table at full size, how far compiled images are from eager ones, attention kernels, a profile
-    training   samples a second of the SDM: plain loop, eager, compiled, and the largest batch that fits
+    fast       fast mode and each of its means against exact mode and the released way, images/s at full size
+    training   samples a second of the SDM: plain loop, eager, compiled, and the largest batch that fits; a profile
     worker     the shard generator with scorers and PNG beside it, through Ray where Ray is installed: cold, then again in
                another process with the code that the first one kept: seconds to the first image, images/s, share of the
                time that denoising takes, and whether both made the same bytes; then a run that is killed and resumed
-    fast       fast mode and each of its means against exact mode and the released way, images/s at full size
     scorers    CLIP and FaceNet in half precision: how far the scores are, and what it gains
     rehearse   `facediffuser rehearse` as far as the machine's libraries go
 
-Sections run in the order given, each in the time that is left, or in SECONDS of it. Two runs of six minutes on a borrowed
-machine: `sampler:220 training` and `worker scorers rehearse`; a third for `fast`. --small tries all of it on a CPU. Needed: torch,
-diffusers, transformers, facenet-pytorch, pydantic, pyarrow, cachetools; Ray only to measure through Ray, Prefect not at all.
+Sections run in the order given, each in the time that is left, or in SECONDS of it. --compile first compiles what the sections
+will run, in processes beside each other that keep their code, for so many seconds at most: most of a short run is
+compiling, on a machine of many cores. The worker's cold run takes place then, too. --beside runs a command whenever nothing is timed.
+--small tries all of it on a CPU. Needed: torch, diffusers, transformers, facenet-pytorch, pydantic, pyarrow, cachetools; Ray only to
+measure through Ray, Prefect not at all.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -26,11 +29,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+from benchmarks.beside import Beside, quiet
+
+if TYPE_CHECKING:
+    from benchmarks.engines import Bench
+    from facediffuser.pipeline import FaceDiffuserPipeline
+    from facediffuser.training.train_settings import TrainSettings
 
 LEAST_SECONDS = 20
 IMAGES_IN_A_RUN = 2
@@ -53,107 +66,273 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+@dataclass
+class Shared:
+    """What sections give each other.
+
+    Attributes:
+        root: a folder for all that is written.
+        bench: the models of the sampler's tables.
+        exact: a pipeline of them that runs exact mode.
+        released: seconds an image of the released way.
+        digests: of the images that the worker's runs made.
+    """
+
+    root: Path
+    bench: "Bench | None" = None
+    exact: "FaceDiffuserPipeline | None" = None
+    released: float | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+
 # --- sampler and training ---------------------------------------------------------------------------------------------
 
 
-def sampler(clock: Clock, options: argparse.Namespace) -> None:
+def sampler(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    from benchmarks.sampler import engine_tables
+
+    bench = _bench(options, shared)
+    images, largest = (1, 2) if options.small else (8, 32)
+    shared.exact, shared.released = engine_tables(
+        bench, images, largest, clock.left, options.ways, bool(options.compile)
+    )
+
+
+def fast(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    from benchmarks.fast import full_size
+
+    bench = _bench(options, shared)
+    full_size(2 if options.small else 32, clock.left, options.small, bench, shared.exact, shared.released)
+
+
+def _bench(options: argparse.Namespace, shared: Shared) -> "Bench":
     from benchmarks import sampler as benchmark
     from benchmarks.engines import Bench
 
-    pipe = benchmark.small_random_pipeline() if options.small else benchmark.full_size_pipeline(options.device)
-    pipe.set_progress_bar_config(disable=True)
-    steps, images, largest = (4, 1, 2) if options.small else (50, 8, 32)
-    benchmark.engine_tables(Bench(pipe, steps), images, largest, clock.left)
+    if shared.bench is None:
+        pipe = benchmark.small_random_pipeline() if options.small else benchmark.full_size_pipeline(options.device)
+        pipe.set_progress_bar_config(disable=True)
+        shared.bench = Bench(pipe, 4 if options.small else 50)
+    return shared.bench
 
 
-def fast(clock: Clock, options: argparse.Namespace) -> None:
-    from benchmarks.fast import full_size
-
-    full_size(2 if options.small else 32, clock.left, eager=options.small, small=options.small)
-
-
-def training(clock: Clock, options: argparse.Namespace) -> None:
+def training(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
     from benchmarks import training as benchmark
+
+    settings = _training_settings(options, shared.root)
+    loaders = 1 if options.small else 8
+    say(f"{'way':<34}{'batch':>7}{'samples/s':>11}{'against the plain loop':>24}{'peak GiB':>10}")
+    plain = None
+    for batch in options.batches:
+        for name in TRAINED if batch == options.batches[0] else TRAINED[1:2]:
+            chosen = settings.model_copy(update={"batch_size": batch, "compile": False if name == "eager" else None})
+            if clock.left() < (45 if not options.small else LEAST_SECONDS):
+                say(f"{name:<34}{batch:>7} left out: {clock.left():.0f} s left")
+                continue
+            make = (
+                (lambda chosen=chosen: benchmark.plain(chosen, options.device))
+                if name == "plain loop"
+                else (lambda chosen=chosen: benchmark.ours(chosen, loaders, options.device))
+            )
+            try:
+                found, step = benchmark.measure(make, 2 if options.small else 10, options.device)
+            except torch.OutOfMemoryError:
+                say(f"{name:<34}{batch:>7} does not fit")
+                continue
+            rate = batch / found.seconds
+            plain = plain or rate
+            say(f"{name:<34}{batch:>7}{rate:>11.1f}{rate / plain:>23.2f}x{found.peak:>10.1f}")
+            if name == "compiled" and batch == options.batches[0]:
+                for line in benchmark.profile(step, options.device):
+                    say(line)
+
+
+TRAINED = ("plain loop", "compiled", "eager")
+"""Ways of training, the most important first; further batch sizes only compiled."""
+
+
+def _training_settings(options: argparse.Namespace, root: Path) -> "TrainSettings":
     from facediffuser.rehearsal.random_data import write_prepared
-    from facediffuser.rehearsal.random_models import Size, write_base
     from facediffuser.training.train_settings import TrainSettings
 
-    with tempfile.TemporaryDirectory(prefix="facediffuser-gpu-") as folder:
-        root = Path(folder)
-        base = "miniature" if options.small else str(write_base(root / "base", Size(), options.device))
-        data = write_prepared(root, 8 if options.small else 128, 64 if options.small else 512)
-        loaders = 1 if options.small else 8
-        say(f"{'way':<34}{'batch':>7}{'samples/s':>11}{'against the plain loop':>24}{'peak GiB':>10}")
-        plain = None
-        for batch in (2,) if options.small else (8, 32, 24, 16):
-            settings = TrainSettings(
-                role="sdm", data=str(data), base=base, output=str(root / "run"), batch_size=batch, steps=10**6,
-                image_encoder=f"{base}/image_encoder" if not options.small else "miniature",
-            )  # fmt: skip
-            eager = settings.model_copy(update={"compile": False})
-            ways = {"compiled": (settings, 90)}
-            if plain is None:
-                ways = {
-                    "plain loop": (settings, 40), "eager": (eager, 30), "compiled": (settings, 100),
-                }  # fmt: skip
-            for name, (chosen, seconds) in ways.items():
-                if clock.left() < (seconds if not options.small else LEAST_SECONDS):
-                    say(f"{name:<34}{batch:>7} left out: {clock.left():.0f} s left, it takes about {seconds}")
-                    continue
-                make = (
-                    (lambda chosen=chosen: benchmark.plain(chosen, options.device))
-                    if name == "plain loop"
-                    else (lambda chosen=chosen: benchmark.ours(chosen, loaders, options.device))
+    base = "miniature" if options.small else str(_base(root, options))
+    data = root / "prepared" / "data"
+    if not data.exists():
+        data = write_prepared(root / "prepared", 8 if options.small else 64, 64 if options.small else 512)
+    return TrainSettings(
+        role="sdm", data=str(data), base=base, output=str(root / "run"), steps=10**6,
+        image_encoder=f"{base}/image_encoder" if not options.small else "miniature",
+    )  # fmt: skip
+
+
+def _base(root: Path, options: argparse.Namespace) -> Path:
+    from facediffuser.rehearsal.random_models import Size, write_base
+
+    return root / "base" if (root / "base").exists() else write_base(root / "base", Size(), options.device)
+
+
+# --- compiling before -------------------------------------------------------------------------------------------------
+
+
+def compile_jobs(sections: list[str], options: argparse.Namespace) -> list[str]:
+    """Return what is compiled for these sections, by name: each is a process of its own."""
+    from benchmarks.engines import ways
+
+    jobs = []
+    if "sampler" in sections:
+        chosen = ways(8, 32)[: options.ways]
+        jobs += [
+            f"way {number}" for number, way in enumerate(chosen) if way.options.compiles and not way.timed_convolutions
+        ]
+    jobs += ["fast"] * ("fast" in sections)
+    jobs += [f"training {batch}" for batch in options.batches] * ("training" in sections)
+    return jobs
+
+
+def compile_job(name: str, options: argparse.Namespace, shared: Shared) -> None:
+    """Compile one of them."""
+    from benchmarks.engines import ways
+    from benchmarks.fast import compile_full_size
+    from benchmarks.training import ours
+
+    kind, _, number = name.partition(" ")
+    images, largest = (1, 2) if options.small else (8, 32)
+    if kind == "way":
+        _bench(options, shared).compile(ways(images, largest)[int(number)])
+    elif kind == "fast":
+        compile_full_size(largest, _bench(options, shared))
+    else:
+        settings = _training_settings(options, shared.root).model_copy(update={"batch_size": int(number)})
+        step = ours(settings, 1, options.device)
+        step()
+
+
+def compile_before(sections: list[str], options: argparse.Namespace, shared: Shared) -> None:
+    """Compile what the sections will run, and run the worker's cold run, all beside each other."""
+    started, end = time.monotonic(), Clock(options.compile)
+    words = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
+    words += ["--small"] * options.small
+    log = (shared.root / "compile.log").open("ab")
+    jobs = compile_jobs(sections, options)
+    if any(job.startswith("training") for job in jobs):
+        _training_settings(options, shared.root)  # written once, before processes look for it
+    running = {
+        job: subprocess.Popen([*words, "--job", job, "compile-job"], stdout=log, stderr=log, start_new_session=True)
+        for job in jobs
+    }
+    if "worker" in sections:
+        _worker_run("cold", options, shared, end)
+    while running and end.left() > 0:
+        time.sleep(0.5)
+        for job, process in list(running.items()):
+            if process.poll() is not None:
+                say(
+                    f"compiled: {job}, after {time.monotonic() - started:.0f} s"
+                    + f", exit {process.returncode}" * bool(process.returncode)
                 )
-                try:
-                    found = benchmark.measure(make, 2 if options.small else 10, options.device)
-                except torch.OutOfMemoryError:
-                    say(f"{name:<34}{batch:>7} does not fit")
-                    continue
-                rate = batch / found.seconds
-                plain = plain or rate
-                say(f"{name:<34}{batch:>7}{rate:>11.1f}{rate / plain:>23.2f}x{found.peak:>10.1f}")
+                del running[job]
+    for job, process in running.items():
+        say(f"compiling {job}: cut off")
+        os.killpg(process.pid, signal.SIGKILL)
+    said = (shared.root / "compile.log").read_text().strip().splitlines()
+    for line in said[-8:]:
+        say(f"  {line[:200]}")
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
 
 
-def worker(clock: Clock, options: argparse.Namespace) -> None:
+def worker(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    for name, needed in (("cold", 200), ("with the kept code", 60)):
+        if name in shared.digests:
+            continue
+        if clock.left() < (needed if not options.small else LEAST_SECONDS):
+            say(f"worker, {name}: left out, {clock.left():.0f} s left")
+            continue
+        _worker_run(name, options, shared, clock)
+    made = shared.digests
+    if len(made) == 2:
+        say(f"two processes made the same bytes: {len(set(made.values())) == 1}")
+    if clock.left() > (70 if not options.small else LEAST_SECONDS) and made:
+        if _killed(shared.root, _worker_settings(options, shared) | {"output": str(shared.root / "killed")}, clock):
+            again = _pixels(shared.root / "killed")
+            say(f"a killed and resumed run made the same bytes: {again in made.values()}")
+
+
+def _worker_run(name: str, options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
+    settings = _worker_settings(options, shared)
+    say(f"worker, {name}: models, scorers and people are written; {clock.left():.0f} s left; Ray: {_has('ray')}")
+    output = shared.root / name.replace(" ", "-")
+    # The first run compiles while others do so, too; only the second one is timed alone.
+    with contextlib.nullcontext() if name == "cold" and options.compile else quiet(), Busy() as busy:
+        if _generate(shared.root, name, settings | {"output": str(output)}, clock):
+            shared.digests[name] = _pixels(output)
+    say(f"worker, {name}: {busy.line()}")
+
+
+class Busy:
+    """Asks the GPU's driver every 0.1 s how busy the GPU was, as long as the block lasts."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> "Busy":
+        if torch.cuda.is_available() and _has("pynvml"):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _ask(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._ended.wait(0.1):
+            self.seen.append(pynvml.nvmlDeviceGetUtilizationRates(device).gpu)
+
+    def line(self) -> str:
+        """Return the busy share of the longest stretch in which the GPU never rested for a second: the shards."""
+        stretches: list[list[int]] = [[]]
+        for number, share in enumerate(self.seen):
+            if share or any(self.seen[number : number + 10]):
+                stretches[-1].append(share)
+            elif stretches[-1]:
+                stretches.append([])
+        longest = max(stretches, key=len)
+        if not longest:
+            return "the GPU's busy share is not known"
+        return f"GPU busy {sum(longest) / len(longest):.1f}% of the {len(longest) / 10:.0f} s of its longest stretch"
+
+
+def _worker_settings(options: argparse.Namespace, shared: Shared) -> dict:
     from facediffuser.rehearsal.random_data import write_people
     from facediffuser.rehearsal.random_models import Size, write_models, write_scorers
 
-    with tempfile.TemporaryDirectory(prefix="facediffuser-gpu-") as folder:
-        root = Path(folder)
-        people = write_people(root / "people", 8, 64 if options.small else 512)
-        models = scorers = "miniature"
-        if not options.small:
-            models = str(write_models(root / "models", Size(), options.device))
-            scorers = str(write_scorers(root / "scorers", Size(), options.device))
-        (root / "prompts.jsonl").write_text(json.dumps({"prompt": "a photo of a {subject} in the park"}) + "\n")
-        say(
-            f"models, scorers and people written; {clock.left():.0f} s left; Ray: {_has('ray')}, Prefect: {_has('prefect')}"
-        )
-        batch = 2 if options.small else 32
-        rows = IMAGES_IN_A_RUN * batch + batch // 2  # the last batch is filled up
-        given = {
-            "models": models, "scorers": scorers, "subjects": str(people), "prompts": str(root / "prompts.jsonl"),
-            "images_per_prompt": rows, "subject_sets": 1, "steps": 3 if options.small else 50, "batch_size": batch,
-            "shard_size": batch, "compiled_code": str(root / "code"), "max_failed": 1.0,
-            "engine": "eager" if options.small else "compiled",
-        }  # fmt: skip
-        digests = {}
-        for name, needed in (("cold", 230), ("with the kept code", 90)):
-            if clock.left() < (needed if not options.small else LEAST_SECONDS):
-                say(f"worker, {name}: left out, {clock.left():.0f} s left")
-                continue
-            if _generate(root, name, given | {"output": str(root / name.replace(" ", "-"))}, clock):
-                digests[name] = _pixels(root / name.replace(" ", "-"))
-        if len(digests) == 2:
-            say(f"two processes made the same bytes: {len(set(digests.values())) == 1}")
-        if clock.left() > (120 if not options.small else LEAST_SECONDS) and digests:
-            if _killed(root, given | {"output": str(root / "killed")}, clock):
-                again = _pixels(root / "killed")
-                say(f"a killed and resumed run made the same bytes: {again in digests.values()}")
+    root, size = shared.root, Size()
+    models = scorers = "miniature"
+    people = root / "people" / "subjects"
+    if not people.exists():
+        people = write_people(people.parent, 8, 64 if options.small else 512)
+    if not options.small:
+        models, scorers = str(root / "models"), str(root / "scorers")
+        if not (root / "models").exists():
+            write_models(root / "models", size, options.device)
+            write_scorers(root / "scorers", size, options.device)
+    (root / "prompts.jsonl").write_text(json.dumps({"prompt": "a photo of a {subject} in the park"}) + "\n")
+    batch = 2 if options.small else 32
+    rows = IMAGES_IN_A_RUN * batch + batch // 2  # the last batch is filled up
+    return {
+        "models": models, "scorers": scorers, "subjects": str(people), "prompts": str(root / "prompts.jsonl"),
+        "images_per_prompt": rows, "subject_sets": 1, "steps": 3 if options.small else 50, "batch_size": batch,
+        "shard_size": batch, "compiled_code": str(root / "code"), "max_failed": 1.0,
+        "engine": "eager" if options.small else "compiled",
+    }  # fmt: skip
 
 
 def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
@@ -188,7 +367,10 @@ def _killed(root: Path, settings: dict, clock: Clock) -> bool:
 
 
 def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
-    place = {"TORCHINDUCTOR_CACHE_DIR": str(root / f"inductor-{name.replace(' ', '-')}"), "PYTHONPATH": os.getcwd()}
+    place = {
+        "TORCHINDUCTOR_CACHE_DIR": str(root / f"inductor-{name.replace(' ', '-')}"),
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "benchmarks.gpu", "--settings", json.dumps(settings), "one-run"]
     return subprocess.Popen(
         command,
@@ -200,7 +382,7 @@ def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
     )
 
 
-def one_run(clock: Clock, options: argparse.Namespace) -> None:
+def one_run(options: argparse.Namespace) -> None:
     """Generate the settings' run, through Ray where it is installed; called in a process of its own."""
     started = time.monotonic()
     logging.basicConfig(level=logging.WARNING)
@@ -261,7 +443,7 @@ def _has(name: str) -> bool:
 
 
 @torch.no_grad()
-def scorers(clock: Clock, options: argparse.Namespace) -> None:
+def scorers(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
     from facenet_pytorch import InceptionResnetV1
     from transformers import CLIPModel
 
@@ -301,26 +483,38 @@ def scorers(clock: Clock, options: argparse.Namespace) -> None:
             f"{1000 * times[False]:.2f} ms a picture in float32, {1000 * times[True]:.2f} in half")  # fmt: skip
 
 
-def rehearse(clock: Clock, options: argparse.Namespace) -> None:
+def rehearse(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    """Rehearse in a process of its own, which is ended when the time is over."""
+    words = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
+    with quiet():
+        process = subprocess.Popen([*words, *["--small"] * options.small, "rehearsal"], start_new_session=True)
+        try:
+            process.wait(max(LEAST_SECONDS, clock.left()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            say("rehearse: cut off")
+
+
+def rehearsal(options: argparse.Namespace) -> None:
+    """Rehearse, and print each stage as soon as it is measured."""
     from facediffuser.rehearsal.rehearsal import rehearse as run
     from facediffuser.rehearsal.rehearsal import table
     from facediffuser.rehearsal.rehearse_settings import RehearseSettings
 
     small = {"size": "miniature", "try_pictures": 2, "try_steps": 1, "try_images": 2, "steps": 3, "batch_size": 2}
-    with tempfile.TemporaryDirectory(prefix="facediffuser-gpu-") as folder:
-        # Eager: compiling is measured above, and a rehearsal of minutes would spend them on it.
-        settings = RehearseSettings(
-            output=f"{folder}/out", engine="eager", **(small if options.small else {"try_images": 8})
-        )
-        made = run(
-            settings, lambda job: None, lambda one: say(f"{one.stage}: {one.rate:.3g} {one.noun} a second {one.note}")
-        )
-        say(table(made, None))
+    # Eager images: compiling is measured elsewhere. Batches of 8, as in the section on training, whose code is kept.
+    chosen = small if options.small else {"try_images": 8, "batch_size": 8}
+    settings = RehearseSettings(
+        output=str(options.folder / "rehearsed"), engine="eager", device=options.device, **chosen
+    )
+    made = run(
+        settings, lambda job: None, lambda one: say(f"{one.stage}: {one.rate:.3g} {one.noun} a second {one.note}")
+    )
+    say(table(made, None))
 
 
-SECTIONS: dict[str, Callable[[Clock, argparse.Namespace], None]] = {
+SECTIONS: dict[str, Callable[[Clock, argparse.Namespace, Shared], None]] = {
     "sampler": sampler, "fast": fast, "training": training, "worker": worker, "scorers": scorers, "rehearse": rehearse,
-    "one-run": one_run,
 }  # fmt: skip
 
 
@@ -331,25 +525,54 @@ def main(argv: list[str] | None = None) -> None:
         "sections", nargs="+", metavar="SECTION", help=f"{', '.join(SECTIONS)}; with :SECONDS at most so many"
     )
     parser.add_argument("--seconds", type=float, default=340, help="time for all sections")
+    parser.add_argument("--compile", type=float, default=0, help="seconds at most for compiling all of it before")
+    parser.add_argument("--ways", type=int, help="sampler: so many of its ways alone (default: all)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="training: batch sizes (default: 8 32)")
+    parser.add_argument("--beside", help="command that runs while nothing is timed")
     parser.add_argument("--small", action="store_true", help="small models, to try it on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="for all that is written (default: a temporary one)")
+    for name in ("--settings", "--job"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.sections == ["one-run"]:
+        one_run(options)
+        return
+    logging.basicConfig(level=logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        root = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="facediffuser-gpu-")))
+        root.mkdir(parents=True, exist_ok=True)
+        shared = Shared(root)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+        if options.sections == ["rehearsal"]:
+            rehearsal(options)
+            return
+        if options.sections == ["compile-job"]:
+            compile_job(options.job, options, shared)
+            return
+        if options.beside:
+            stack.enter_context(Beside(options.beside, root / "beside.log"))
+        _run_sections(parser, options, shared)
+
+
+def _run_sections(parser: argparse.ArgumentParser, options: argparse.Namespace, shared: Shared) -> None:
     whole = Clock(options.seconds)
-    for given in options.sections:
-        name, _, most = given.partition(":")
+    names = [given.partition(":")[0] for given in options.sections]
+    for name in names:
         if name not in SECTIONS:
             parser.error(f"{name}: no such section; choose from {', '.join(SECTIONS)}")
+    if options.compile:
+        say(f"== compiling ({options.compile:.0f} s at most)")
+        compile_before(names, options, shared)
+    for given in options.sections:
+        name, _, most = given.partition(":")
         clock = Clock(min(whole.left(), float(most or options.seconds)))
-        if name == "one-run":
-            one_run(clock, options)
-            continue
         if clock.left() < LEAST_SECONDS:
             say(f"== {name}: left out, {clock.left():.0f} s left")
             continue
         say(f"== {name} ({clock.left():.0f} s left)")
         try:
-            SECTIONS[name](clock, options)
+            SECTIONS[name](clock, options, shared)
         except Exception as error:  # a section that fails must not cost the others
             logging.exception("%s failed: %s", name, error)
     say(f"== done, {whole.left():.0f} s left")

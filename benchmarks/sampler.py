@@ -21,7 +21,8 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
-from benchmarks.engines import EXACT, Bench, attention_table
+from benchmarks.beside import quiet
+from benchmarks.engines import EAGER_WAY, EXACT, RELEASED, Bench, attention_table
 from benchmarks.engines import ways as engine_ways
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.rehearsal.random_models import Size, modules
@@ -120,7 +121,14 @@ def ways(pipe: FaceDiffuserPipeline, steps: int, images: int) -> dict[str, Calla
     }
 
 
-def engine_tables(bench: Bench, images: int, largest: int, seconds_left: Callable[[], float]) -> None:
+def engine_tables(
+    bench: Bench,
+    images: int,
+    largest: int,
+    seconds_left: Callable[[], float],
+    most: int | None = None,
+    code_is_kept: bool = False,
+) -> tuple[FaceDiffuserPipeline | None, float | None]:
     """Print the tables of --full-size as they are made, the most important first.
 
     Args:
@@ -128,13 +136,19 @@ def engine_tables(bench: Bench, images: int, largest: int, seconds_left: Callabl
         images: images at once.
         largest: images at once where a compiled way is measured.
         seconds_left: how much time there is.
+        most: so many of the ways alone; None for all.
+        code_is_kept: the ways were compiled before, by another process.
+
+    Returns:
+        The pipeline of exact mode, and the released way's seconds an image; None where they were not measured.
     """
     say(bench.header())
     kept: dict[str, FaceDiffuserPipeline] = {}
-    chosen = engine_ways(images, largest)
-    for number, way in enumerate(chosen):
-        if way.expected_seconds > seconds_left():
-            say(f"{way.name:<42} left out: {seconds_left():.0f} s left, it takes about {way.expected_seconds:.0f}")
+    released = None
+    for number, way in enumerate(engine_ways(images, largest)[:most]):
+        expected = way.expected_seconds(code_is_kept)
+        if expected > seconds_left():
+            say(f"{way.name:<42} left out: {seconds_left():.0f} s left, it takes about {expected:.0f}")
             continue
         try:
             found, pipe = bench.measure(way)
@@ -142,28 +156,24 @@ def engine_tables(bench: Bench, images: int, largest: int, seconds_left: Callabl
             say(f"{way.name:<42} failed: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}")
             continue
         say(bench.line(way, found))
-        if way.name in (EXACT, "eager, as without an engine"):
+        if way.name == RELEASED:
+            released = found.image
+        if way.name in (EXACT, EAGER_WAY):
             kept[way.name] = pipe
         del pipe
         if number == 2 and len(kept) == 2:
-            _exactness(bench, kept, largest, seconds_left)
-            kept.clear()
+            if seconds_left() > 30:
+                for line in bench.differences(kept.pop(EAGER_WAY), kept[EXACT], images):
+                    say(line)
+            if seconds_left() > 15:
+                for line in bench.profile(kept[EXACT], largest):
+                    say(line)
     if seconds_left() > 15:
         side = bench.pipe.unet.config.sample_size
-        for line in attention_table(bench.device, bench.pipe.unet.dtype, images, side):
-            say(line)
-
-
-def _exactness(
-    bench: Bench, kept: dict[str, FaceDiffuserPipeline], images: int, seconds_left: Callable[[], float]
-) -> None:
-    eager, compiled = kept["eager, as without an engine"], kept[EXACT]
-    if seconds_left() > 60:
-        for line in bench.differences(eager, compiled, images):
-            say(line)
-    if seconds_left() > 15:
-        for line in bench.profile(compiled, images):
-            say(line)
+        with quiet():
+            for line in attention_table(bench.device, bench.pipe.unet.dtype, images, side):
+                say(line)
+    return kept.get(EXACT), released
 
 
 def say(line: str) -> None:

@@ -17,13 +17,15 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.beside import quiet
+from benchmarks.engines import kernels
 from facediffuser.rehearsal.random_data import write_prepared
 from facediffuser.rehearsal.random_models import Size, write_base
 from facediffuser.training.loop import TrainingRun
@@ -84,8 +86,8 @@ class Measured:
     peak: float
 
 
-def measure(make: Callable[[], Step], steps: int, device: str) -> Measured:
-    """Build a loop, run it warm, and return the time of `steps` steps of it."""
+def measure(make: Callable[[], Step], steps: int, device: str) -> tuple[Measured, Step]:
+    """Build a loop, run it warm, and return the time of `steps` steps of it, and the step."""
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.empty_cache()
@@ -95,13 +97,28 @@ def measure(make: Callable[[], Step], steps: int, device: str) -> Measured:
         step()
     if on_gpu:
         torch.cuda.synchronize()
-    started, cpu_started = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        step()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds, cpu_seconds = (time.perf_counter() - started) / steps, (time.process_time() - cpu_started) / steps
-    return Measured(seconds, cpu_seconds, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0)
+    with quiet():
+        started, cpu_started = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / steps
+    cpu_seconds = (time.process_time() - cpu_started) / steps
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return Measured(seconds, cpu_seconds, peak), step
+
+
+def profile(step: Step, device: str, steps: int = 3) -> Iterator[str]:
+    """Yield the kernels of some steps by their share of the time, and the shares of their kinds."""
+    gpu = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU]
+    with quiet(), torch.profiler.profile(activities=activities) as found:
+        for _ in range(steps):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+    yield from kernels(found, gpu, steps, 24)
 
 
 def compare(settings: TrainSettings, steps: int, rounds: int, loaders: int, device: str) -> dict[str, Measured]:
@@ -116,7 +133,7 @@ def compare(settings: TrainSettings, steps: int, rounds: int, loaders: int, devi
     best: dict[str, Measured] = {}
     for _ in range(rounds):
         for name, make in ways.items():
-            measured = measure(make, steps, device)
+            measured, _ = measure(make, steps, device)
             gc.collect()
             best[name] = min_of(best[name], measured) if name in best else measured
     return best

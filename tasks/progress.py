@@ -6,8 +6,6 @@ import sys
 import time
 from types import TracebackType
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import FlowRunContext, TaskRunContext
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,9 @@ class Progress:
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total, unit=f" {self.unit}", desc=self.title, dynamic_ncols=True)
-        if FlowRunContext.get() or TaskRunContext.get():
+        if _in_prefect_run():
+            from prefect.artifacts import create_progress_artifact
+
             key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
             self._artifact = create_progress_artifact(0.0, key=f"progress-{key}", description=self._line(""))
         return self
@@ -73,6 +73,8 @@ class Progress:
             self._show("" if error is None else "stopped")
 
     def _show(self, note: str) -> None:
+        from prefect.artifacts import update_progress_artifact
+
         percent = min(100.0, 100.0 * self.done / max(self.total, 1))
         update_progress_artifact(self._artifact, percent, description=self._line(note))
 
@@ -86,6 +88,15 @@ class Progress:
             else f"in {_duration(seconds)}"
         )
         return f"{self.title}: {self.done}/{self.total} {self.unit}, {pace}" + (f" ({note})" if note else "")
+
+
+def _in_prefect_run() -> bool:
+    # The drivers work without Prefect, too; where nobody has imported it, there is no run of it.
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import FlowRunContext, TaskRunContext
+
+    return bool(FlowRunContext.get() or TaskRunContext.get())
 
 
 def _duration(seconds: float) -> str:

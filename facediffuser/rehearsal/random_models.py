@@ -152,8 +152,13 @@ def clip_config(size: Size) -> CLIPConfig:
     return CLIPConfig(text_config=parts[0].to_dict(), vision_config=parts[1].to_dict(), projection_dim=size.text[0])
 
 
-def captioner(full: bool) -> tuple[nn.Module, int]:
-    """Return a BLIP-2 of random weights, and the side of its pictures in px; `full`: as large as blip2-opt-2.7b."""
+def captioner(full: bool, device: str = "cpu") -> tuple[nn.Module, int]:
+    """Return a BLIP-2 of random weights, and the side of its pictures in px.
+
+    Args:
+        full: as large as blip2-opt-2.7b.
+        device: where the weights are drawn; a GPU takes seconds, a CPU a minute.
+    """
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     torch.manual_seed(3)
@@ -166,7 +171,8 @@ def captioner(full: bool) -> tuple[nn.Module, int]:
             },
             num_query_tokens=32, image_token_index=50265,
         )  # fmt: skip
-        return Blip2ForConditionalGeneration(config), 224
+        with torch.device(device):
+            return Blip2ForConditionalGeneration(config), 224
     small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Blip2Config(
         vision_config={**small, "image_size": 32, "patch_size": 8},

@@ -167,7 +167,7 @@ class _Stages:
 
     @torch.no_grad()
     def captions(self, one: Measured) -> None:
-        model, side = captioner(self.full)
+        model, side = captioner(self.full, self.device)
         half = torch.float16 if self._gpu else torch.float32
         model.to(self.device, half).eval()
         pixels = torch.rand(min(TOGETHER, len(self.pictures)), 3, side, side, device=self.device, dtype=half)
