@@ -13,7 +13,7 @@ from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import models_folder
 from facediffuser.training.loop import train_model
 from facediffuser.training.train_settings import TrainSettings
-from tools.miniature_weights import checkpoint_models, choose, claim_here, forgetting, gpu, methods, own_words
+from tools.miniature_weights import checkpoint_models, choose, claim_here, forgetting, methods, own_words
 from tools.miniature_weights.scored import (
     Sampler,
     as_table,
@@ -180,9 +180,3 @@ def test_the_claim_is_measured_in_sets_and_goes_on(tmp_path, monkeypatch):
     assert text == (tmp_path / "claim.md").read_text() and "people 3 to 4" in text and "0.900 of 10" in text
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     assert len(now) == 8 and kept.items() <= now.items()
-
-
-def test_the_gpu_machines_trainings_have_the_papers_ratio():
-    for size in (gpu.Size(), gpu.SMALL):
-        assert size.tdm_steps * 450 == size.sdm_steps * 250
-        assert size.tdm_steps % size.points == size.sdm_steps % size.points == 0

@@ -90,16 +90,22 @@ def measure(
                 return score_images(pipeline, scorers, who, prompts, "face-diffuser", sampler)
 
             rows = kept_rows(kept / f"{guidance}-{window[0]}-{window[1]}.json", make)
-            line: dict[str, Any] = {"guidance_scale": guidance, "fusion_start": window[0], "fusion_end": window[1]}
-            products = []
-            for count, shown in ((1, "single"), (2, "pairs")):
-                some = [row for row in rows if len(row["subject_ids"]) == count]
-                ip, pc = (float(np.mean([row[metric] for row in some])) for metric in ("ip", "pc"))
-                line |= {f"{shown}_ip": ip, f"{shown}_pc": pc}
-                products.append(max(0.0, ip * pc) ** 0.5)
-            lines.append(line | {"criterion": float(np.mean(products))})
+            lines.append(candidate_line(sampler, rows))
             print(json.dumps(lines[-1]), flush=True)
     return lines
+
+
+def candidate_line(sampler: Sampler, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a candidate's guidance and window, its means of IP and PC of one person and of pairs, and the criterion."""
+    start, end = sampler.window
+    line: dict[str, Any] = {"guidance_scale": sampler.guidance, "fusion_start": start, "fusion_end": end}
+    products = []
+    for count, shown in ((1, "single"), (2, "pairs")):
+        some = [row for row in rows if len(row["subject_ids"]) == count]
+        ip, pc = (float(np.mean([row[metric] for row in some])) for metric in ("ip", "pc"))
+        line |= {f"{shown}_ip": ip, f"{shown}_pc": pc}
+        products.append(max(0.0, ip * pc) ** 0.5)
+    return line | {"criterion": float(np.mean(products))}
 
 
 def choice_of(lines: Sequence[dict[str, Any]], steps: int, made_from: dict[str, Any]) -> dict[str, Any]:
@@ -125,12 +131,24 @@ def main() -> None:
 def choose(file: Path, models: str, people: int, device: str, **candidates) -> dict[str, Any]:
     """Measure the candidates, write the choice to `file` and return it; `candidates`: arguments of `measure`."""
     lines = measure(models, people, device, file.with_suffix(".kept"), **candidates)
+    return write_choice(file, lines, models, people, candidates.get("steps", STEPS), candidates.get("prompts", PROMPTS))
+
+
+def write_choice(
+    file: Path,
+    lines: Sequence[dict[str, Any]],
+    models: str,
+    people: int,
+    steps: int,
+    prompts: Sequence[Prompt] = PROMPTS,
+) -> dict[str, Any]:
+    """Write the choice among the candidates' lines, and what they were measured on, to `file`; return it."""
     made_from = {
         "models": model_digests(resolve_model(models)),
         "people": [FIRST_PERSON, people],
-        "prompts": [prompt.text for prompt in candidates.get("prompts", PROMPTS)],
+        "prompts": [prompt.text for prompt in prompts],
     }
-    choice = choice_of(lines, candidates.get("steps", STEPS), made_from)
+    choice = choice_of(lines, steps, made_from)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(choice, indent=1) + "\n")
     return choice

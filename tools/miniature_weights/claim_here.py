@@ -62,7 +62,21 @@ def claim_here(
                 return score_images(pipeline, scorers, some, prompts, method, sampler, instances)
 
             made = kept_rows(path, make)
-            rows += [row | {"subject_ids": [str(first + int(name)) for name in row["subject_ids"]]} for row in made]
+            rows += numbered_from(first, made)
+    return write_claim(output, rows, people, sampler)
+
+
+def numbered_from(first: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a set of people with their numbers among all people, of which the set's first is `first`."""
+    return [row | {"subject_ids": [str(first + int(name)) for name in row["subject_ids"]]} for row in rows]
+
+
+def write_claim(output: Path, rows: Sequence[dict[str, Any]], people: int, sampler: Sampler, gate: bool = True) -> str:
+    """Write claim.md, table.csv and scores.parquet of scored images of all methods; return the former.
+
+    gate: also count in how many renderings the face detector finds the people, which takes a while.
+    """
+    output.mkdir(parents=True, exist_ok=True)
     images = as_table(rows)
     table = score_table(images)
     pq.write_table(images, output / "scores.parquet")
@@ -78,7 +92,9 @@ def claim_here(
     ]
     if people > SET_SIZE:
         parts.append(sets_markdown(checks_by_set(images, set_of)))
-    parts += [gate_markdown(rendered_gate(FIRST_PERSON, min(45, people))), table_markdown(table)]
+    if gate:
+        parts.append(gate_markdown(rendered_gate(FIRST_PERSON, min(45, people))))
+    parts.append(table_markdown(table))
     text = "\n".join(parts)
     (output / "claim.md").write_text(text)
     return text

@@ -54,10 +54,13 @@ def fit(
     hold: float = 0.5,
     after_step: Callable[[int], None] | None = None,
     log_seconds: float = 30.0,
-) -> None:
-    """Minimise `loss(step)` with AdamW for `steps` steps.
+    progress: Callable[[], float] | None = None,
+) -> int:
+    """Minimise `loss(step)` with AdamW for `steps` steps; return how many were done.
 
-    The learning rate is held for the first `hold` share of them, then goes down linearly to 2%. Logs the mean loss.
+    The learning rate is held for the first `hold` share of them, then goes down linearly to 2%. With `progress` the share
+    that is done is what it returns, 0 to 1, and training ends at 1, or after `steps`. A loss without a gradient has left
+    its gradients in the parameters already. Logs the mean loss.
     """
     parameters = [p for p in parameters if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -65,20 +68,23 @@ def fit(
     )
     started = logged = time.monotonic()
     total, count = 0.0, 0
-    for step in range(steps):
-        done = step / steps
+    step = 0
+    while step < steps and (done := progress() if progress else step / steps) < 1:
         decay = 1.0 if done < hold else max(0.02, (1 - done) / (1 - hold))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * decay * min(1.0, (step + 1) / warmup_steps)
         value = loss(step)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
+        if value.requires_grad:
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        total, count = total + float(value.detach()), count + 1
+        # On a GPU this waits for the step: no more than one is ever queued, so that a stop of the process stops its work.
+        total, count, step = total + float(value.detach()), count + 1, step + 1
         if after_step:
-            after_step(step + 1)
-        if time.monotonic() - logged >= log_seconds or step + 1 == steps:
+            after_step(step)
+        if time.monotonic() - logged >= log_seconds or step == steps:
             seconds = time.monotonic() - started
-            logger.info("%s: step %d of %d in %.0f s, loss %.4f", name, step + 1, steps, seconds, total / count)
+            logger.info("%s: step %d of %d in %.0f s, loss %.4f", name, step, steps, seconds, total / count)
             total, count, logged = 0.0, 0, time.monotonic()
+    return step

@@ -107,14 +107,18 @@ def measure(
         pipeline, started = load_pipeline(models, device), time.monotonic()
         rows = measure_point(pipeline, scorers, who, prompts, sampler, instances, points)
         shutil.rmtree(models)
-        for row in score_table(as_table(rows)):
-            found.append(_csv_row(tdm_step / steps[-1][0], tdm_step, sdm_step, row))
+        found += point_rows(rows, tdm_step / steps[-1][0], tdm_step, sdm_step)
         print(f"TDM after {tdm_step}, SDM after {sdm_step} steps: {time.monotonic() - started:.0f} s", flush=True)
         found.sort(key=lambda row: row["share"])
         write_csv(output / "forgetting.csv", found)
     if found:
         plot(found).savefig(output / "forgetting.png", dpi=110)
     return found
+
+
+def point_rows(rows: Sequence[dict[str, Any]], share: float, tdm_step: int, sdm_step: int) -> list[dict[str, Any]]:
+    """Return the CSV's rows of one point from its scored images."""
+    return [_csv_row(share, tdm_step, sdm_step, row) for row in score_table(as_table(rows))]
 
 
 def _csv_row(share: float, tdm_step: int, sdm_step: int, row: ScoreRow) -> dict[str, Any]:

@@ -149,10 +149,15 @@ def make_models(output: Path, tdm: str, sdm: str) -> Path:
     In fp16; the base's autoencoder and text encoder are links. Raises InputError as `assemble` does.
     """
     models = assemble(output / "base", tdm, sdm, output / "models")
-    for name, kind in TRAINED_PARTS.items():
-        save_fp16(kind.from_pretrained(models / name), models / name)
+    halve_trained_parts(models)
     link_shared_parts(output)
     return models
+
+
+def halve_trained_parts(models: Path) -> None:
+    """Write what a model folder does not take from its base anew, in fp16."""
+    for name, kind in TRAINED_PARTS.items():
+        save_fp16(kind.from_pretrained(models / name), models / name)
 
 
 def link_shared_parts(output: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from facediffuser.miniature.looks import ACTIONS, HATS, SCENES, STYLES, Outfit, Setting
@@ -47,6 +49,29 @@ def segmentations() -> Image.Image:
     drawn = [render([person(FIRST_PERSON + 200 + 2 * n + k) for k in range(1 + n % 2)], n, SIZE) for n in range(8)]
     tinted = [(0.45 * one.image + 0.55 * OVERLAY[one.ids]).astype(np.uint8) for one in drawn]
     return sheet([one.image for one in drawn] + tinted, 8)
+
+
+BASE_PROMPTS = (
+    "a photo of a woman on the beach", "a man wearing a red cap in the city", "a painting of a girl in the forest",
+    "a sketch of a man in a room", "a person holding a balloon in the snow", "a lady reading a book in the desert",
+    "a man and a woman on the beach", "two people in the forest",
+)  # fmt: skip
+
+
+def base_samples(base: Path, device: str, steps: int, guidance: float, each: int = 4) -> Image.Image:
+    """What a base draws from captions alone: a column of BASE_PROMPTS each, `each` rows."""
+    pipe = StableDiffusionPipeline.from_pretrained(
+        base, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for row in range(each):
+        noise = [torch.Generator().manual_seed(1000 * row + place) for place in range(len(BASE_PROMPTS))]
+        made = pipe(
+            list(BASE_PROMPTS), height=64, width=64, num_inference_steps=steps, guidance_scale=guidance, generator=noise
+        )
+        rows.append([image.resize((128, 128), Image.Resampling.NEAREST) for image in made.images])
+    return picture_grid(rows)
 
 
 def main() -> None:
