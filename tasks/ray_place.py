@@ -1,5 +1,6 @@
 """Where Ray is, checked before Ray itself looks: a named cluster that answers, a folder short enough for its sockets."""
 
+import logging
 import os
 import re
 import socket
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from facediffuser.errors import InputError, UnreachableError
 from facediffuser.storage import LocalStore
+
+logger = logging.getLogger(__name__)
 
 ANSWER_S = 4.0
 # The path of a Unix socket has at most 107 bytes; Ray adds up to 68: /ray, the session's name, /sockets/plasma_store.
@@ -55,6 +58,30 @@ def require_reachable(address: str) -> None:
     raise UnreachableError(
         f"RAY_ADDRESS {address}: no cluster answers there; start it, correct it, or unset it for a Ray of this machine"
     )
+
+
+class HeadWatch:
+    """Says in the log when a cluster's head stops answering: Ray ends this process then, without a word of its own."""
+
+    def __init__(self, address: str):
+        self.address, self.answers = address, True
+
+    def look(self) -> None:
+        """Look once; a change is logged."""
+        try:
+            require_reachable(self.address)
+        except InputError:
+            if self.answers:
+                logger.error(
+                    "Ray's head at %s does not answer: if it stays away or has forgotten this run, Ray ends this process; "
+                    "run the same command again when it is back, finished shards are kept",
+                    self.address,
+                )
+            self.answers = False
+        else:
+            if not self.answers:
+                logger.warning("Ray's head at %s answers again", self.address)
+            self.answers = True
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:

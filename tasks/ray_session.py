@@ -4,12 +4,13 @@ import ipaddress
 import logging
 import os
 import threading
+import time
 from typing import Any
 
 import ray
 import ray.util
 
-from facediffuser.tasks.ray_place import require_reachable, session_folder
+from facediffuser.tasks.ray_place import HeadWatch, require_reachable, session_folder
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,8 @@ START_TRIES = 3
 # Processes that start at once. Ray takes the number of CPUs and warns of four times as many processes; on two CPUs two
 # trainings side by side have more, most of them Ray's own coordinators, which wait.
 MIN_STARTING_PROCESSES = 4
+# Shorter than a head takes to start anew.
+WATCH_S = 2.0
 
 # Tasks of one flow may run side by side, and a process has one connection.
 _connecting = threading.Lock()
@@ -45,6 +48,8 @@ def connect_ray() -> None:
         if address and address != "local":
             require_reachable(address)  # Ray itself would try for minutes
             ray.init(address=address, **options)
+            head = ray.get_runtime_context().gcs_address if address == "auto" else address
+            threading.Thread(target=_watch, args=(HeadWatch(head),), daemon=True).start()
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault(
@@ -58,6 +63,12 @@ def connect_ray() -> None:
         logger.info(
             "Ray: %d CPUs, %d GPUs at %s", resources.get("CPU", 0), resources.get("GPU", 0), address or "this machine"
         )
+
+
+def _watch(head: HeadWatch) -> None:
+    while ray.is_initialized():
+        head.look()
+        time.sleep(WATCH_S)
 
 
 def _start_local(options: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from facediffuser.errors import InputError
-from facediffuser.tasks.ray_place import LONGEST_FOLDER, require_reachable, session_folder
+from facediffuser.tasks.ray_place import LONGEST_FOLDER, HeadWatch, require_reachable, session_folder
 from facediffuser.tasks.ray_session import connect_ray
 
 
@@ -46,6 +46,22 @@ def test_what_speaks_as_ray_does_and_auto_are_left_to_ray():
         require_reachable(form.format(port))
     server.stop(0)
     require_reachable("auto")
+
+
+def test_a_head_that_is_lost_and_comes_back_is_said_once_each(dead_port, caplog):
+    watch = HeadWatch(f"127.0.0.1:{dead_port}")
+    for _ in range(2):
+        watch.look()
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_insecure_port(watch.address)
+    server.start()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            watch.look()
+    server.stop(0)
+    lost, back = caplog.messages
+    assert f"head at {watch.address} does not answer" in lost and "run the same command again" in lost
+    assert "answers again" in back
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b"\0\0"])

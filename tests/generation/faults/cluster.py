@@ -3,6 +3,7 @@
 import os
 import secrets
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from faults.ground import Driver, generate_words, wait_until
@@ -44,10 +45,11 @@ class MiniatureOnS3:
 class Cluster:
     """The head and the machine of the driver are there from the beginning; `join` adds a node that works.
 
-    What runs a node starts it anew when it ends, as Kubernetes and systemd do.
+    What runs a node starts it anew when it ends, as Kubernetes and systemd do. `fault_tolerant`: the head keeps its books
+    in a Redis on a machine of its own.
     """
 
-    def __init__(self, network: Network, store: FaultyProxy, folder: Path):
+    def __init__(self, network: Network, store: FaultyProxy, folder: Path, fault_tolerant: bool = False):
         self.network, self.store, self.folder = network, store, folder
         self.environment = {
             **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
@@ -56,32 +58,50 @@ class Cluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        self._books = {}
+        if fault_tolerant:
+            books = network.machine("books")
+            words = ["redis-server", "--bind", books.address, "--protected-mode", "no", "--save", ""]
+            books.begin(words, folder / "books.log", {})
+            self._books = {"RAY_REDIS_ADDRESS": f"{books.address}:6379"}
         self.head = network.machine("head")
         self.address = f"{self.head.address}:{GCS_PORT}"
-        self._start_head()
+        self.start_head()
         self.desk = network.machine("desk")
-        self._start_node(self.desk, cpus=0)
+        self.start_node(self.desk, cpus=0)
         self.wait_until_started(self.desk)
 
-    def _start_head(self) -> None:
+    def start_head(self) -> None:
+        """Start Ray's head on the head's machine, which does no work."""
         words = ("--head", f"--port={GCS_PORT}", "--num-cpus=0", "--include-dashboard=false")
-        self._ray(self.head, *words)
+        self._ray(self.head, *words, **self._books)
         self.wait_until_started(self.head)
 
-    def _start_node(self, machine: Machine, cpus: int) -> None:
+    def lose_head(self) -> None:
+        """Lose the head's machine, and start it anew with an empty disk."""
+        self.head.lose()
+        self.head.start()
+        (self.folder / f"{self.head.name}.log").unlink()
+        self.start_head()
+
+    def start_node(self, machine: Machine, cpus: int) -> None:
+        """Start a Ray node on a machine."""
         self._ray(machine, f"--address={self.address}", f"--num-cpus={cpus}")
 
     def join(self, name: str) -> Machine:
         """Return a new machine whose one CPU works for the cluster."""
         machine = self.network.machine(name)
-        self._start_node(machine, cpus=1)
+        self.start_node(machine, cpus=1)
         self.wait_until_started(machine)
         return machine
 
-    def wait_until_started(self, machine: Machine) -> None:
-        """Wait until Ray has started on a machine."""
-        log = self.folder / f"{machine.name}.log"
-        wait_until(lambda: "Ray runtime started" in log.read_text(errors="replace"))
+    def starts(self, machine: Machine) -> int:
+        """How often Ray has started on a machine."""
+        return (self.folder / f"{machine.name}.log").read_text(errors="replace").count("Ray runtime started")
+
+    def wait_until_started(self, machine: Machine, times: int = 1) -> None:
+        """Wait until Ray has started on a machine, so many times since the beginning."""
+        wait_until(lambda: self.starts(machine) >= times)
 
     def generate(self, settings: GenerateSettings) -> Driver:
         """Start `facediffuser generate` on the driver's machine."""
@@ -91,14 +111,18 @@ class Cluster:
 
     def shards_by(self, machine: Machine) -> int:
         """How many shards a machine put into the bucket."""
-        return sum(
-            one.method == "PUT" and "/data/shard-" in one.path
-            for one in self.store.requests
-            if one.client == machine.address
-        )
+        return sum(one.method == "PUT" and "/data/shard-" in one.path for one in self._asked_by(machine))
 
-    def _ray(self, machine: Machine, *words: str) -> None:
+    def models_fetched(self, machine: Machine) -> list[int]:
+        """How often a machine fetched each piece of the models' weights; large files come in pieces."""
+        weights = [one for one in self._asked_by(machine) if "/models/" in one.path and ".safetensors" in one.path]
+        return sorted(Counter((one.path, one.bytes) for one in weights if one.method == "GET").values())
+
+    def _asked_by(self, machine: Machine):
+        return [one for one in self.store.requests if one.client == machine.address]
+
+    def _ray(self, machine: Machine, *words: str, **variables: str) -> None:
         given = ["ray", "start", *words, f"--node-ip-address={machine.address}", "--block",
                  f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]  # fmt: skip
         forever = f"while true; do {shlex.join(given)}; sleep 1; done"
-        machine.begin(["bash", "-c", forever], self.folder / f"{machine.name}.log", self.environment)
+        machine.begin(["bash", "-c", forever], self.folder / f"{machine.name}.log", self.environment | variables)

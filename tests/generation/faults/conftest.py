@@ -55,9 +55,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not OUTCOMES:
         return
     terminalreporter.section("faults")
-    head = f"{'fault':<42}{'times':>6}{'rows lost':>11}{'duplicated':>12}{'corrupted':>11}{'partial seen':>14}  note"
+    head = f"{'fault':<47}{'times':>6}{'rows lost':>11}{'duplicated':>12}{'corrupted':>11}{'partial seen':>14}  note"
     terminalreporter.write_line(head)
     for one in OUTCOMES:
         terminalreporter.write_line(
-            f"{one.fault:<42}{one.times:>6}{one.lost:>11}{one.duplicated:>12}{one.corrupted:>11}{one.partial:>14}  {one.note}"
+            f"{one.fault:<47}{one.times:>6}{one.lost:>11}{one.duplicated:>12}{one.corrupted:>11}{one.partial:>14}  {one.note}"
         )

@@ -68,6 +68,10 @@ class Network:
         machine.start()
         return machine
 
+    def plug(self, machine: "Machine", there: bool) -> None:
+        """Pull a machine's cable out of the switch, or put it in again; the machine itself goes on."""
+        self._ip("link", "set", f"port-{machine.namespace.rsplit('-', 1)[1]}", "up" if there else "down")
+
     def listen(self) -> socket.socket:
         """Return a socket of this process that listens at the switch's address."""
         found: list[socket.socket] = []

@@ -17,11 +17,12 @@ PIECES = 4
 
 
 class Request(NamedTuple):
-    """Who asked for what: the address of the client, the method, the path with its query."""
+    """Who asked for what: the address of the client, the method, the path with its query, the range of bytes if any."""
 
     client: str
     method: str
     path: str
+    bytes: str
 
 
 class FaultyProxy:
@@ -77,7 +78,8 @@ class FaultyProxy:
         first, *lines = head[:-4].split(b"\r\n")
         method, path, _ = first.decode().split(" ", 2)
         headers = {line.split(b":", 1)[0].strip().lower(): line for line in lines}
-        self.requests.append(Request(writer.get_extra_info("peername")[0], method, path))
+        part = headers.get(b"range", b"").decode()
+        self.requests.append(Request(writer.get_extra_info("peername")[0], method, path, part))
         if headers.pop(b"expect", None):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         headers[b"connection"] = b"Connection: close"
