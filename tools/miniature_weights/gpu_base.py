@@ -11,7 +11,7 @@ from facediffuser.training.recipe import Role
 from tools.miniature_weights.gpu_call import Call, Size, forgetting_people, loaders_of, roles, say, window
 from tools.miniature_weights.gpu_data import encode, prepare, render_ffhq
 from tools.miniature_weights.packing import below, pack, put_copy
-from tools.miniature_weights.paired_training import PairedTraining, begin, progress
+from tools.miniature_weights.paired_training import ALONE, PairedTraining, begin, progress
 from tools.miniature_weights.running_clock import RunningClock
 from tools.miniature_weights.task_pool import Task
 
@@ -110,7 +110,8 @@ def base_call(call: Call) -> None:
                 Task(
                     f"rows/base-{name}.json", models=str(models), method="tdm", name=name, first=forgetting_people(),
                     people=size.forgetting_people,
-                    stop=size.forgetting_people, prompts="claim", steps=size.sampling_steps, window=window(size), batch=128,
+                    stop=size.forgetting_people, prompts="claim", steps=size.sampling_steps, window=window(size),
+                    most_prompts=size.most_prompts,
                 )
             )  # fmt: skip
         call.tasks.put(rows)
@@ -166,7 +167,7 @@ def measure_rates(call: Call, training: PairedTraining, keep: Callable[[], None]
         call.wait(lambda: call.clock.ran - ran > seconds or call.past(0.9), name, training.look_after)
         for role, earlier in before.items():
             now = progress(call.work, role)
-            if now and earlier:
+            if now and earlier and call.clock.ran > ran:
                 rate = (now.step - earlier.step) / (call.clock.ran - ran)
                 say(
                     f"rate, {name}: {role} {rate:.1f} steps/s of {call.size.batch}, loss {earlier.loss:.4f}, {now.loss:.4f}"
@@ -183,7 +184,6 @@ def measure_rates(call: Call, training: PairedTraining, keep: Callable[[], None]
     measured("both")
     training.stop("sdm")
     begun.remove("sdm")
-    # Alone nothing holds the TDM back.
-    (call.work / "sdm.jsonl").rename(call.work / "sdm-rates.jsonl")
+    (call.work / ALONE).touch()
     measured("tdm alone")
     training.stop("tdm")

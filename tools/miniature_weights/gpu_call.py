@@ -23,6 +23,7 @@ class Size:
 
     base_share, train_share: where in the call's time the trainings end. units: steps between checkpoints, in the paper's ratio.
     points: shares of fine-tuning that are measured beside its start. latent_tasks: into how many tasks latents are divided.
+    most_prompts, most_units: an end of what is measured and trained, 0 for none.
     """
 
     broad_pictures: int = 30_000
@@ -45,10 +46,13 @@ class Size:
     guidances: tuple[float, ...] = (2.5, 3.5, 5.0, 7.5)
     starts: tuple[int, ...] = (2, 3, 4)
     ends: tuple[int, ...] = (10, 11)
+    most_prompts: int = 0
+    most_units: int = 0
 
 
 SMALL = Size(
-    60, 4, 0.4, 1.0, 48, 4, (5, 9), 0.6, 2, 1, 1, 2, 1, 1, 2, 2, 1, guidances=(5.0,), starts=(0,), ends=(1, 2)
+    60, 4, 0.4, 1.0, 48, 4, (5, 9), 0.6, 2, 1, 1, 2, 1, 1, 2, 2, 1, guidances=(5.0,), starts=(0,), ends=(1, 2), most_prompts=1,
+    most_units=2,
 )  # fmt: skip
 """For a try on a CPU."""
 

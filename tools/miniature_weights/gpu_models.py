@@ -40,9 +40,12 @@ def models_call(call: Call, base: Path | None, faces: Path | None) -> None:
 
         def during() -> None:
             training.look_after()
-            call.every(15, lambda: progressed(call, training, taken))
+            call.every(20, lambda: progressed(call, training, taken))
 
-        call.wait(lambda: call.past(size.train_share), "training", during)
+        def enough() -> bool:
+            return call.past(size.train_share) or 0 < size.most_units <= training.common_units()
+
+        call.wait(enough, "training", during)
         for role in ("tdm", "sdm"):
             training.stop(role)
         units = progressed(call, training, taken)
@@ -111,7 +114,7 @@ class Measuring:
         models = str(final_models(self.call, units))
         same = dict(
             models=models, first=forgetting_people(), people=size.forgetting_people, stop=size.forgetting_people, prompts="claim",
-            steps=size.sampling_steps, window=window(size),
+            steps=size.sampling_steps, window=window(size), most_prompts=size.most_prompts,
         )  # fmt: skip
         tasks = [
             Task(f"rows/forgetting-{units}-{method}.json", method=method, name=method, **same) for method in METHODS
@@ -127,7 +130,12 @@ class Measuring:
         size, self.units = self.size, units
         models = str(final_models(self.call, units))
         same = dict(
-            models=models, first=FIRST_PERSON, people=size.choice_people, stop=size.choice_people, prompts="choice"
+            models=models,
+            first=FIRST_PERSON,
+            people=size.choice_people,
+            stop=size.choice_people,
+            prompts="choice",
+            most_prompts=size.most_prompts,
         )
         self.candidates = [
             Task(
@@ -159,7 +167,7 @@ class Measuring:
         say(f"chosen: guidance {said['guidance_scale']}, window {said['fusion_start']} to {said['fusion_end']}")
         how = dict(
             models=models, guidance=said["guidance_scale"], window=(said["fusion_start"], said["fusion_end"]),
-            steps=size.sampling_steps,
+            steps=size.sampling_steps, most_prompts=size.most_prompts,
         )  # fmt: skip
         for first in range(0, size.claim_people, size.claim_set):
             self.claims[first] = [

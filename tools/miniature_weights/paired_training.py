@@ -21,6 +21,10 @@ RATE = 1.2e-4
 RATIO: dict[Role, int] = {"tdm": 250, "sdm": 450}
 ENDLESS = 1_000_000
 REPORT_STEPS = 5
+SLACK_STEPS = 30
+"""By how many steps the TDM may be ahead."""
+ALONE = "tdm-alone"
+"""A file that lets the TDM train without looking at the SDM."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,22 @@ def train_role(role: Role, work: Path, batch: int, unit: int, device: str, loade
         end_with_parent()
         log.write(json.dumps({"time": time.time(), **numbers}) + "\n")
         log.flush()
-        if role == "tdm":
-            while (other := progress(work, "sdm")) and numbers["step"] * RATIO["sdm"] > (other.step + 60) * RATIO[
-                "tdm"
-            ]:
-                time.sleep(0.05)
+        while role == "tdm" and _ahead(work, numbers["step"]):
+            end_with_parent()
+            time.sleep(0.05)
 
     wrap = {} if device == "cpu" or eager else {"wrap": graph_denoiser}
     print(
         role,
         train_model(role_settings(role, work, batch, unit), report, Worker(device=device, loaders=loaders, **wrap)),
     )
+
+
+def _ahead(work: Path, step: float) -> bool:
+    """Whether the TDM has done more steps than the SDM's in the ratio, and is not to train alone."""
+    other = progress(work, "sdm")
+    most = (other.step if other else 0) * RATIO["tdm"] / RATIO["sdm"] + SLACK_STEPS
+    return step > most and not (work / ALONE).exists()
 
 
 def progress(work: Path, role: Role) -> Progress | None:

@@ -35,7 +35,8 @@ class Task:
     models: a model folder, or for `base` a base's folder.
     method, name: how images are made, and what the rows call it. plain: the SDM's UNet in the TDM's place.
     first, people, start, stop: the people numbered from `first` on, and which of them.
-    prompts: `claim`, `choice`, `words` (people's own), `known` (the same in the captions' words), or nothing.
+    prompts: `claim`, `choice`, `words` (people's own), `known` (the same in the captions' words), or nothing;
+    most_prompts: only the first so many of one person and of two, 0 for all.
     guidance, window, steps, instances, batch, class_word: how images are made.
 
     For `latents` models is the folder of a training's data and base, and every `stop`-th part from `start` on is made.
@@ -58,6 +59,7 @@ class Task:
     instances: int = 1
     batch: int = 128
     class_word: str | None = None
+    most_prompts: int = 0
 
 
 class TaskList:
@@ -176,6 +178,8 @@ class Worker:
             "words": lambda: list(WORDS),
             "known": lambda: [replace(prompt, text=prompt.meaning) for prompt in WORDS],
         }[task.prompts]()
+        if task.most_prompts:
+            prompts = [one for n in (1, 2) for one in [p for p in prompts if p.subjects == n][: task.most_prompts]]
         sampler = Sampler(task.steps, task.guidance, task.window, task.batch, task.class_word)
         people = self.people(task.first, task.people)[task.start : task.stop]
         pipeline = self.pipeline(task.models, task.plain)
