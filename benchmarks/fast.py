@@ -36,6 +36,7 @@ from benchmarks.beside import quiet
 from benchmarks.engines import RELEASED
 from benchmarks.engines import Bench as EngineBench
 from benchmarks.engines import Way as EngineWay
+from benchmarks.gpu_load import GpuLoad
 from benchmarks.sampler import full_size_pipeline, say, small_random_pipeline
 from facediffuser.dataset.inputs import read_prompts, read_subjects
 from facediffuser.dataset.plan import Plan, RowSettings
@@ -300,7 +301,7 @@ def full_size(
         set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
         sample = _sampler(pipe, conditions, way)
         first = bench.seconds(lambda run=sample: run(True))  # compiles what is new
-        with quiet():
+        with quiet(), GpuLoad() as load:
             spent[way.name] = bench.seconds(lambda run=sample: run(False)) / images
         start, stop = way.window
         stages = plan_stages("face-diffuser", pipe.num_timesteps, way.steps, start, stop)
@@ -309,6 +310,23 @@ def full_size(
         times = [f"{spent[name] / spent[way.name]:.2f}x" if name in spent else "" for name in (EXACT.name, RELEASED)]
         say(f"{way.name[:35]:<36}{cost:>10.1f}{first:>9.1f}{spent[way.name]:>9.3f}{1 / spent[way.name]:>10.2f}"
             f"{times[0]:>10}{times[1]:>12}")  # fmt: skip
+        if way.name in (EXACT.name, "fast"):
+            say(f"  {load.line()}")
+        if way is FULL_SIZE[4] and torch.cuda.is_available():
+            set_scheduler(pipe, SCHEDULER_CLASSES[EXACT.scheduler])
+            _convolutions_by_timing(bench, images, _sampler(pipe, conditions, EXACT))
+
+
+def _convolutions_by_timing(bench: EngineBench, images: int, sample: Callable[[bool], Any]) -> None:
+    """Print exact mode's line where cuDNN times its kernels; no option of the engine: another process may choose others."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        first = bench.seconds(lambda: sample(True))
+        with quiet():
+            took = bench.seconds(lambda: sample(False)) / images
+        say(f"{'exact, convolutions by timing':<46}{first:>9.1f}{took:>9.3f}{1 / took:>10.2f}")
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 def compile_full_size(images: int, bench: EngineBench) -> None:

@@ -5,9 +5,10 @@
     sampler    the engine's table at full size, how far compiled images are from eager ones, attention kernels, a profile
     fast       fast mode and each of its means against exact mode and the released way, images/s at full size
     training   samples a second of the SDM: plain loop, eager, compiled, and the largest batch that fits; a profile
-    worker     the shard generator with scorers and PNG beside it, through Ray where Ray is installed: cold, then again in
-               another process with the code that the first one kept: seconds to the first image, images/s, share of the
-               time that denoising takes, and whether both made the same bytes; then a run that is killed and resumed
+    worker     the shard generator with scorers and PNG beside it, through Ray where Ray is installed: cold until its first
+               shard, then in another process with the code that the first one kept: seconds to the first image,
+               images/s, share of the time that denoising takes, and whether both made the same bytes
+    resume     the worker's cold run, which was killed, is resumed and compared with the undisturbed one
     scorers    CLIP and FaceNet in half precision: how far the scores are, and what it gains
     rehearse   `facediffuser rehearse` as far as the machine's libraries go
 
@@ -20,6 +21,7 @@ measure through Ray, Prefect not at all.
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import json
@@ -29,16 +31,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.beside import Beside, quiet
+from benchmarks.gpu_load import GpuLoad
 
 if TYPE_CHECKING:
     from benchmarks.engines import Bench
@@ -75,14 +77,12 @@ class Shared:
         bench: the models of the sampler's tables.
         exact: a pipeline of them that runs exact mode.
         released: seconds an image of the released way.
-        digests: of the images that the worker's runs made.
     """
 
     root: Path
     bench: "Bench | None" = None
     exact: "FaceDiffuserPipeline | None" = None
     released: float | None = None
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 # --- sampler and training ---------------------------------------------------------------------------------------------
@@ -121,33 +121,40 @@ def training(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
 
     settings = _training_settings(options, shared.root)
     loaders = 1 if options.small else 8
-    say(f"{'way':<34}{'batch':>7}{'samples/s':>11}{'against the plain loop':>24}{'peak GiB':>10}")
-    plain = None
+    say(f"{'way':<34}{'batch':>7}{'samples/s':>11}{'peak GiB':>10}")
+    rates: dict[tuple[str, int], float] = {}
     for batch in options.batches:
-        for name in TRAINED if batch == options.batches[0] else TRAINED[1:2]:
-            chosen = settings.model_copy(update={"batch_size": batch, "compile": False if name == "eager" else None})
-            if clock.left() < (45 if not options.small else LEAST_SECONDS):
+        for name in TRAINED if batch == options.batches[0] else TRAINED[:1]:
+            if clock.left() < (30 if not options.small else LEAST_SECONDS):
                 say(f"{name:<34}{batch:>7} left out: {clock.left():.0f} s left")
                 continue
-            make = (
-                (lambda chosen=chosen: benchmark.plain(chosen, options.device))
-                if name == "plain loop"
-                else (lambda chosen=chosen: benchmark.ours(chosen, loaders, options.device))
-            )
+            chosen = settings.model_copy(update={"batch_size": batch, "compile": False if name == "eager" else None})
+
+            def make(name: str = name, chosen: "TrainSettings" = chosen) -> Callable[[], object]:
+                if name == "plain loop":
+                    return benchmark.plain(chosen, options.device)
+                return benchmark.ours(chosen, loaders, options.device)
+
             try:
-                found, step = benchmark.measure(make, 2 if options.small else 10, options.device)
+                found, step = benchmark.measure(
+                    make, 2 if options.small else 4 if name == "plain loop" else 10, options.device
+                )
             except torch.OutOfMemoryError:
                 say(f"{name:<34}{batch:>7} does not fit")
                 continue
-            rate = batch / found.seconds
-            plain = plain or rate
-            say(f"{name:<34}{batch:>7}{rate:>11.1f}{rate / plain:>23.2f}x{found.peak:>10.1f}")
+            rates[name, batch] = batch / found.seconds
+            say(f"{name:<34}{batch:>7}{rates[name, batch]:>11.1f}{found.peak:>10.1f}")
             if name == "compiled" and batch == options.batches[0]:
                 for line in benchmark.profile(step, options.device):
                     say(line)
+            del step
+            gc.collect()
+    for (name, batch), rate in rates.items():
+        if name != "plain loop" and ("plain loop", options.batches[0]) in rates:
+            say(f"{name}, {batch} at once: {rate / rates['plain loop', options.batches[0]]:.2f} times the plain loop")
 
 
-TRAINED = ("plain loop", "compiled", "eager")
+TRAINED = ("compiled", "plain loop", "eager")
 """Ways of training, the most important first; further batch sizes only compiled."""
 
 
@@ -210,7 +217,8 @@ def compile_job(name: str, options: argparse.Namespace, shared: Shared) -> None:
 def compile_before(sections: list[str], options: argparse.Namespace, shared: Shared) -> None:
     """Compile what the sections will run, and run the worker's cold run, all beside each other."""
     started, end = time.monotonic(), Clock(options.compile)
-    words = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
+    # Of low priority: the worker's cold run is what the others wait for.
+    words = ["nice", sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
     words += ["--small"] * options.small
     log = (shared.root / "compile.log").open("ab")
     jobs = compile_jobs(sections, options)
@@ -221,7 +229,7 @@ def compile_before(sections: list[str], options: argparse.Namespace, shared: Sha
         for job in jobs
     }
     if "worker" in sections:
-        _worker_run("cold", options, shared, end)
+        _killed(options, shared, end)
     while running and end.left() > 0:
         time.sleep(0.5)
         for job, process in list(running.items()):
@@ -243,71 +251,53 @@ def compile_before(sections: list[str], options: argparse.Namespace, shared: Sha
 
 
 def worker(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
-    for name, needed in (("cold", 200), ("with the kept code", 60)):
-        if name in shared.digests:
-            continue
-        if clock.left() < (needed if not options.small else LEAST_SECONDS):
-            say(f"worker, {name}: left out, {clock.left():.0f} s left")
-            continue
-        _worker_run(name, options, shared, clock)
-    made = shared.digests
-    if len(made) == 2:
-        say(f"two processes made the same bytes: {len(set(made.values())) == 1}")
-    if clock.left() > (70 if not options.small else LEAST_SECONDS) and made:
-        if _killed(shared.root, _worker_settings(options, shared) | {"output": str(shared.root / "killed")}, clock):
-            again = _pixels(shared.root / "killed")
-            say(f"a killed and resumed run made the same bytes: {again in made.values()}")
+    if not (shared.root / "killed").exists():
+        _killed(options, shared, clock)
+    if clock.left() < (60 if not options.small else LEAST_SECONDS):
+        say(f"worker, undisturbed: left out, {clock.left():.0f} s left")
+    elif _worker_run("undisturbed", "undisturbed", options, shared, clock):
+        say(f"two processes made the same bytes: {_same_pixels(shared, 'shard-00000-*')}")
 
 
-def _worker_run(name: str, options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
+def resume(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    """Resume the run that was killed, with the code that it kept, and compare it with the undisturbed one."""
+    if _worker_run("resumed", "killed", options, shared, clock):
+        say(f"a killed and resumed run made the bytes of an undisturbed one: {_same_pixels(shared)}")
+
+
+def _killed(options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
+    """Generate without kept code, and kill all of it after its first shard."""
+    settings = _worker_settings(options, shared) | {"output": str(shared.root / "killed")}
+    say(f"worker: models, scorers and people are written; {clock.left():.0f} s left; Ray: {_has('ray')}")
+    started = time.monotonic()
+    process = _start(shared.root, "killed", settings)
+    while process.poll() is None and clock.left() > 0 and not list((shared.root / "killed").glob("data/*.parquet")):
+        time.sleep(0.1)
+    took = time.monotonic() - started
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # of its Ray, too
+        process.wait()
+    if process.returncode > 0:
+        said = process.stdout.read() if process.stdout else ""
+        say(f"worker, cold: ended with {process.returncode}: {said[-1500:]}")
+        return
+    say(
+        f"worker, cold: {took:.1f} s from its start to its first shard of {2 if options.small else 32} images, then killed"
+    )
+
+
+def _worker_run(name: str, folder: str, options: argparse.Namespace, shared: Shared, clock: Clock) -> bool:
     settings = _worker_settings(options, shared)
-    say(f"worker, {name}: models, scorers and people are written; {clock.left():.0f} s left; Ray: {_has('ray')}")
-    output = shared.root / name.replace(" ", "-")
-    # The first run compiles while others do so, too; only the second one is timed alone.
-    with contextlib.nullcontext() if name == "cold" and options.compile else quiet(), Busy() as busy:
-        if _generate(shared.root, name, settings | {"output": str(output)}, clock):
-            shared.digests[name] = _pixels(output)
-    say(f"worker, {name}: {busy.line()}")
+    output = shared.root / folder
+    with quiet(), GpuLoad() as load:
+        started = time.monotonic()
+        ended = _generate(shared.root, name, settings | {"output": str(output)}, clock)
+    say(f"worker, {name}: {time.monotonic() - started:.1f} s in all; {load.line()}")
+    return ended
 
 
-class Busy:
-    """Asks the GPU's driver every 0.1 s how busy the GPU was, as long as the block lasts."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-
-    def __enter__(self) -> "Busy":
-        if torch.cuda.is_available() and _has("pynvml"):
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _ask(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
-        while not self._ended.wait(0.1):
-            self.seen.append(pynvml.nvmlDeviceGetUtilizationRates(device).gpu)
-
-    def line(self) -> str:
-        """Return the busy share of the longest stretch in which the GPU never rested for a second: the shards."""
-        stretches: list[list[int]] = [[]]
-        for number, share in enumerate(self.seen):
-            if share or any(self.seen[number : number + 10]):
-                stretches[-1].append(share)
-            elif stretches[-1]:
-                stretches.append([])
-        longest = max(stretches, key=len)
-        if not longest:
-            return "the GPU's busy share is not known"
-        return f"GPU busy {sum(longest) / len(longest):.1f}% of the {len(longest) / 10:.0f} s of its longest stretch"
+def _same_pixels(shared: Shared, shards: str = "*") -> bool:
+    return _pixels(shared.root / "killed", shards) == _pixels(shared.root / "undisturbed", shards)
 
 
 def _worker_settings(options: argparse.Namespace, shared: Shared) -> dict:
@@ -352,18 +342,6 @@ def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
         if line.startswith("#") or process.returncode:
             say(f"worker, {name}: {line.removeprefix('#')}")
     return process.returncode == 0
-
-
-def _killed(root: Path, settings: dict, clock: Clock) -> bool:
-    process = _start(root, "killed", settings)
-    while (
-        process.poll() is None and clock.left() > LEAST_SECONDS and not list((root / "killed").glob("data/*.parquet"))
-    ):
-        time.sleep(0.2)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return _generate(root, "resumed", settings, clock)
 
 
 def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
@@ -424,12 +402,12 @@ def one_run(options: argparse.Namespace) -> None:
             f"{100 * seconds['denoise'] / seconds['total']:.1f}% of {seconds['total']:.1f} s; {json.dumps(seconds)}")  # fmt: skip
 
 
-def _pixels(folder: Path) -> str:
+def _pixels(folder: Path, shards: str) -> str:
     """Return a digest of all images and scores of a dataset, not of the footers."""
     import pyarrow.parquet as pq
 
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("data/*.parquet")):
+    for path in sorted(folder.glob(f"data/{shards}.parquet")):
         for row in pq.read_table(path, columns=["sample_id", "image_sha256", "ip", "pc"]).to_pylist():
             digest.update(json.dumps(row).encode())
     return digest.hexdigest()
@@ -514,7 +492,7 @@ def rehearsal(options: argparse.Namespace) -> None:
 
 
 SECTIONS: dict[str, Callable[[Clock, argparse.Namespace, Shared], None]] = {
-    "sampler": sampler, "fast": fast, "training": training, "worker": worker, "scorers": scorers, "rehearse": rehearse,
+    "sampler": sampler, "fast": fast, "training": training, "worker": worker, "resume": resume, "scorers": scorers, "rehearse": rehearse,
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def engine_tables(
             if seconds_left() > 15:
                 for line in bench.profile(kept[EXACT], largest):
                     say(line)
-    if seconds_left() > 15:
+    if most is None and seconds_left() > 15:
         side = bench.pipe.unet.config.sample_size
         with quiet():
             for line in attention_table(bench.device, bench.pipe.unet.dtype, images, side):

@@ -50,7 +50,7 @@ def ours(settings: TrainSettings, loaders: int, device: str) -> Step:
 
 def plain(settings: TrainSettings, device: str) -> Step:
     """Return a step of a loop that does everything in its turn."""
-    settings = settings.model_copy(update={"precompute": False, "attention": "sdpa", "ema": 0.0})
+    settings = settings.model_copy(update={"precompute": False, "attention": "sdpa", "ema": 0.0, "compile": False})
     run = TrainingRun(settings, Worker(device=device), lambda numbers: None)
     recipe, places = run.recipe, itertools.count(0, run.recipe.batch_size)
     optimiser = torch.optim.AdamW(run.trained, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=False)
