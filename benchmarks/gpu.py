@@ -496,6 +496,10 @@ SECTIONS: dict[str, Callable[[Clock, argparse.Namespace, Shared], None]] = {
 }  # fmt: skip
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -505,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=340, help="time for all sections")
     parser.add_argument("--compile", type=float, default=0, help="seconds at most for compiling all of it before")
     parser.add_argument("--ways", type=int, help="sampler: so many of its ways alone (default: all)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="training: batch sizes (default: 8 32)")
+    parser.add_argument("--batches", type=_numbers, default=[8, 32], help="training: batch sizes (default: 8,32)")
     parser.add_argument("--beside", help="command that runs while nothing is timed")
     parser.add_argument("--small", action="store_true", help="small models, to try it on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
