@@ -57,7 +57,7 @@ def _render(count: int, folder: Path) -> Path:
     from facediffuser.miniature.render import render_set
 
     started = time.perf_counter()
-    render_set(count, 0, folder / "photos")
+    render_set(count, 0, folder / "photos", subjects=0)
     print(f"rendered {count:,} pictures in {time.perf_counter() - started:.0f} s", flush=True)
     return folder / "photos"
 

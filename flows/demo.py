@@ -1,7 +1,6 @@
 """The flow `demo`: the whole factory at a small scale, from rendered photographs to a scored dataset."""
 
 import logging
-import shutil
 import tempfile
 from itertools import zip_longest
 from pathlib import Path
@@ -38,26 +37,20 @@ def render_photographs(settings: DemoSettings, url: str) -> str:
         return url
     with tempfile.TemporaryDirectory(prefix="facediffuser-photos-") as folder:
         rendered = Path(folder) / "photos"
-        render_set(settings.photos, settings.seed, rendered)
-        _keep_first(rendered, settings.subjects, settings.prompts)
+        render_set(settings.photos, settings.seed, rendered, subjects=settings.subjects)
+        _keep_first_prompts(rendered / "prompts.jsonl", settings.prompts)
         put_folder(store, rendered, "prompts.jsonl")
     logger.info("%s: %d photographs", url, settings.photos)
     return url
 
 
-def _keep_first(photos: Path, subjects: int, prompts: int) -> None:
-    """Keep as many subjects and prompts as asked, the prompts of all categories in turn."""
-    names = sorted(path.name for path in (photos / "subjects").iterdir() if path.is_dir())
-    for name in names[subjects:]:
-        shutil.rmtree(photos / "subjects" / name)
-    table = (photos / "subjects" / "subjects.csv").read_text().splitlines()
-    kept = [line for line in table if line.split(",")[0] not in names[subjects:]]
-    (photos / "subjects" / "subjects.csv").write_text("\n".join(kept) + "\n")
+def _keep_first_prompts(path: Path, count: int) -> None:
+    """Keep as many prompts as asked, those of all categories in turn."""
     categories: dict[str, list[str]] = {}
-    for line in (photos / "prompts.jsonl").read_text().splitlines():
+    for line in path.read_text().splitlines():
         categories.setdefault(parse_json(line)["category"], []).append(line)
     in_turn = [line for lines in zip_longest(*categories.values()) for line in lines if line]
-    (photos / "prompts.jsonl").write_text("\n".join(in_turn[:prompts]) + "\n")
+    path.write_text("\n".join(in_turn[:count]) + "\n")
 
 
 @task(name="assemble-models", **RETRIES)

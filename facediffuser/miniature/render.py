@@ -144,11 +144,12 @@ def render_set(
     action_share: float | None = None,
     world: WorldName | None = None,
     workers: int = 1,
+    subjects: int = SUBJECTS,
 ) -> None:
     """Write pictures in the ffhq-fastcomposer layout, and people and prompts for `generate`, to a new folder.
 
     Besides that layout's files each JSON names who is in the picture (`identity`). Few captions tell a person's looks,
-    so that a reference picture has something to add. `subjects/` has 15 people who are in no picture, `prompts.jsonl`
+    so that a reference picture has something to add. `subjects/` has people who are in no picture, `prompts.jsonl`
     prompts for one of them and `prompts_pairs.jsonl` for two. The same seed gives the same files, however many
     `workers` write them.
 
@@ -161,6 +162,7 @@ def render_set(
         action_share: how many people do something, 0 to 1; None for ACTION_SHARE.
         world: a world of `worlds.WORLDS`, which has its own shares.
         workers: how many processes write.
+        subjects: how many people `subjects/` has, at most 15: the first by name of those that it has otherwise.
 
     Raises:
         InputError: the folder is not empty, or a share is given that the world decides.
@@ -186,7 +188,7 @@ def render_set(
             list(pool.map(job.write, parts))
     else:
         job.write(range(count))
-    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size)
+    write_subjects(output / "subjects", SUBJECT_PEOPLE + seed * 10_000, size, kept=subjects)
     ids = [f"{index:08d}" for index in range(count)]
     tested = [index % people >= 0.9 * people for index in range(count)]
     train = [image_id for image_id, test in zip(ids, tested, strict=True) if not test]
@@ -239,17 +241,27 @@ class _SetJob:
         return numbers
 
 
-def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJECTS) -> None:
-    """Write `count` people with three reference photographs each (no hat, nothing in hand), and `subjects.csv`.
+def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJECTS, kept: int | None = None) -> None:
+    """Write people with three reference photographs each (no hat, nothing in hand), and `subjects.csv`.
 
     A photograph in which MTCNN finds no face, or two, is taken again: `generate` would refuse it.
+
+    Args:
+        folder: where they go.
+        first: the number of the first of them.
+        size: the pictures' side in px.
+        count: how many there are.
+        kept: how many of these are written, the first by name; None for all.
     """
     from facediffuser.scoring.face_detector import FaceDetector
 
-    detector, rows = FaceDetector(), []
-    for place in range(count):
+    people = {f"{who.class_word}_{place:02d}": place for place in range(count) if (who := person(first + place))}
+    written = set(sorted(people)[:kept])
+    detector, rows = FaceDetector() if written else None, []
+    for name, place in people.items():
+        if detector is None or name not in written:
+            continue
         who = person(first + place)
-        name = f"{who.class_word}_{place:02d}"
         (folder / name).mkdir(parents=True)
         for number in range(REFERENCES):
             rng = np.random.default_rng((first + place, number, 17))
@@ -262,6 +274,7 @@ def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJEC
                     break
             picture.save(folder / name / f"{number}.png")
         rows.append((name, who.class_word))
+    folder.mkdir(exist_ok=True)
     with open(folder / "subjects.csv", "w", newline="") as file:
         csv.writer(file).writerows([("subject_id", "class_word"), *rows])
 

@@ -26,7 +26,7 @@ def write_prepared(folder: Path, count: int, side: int) -> Path:
         count: how many pictures.
         side: their side in px.
     """
-    render_set(count, 0, folder / "photos", min(side, RENDERED_PX))
+    render_set(count, 0, folder / "photos", min(side, RENDERED_PX), subjects=0)
     rows = [_row(path, side) for path in sorted((folder / "photos").glob("[0-9]*/*.json"))]
     (folder / "data" / "train").mkdir(parents=True)
     part = folder / "data" / "train" / "part-00000.parquet"

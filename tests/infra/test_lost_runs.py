@@ -19,7 +19,7 @@ POOL = "nights"
 @pytest.fixture
 def people(tmp_path) -> dict:
     """Settings of a dataset of one person, twelve prompts, six shards."""
-    render_set(8, 0, tmp_path / "photos")
+    render_set(1, 0, tmp_path / "photos", subjects=1)
     person = min(path for path in (tmp_path / "photos" / "subjects").iterdir() if path.is_dir())
     (tmp_path / "people").mkdir()
     person.rename(tmp_path / "people" / person.name)

@@ -40,7 +40,7 @@ def _run(house, name: str, settings: dict) -> tuple[int, str]:
 def smallest(tmp_path_factory) -> dict:
     """The settings of the smallest dataset: one person, one prompt, four denoising steps."""
     folder = tmp_path_factory.mktemp("inputs")
-    render_set(8, 0, folder / "photos")
+    render_set(1, 0, folder / "photos", subjects=1)
     people = sorted((folder / "photos" / "subjects").iterdir())
     person = next(path for path in people if path.is_dir())
     (folder / "subjects").mkdir()

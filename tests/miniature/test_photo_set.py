@@ -62,7 +62,7 @@ def test_segments_agree_with_map_and_caption(folder: Path):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_shares_say_how_many_pictures_have_two_people_and_how_many_people_do_something(share: float, tmp_path: Path):
-    render_set(COUNT, 4, tmp_path / "set", pair_share=share, action_share=share)
+    render_set(COUNT, 4, tmp_path / "set", pair_share=share, action_share=share, subjects=0)
     records = [json.loads(path.read_text()) for path in tmp_path.glob("set/00000/*.json")]
     assert {len(record["segments"]) for record in records} == {1 + int(share)}
     doing = np.mean([any(words in record["caption"] for words in ACTIONS.values() if words) for record in records])
@@ -92,6 +92,19 @@ def test_subjects_and_prompts_are_ready_for_generate(folder: Path):
     assert all(row["prompt"].count("{subject}") == 1 for row in single)
     pairs = [json.loads(line) for line in (folder / "prompts_pairs.jsonl").read_text().splitlines()]
     assert pairs and all("{subject_1}" in row["prompt"] and "{subject_2}" in row["prompt"] for row in pairs)
+
+
+def test_fewer_subjects_are_the_first_by_name_of_the_whole_set(folder: Path, tmp_path: Path):
+    render_set(1, 3, tmp_path / "set", subjects=2)
+    names = sorted(path.name for path in (folder / "subjects").iterdir() if path.is_dir())[:2]
+    table = (folder / "subjects" / "subjects.csv").read_text().splitlines()
+    assert (tmp_path / "set/subjects/subjects.csv").read_text().splitlines() == [
+        line for line in table if line.split(",")[0] in ("subject_id", *names)
+    ]
+    pictures = [path for path in _files(tmp_path / "set/subjects") if path.suffix == ".png"]
+    assert pictures == [Path(name, f"{number}.png") for name in names for number in range(3)]
+    same = filecmp.cmpfiles(folder / "subjects", tmp_path / "set/subjects", pictures, shallow=False)[0]
+    assert same == pictures
 
 
 def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path):

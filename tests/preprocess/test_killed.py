@@ -55,7 +55,7 @@ def kill_in_the_middle(process: subprocess.Popen, output: Path, log: Path) -> No
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_it_gives_the_bytes_of_an_undisturbed_run(tmp_path, ray_session, here):
     photos, output, log = tmp_path / "photos", tmp_path / "out", tmp_path / "log"
-    render_set(160, 5, photos)
+    render_set(160, 5, photos, subjects=0)
     kill_in_the_middle(start(photos, output, log), output, log)
     finished = {path.name for path in output.glob("parts/*.json")}
     assert 2 <= len(finished) < 20 and not (output / "manifest.json").exists()

@@ -17,7 +17,7 @@ TRAIN, TEST = 12, 4
 def prepared(tmp_path_factory) -> Path:
     """12 + 4 prepared rows of the miniature world, in parts of 8; not to be changed."""
     root = tmp_path_factory.mktemp("prepared")
-    render_set(TRAIN + TEST, 5, root / "photos")
+    render_set(TRAIN + TEST, 5, root / "photos", subjects=0)
     files = sorted(path for path in (root / "photos").glob("[0-9]*/*.json"))
     rows = [prepared_row(path, "train" if place < TRAIN else "test") for place, path in enumerate(files)]
     write_prepared(root / "data", rows)
