@@ -15,9 +15,9 @@ from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.evaluation.training_faces import count_training, training_faces
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.progress import Progress
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 
 
@@ -25,7 +25,7 @@ from facediffuser.tasks.retrying import RETRIES
 def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[str]:
     """Write the columns of other scorers beside the shards; return the keys of the files."""
     check_score(settings)
-    driver = driver or RayDriver()
+    driver = driver or chosen_driver()
     gpu = driver.gpus > 0 and settings.device != "cpu"
     # Without GPUs the workers share the cores.
     cpus = 1 if gpu else max(1, driver.cpus // (settings.workers or 1))

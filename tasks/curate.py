@@ -10,30 +10,30 @@ from facediffuser.curation.merge import merge_stage
 from facediffuser.curation.publish import publish_stage
 from facediffuser.curation.retract import retract_stage
 from facediffuser.dataset.manifest import Manifest
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 
 
 @task(name="merge-datasets", cache_policy=None, persist_result=False, **RETRIES)
 def merge_datasets(settings: MergeSettings, driver: Driver | None = None) -> Manifest:
     """Copy what is missing of the merged dataset, finish it and return its manifest."""
-    return (driver or RayDriver()).run(merge_stage(settings))
+    return (driver or chosen_driver()).run(merge_stage(settings))
 
 
 @task(name="retract-subject", cache_policy=None, persist_result=False, **RETRIES)
 def retract_subject(settings: RetractSettings, driver: Driver | None = None) -> Manifest:
     """Make a dataset's objects without a subject, and return the manifest of what remains."""
-    return (driver or RayDriver()).run(retract_stage(settings))
+    return (driver or chosen_driver()).run(retract_stage(settings))
 
 
 @task(name="export-subset", cache_policy=None, persist_result=False, **RETRIES)
 def export_subset(settings: ExportSettings, driver: Driver | None = None) -> dict[str, Any]:
     """Write what is missing of an export, finish it and return its manifest."""
-    return (driver or RayDriver()).run(export_stage(settings))
+    return (driver or chosen_driver()).run(export_stage(settings))
 
 
 @task(name="publish-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def publish_dataset(settings: PublishSettings, driver: Driver | None = None) -> str:
     """Put on the hub what is missing there of a dataset; return the URL of its page."""
-    return (driver or RayDriver()).run(publish_stage(settings))
+    return (driver or chosen_driver()).run(publish_stage(settings))

@@ -53,8 +53,8 @@ from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
 from facediffuser.storage.reading import parse_json, read_json_object
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class CertificateError(RunError):
 @task(name="plan-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Prepared:
     """Check the input and, unless it is a dry run, write the plan and the references."""
-    driver = driver or RayDriver()
+    driver = driver or chosen_driver()
     threads = max(1, driver.cpus // (settings.workers or settings.max_workers or 1))
     prepared = prepare(settings, driver.gpus > 0, threads, lambda: driver.gpu_gib)
     if prepared.free_shard_size:
@@ -110,7 +110,7 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
 def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
     """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
     job = prepared.job
-    rate = _rate(settings, prepared, driver or RayDriver(), certified=job.exact_settings is not None)
+    rate = _rate(settings, prepared, driver or chosen_driver(), certified=job.exact_settings is not None)
     sample = sample_size(job.layout.rows) if job.exact_settings else 0
     return estimate(job.layout.rows, rate, settings.gpu_hour_price, sample)
 
@@ -187,7 +187,7 @@ def generate_shards(
 
     if not layout.rows:
         return {"kept": 0, "made": 0, "seconds": 0.0, "busy": 0.0}
-    return (driver or RayDriver()).run(
+    return (driver or chosen_driver()).run(
         generate_stage(job, missing, finish, worker, _HardwareWarning(store.url, recorded))
     )
 
@@ -248,7 +248,7 @@ def certify_dataset(
     logger.info("certificate: %d of %d rows are also made in exact mode; %d of %d parts are finished", rows,
                 job.layout.rows, len(parts) - len(missing), len(parts))  # fmt: skip
     if missing:
-        (driver or RayDriver()).run(certificate_stage(job, parts, missing, worker=worker))
+        (driver or chosen_driver()).run(certificate_stage(job, parts, missing, worker=worker))
     names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
     found = [row for key in parts for row in read_columns(store, key, names).to_pylist()]
     fix = "remove it, and run the same command again"

@@ -4,8 +4,8 @@ from prefect import task
 
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.storage import open_store
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 from facediffuser.training import training_run as runs
 from facediffuser.training.latent_stage import latent_stage
@@ -26,7 +26,7 @@ def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) ->
     check_train(settings)
     if not settings.precompute or not is_local_model(settings.base):
         return
-    driver = driver or RayDriver()
+    driver = driver or chosen_driver()
     for role in settings.roles:
         role_settings = settings.for_role(role)
         done = runs.finished_step(open_store(role_settings.output))

@@ -34,8 +34,8 @@ from facediffuser.preprocess.splits import assign_splits, near_duplicates
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.reading import parse_json
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def prepare_photographs(
     check_provenance(store.url, recorded, {**software(), "threads": settings.cpus_per_worker}, settings.exact)
     required = tuple(recorded) if settings.exact else ()
     job = Job(settings, listing.format, run.fingerprint, models=models, required=required)
-    driver = driver or RayDriver()
+    driver = driver or chosen_driver()
     if not listing.has_splits and len(summaries) < len(parts):
         parts = _with_splits(store, there, job, listing, parts, earlier, driver)
     missing = {part: records for part, records in parts.items() if part not in summaries}

@@ -20,8 +20,8 @@ from facediffuser.generation.generate_stage import replacement_stage
 from facediffuser.generation.job import Listed
 from facediffuser.generation.repair import job_of_dataset, restore_plan_part, sort_damage
 from facediffuser.storage import open_store
+from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
-from facediffuser.tasks.ray_driver import RayDriver
 from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def repair_certificates(
         elif pictures and part.name in broken:
             left += [f"{key}: can be made again once the shards are whole" for key in pictures]
         elif pictures:
-            _certify_again(settings, part, pictures, driver or RayDriver())
+            _certify_again(settings, part, pictures, driver or chosen_driver())
         for key in own:
             made = hashlib.sha256(store.get(key)).hexdigest() if store.exists(key) else None
             if made is None or made == listed[key] or (key in pictures and part.kept):
@@ -166,7 +166,7 @@ def replace_shards(
         name: the stage's name in the progress.
         driver: runs the stage; None: Ray.
     """
-    driver = driver or RayDriver()
+    driver = driver or chosen_driver()
     job = job_of_dataset(
         open_store(settings.url), part, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
         settings.exact,

@@ -43,6 +43,27 @@ def prefect_harness():
 
 
 @pytest.fixture(scope="session")
+def without_ray():
+    """Return a context in which flows do their stages in this process: for tests that are not about Ray.
+
+    What makes a worker is pickled and read again, as on its way to Ray's processes.
+    """
+    import dataclasses
+
+    from facediffuser.tasks.chosen_driver import driven_by
+    from facediffuser.tasks.local_driver import LocalDriver
+
+    class Travelled(LocalDriver):
+        def run(self, stage):
+            from ray import cloudpickle
+
+            worker, units = cloudpickle.loads(cloudpickle.dumps((stage.worker, stage.units)))
+            return super().run(dataclasses.replace(stage, worker=worker, units=units))
+
+    return lambda: driven_by(Travelled())
+
+
+@pytest.fixture(scope="session")
 def ray_session():
     """One local Ray with two CPUs for the whole session."""
     os.environ.pop("RAY_ADDRESS", None)

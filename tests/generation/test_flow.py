@@ -26,10 +26,11 @@ def flow_run(world, tmp_path_factory, prefect_harness, ray_session):
 
 
 @pytest.fixture(scope="module")
-def dry_run(world, tmp_path_factory, prefect_harness, ray_session):
+def dry_run(world, tmp_path_factory, prefect_harness, without_ray):
     """What a dry run returned; its output is `unwritten`."""
     output = tmp_path_factory.mktemp("dry") / "out"
-    return generate_dataset(world.settings(output, dry_run=True)) | {"unwritten": output}
+    with without_ray():
+        return generate_dataset(world.settings(output, dry_run=True)) | {"unwritten": output}
 
 
 def test_a_dry_run_shows_what_would_be_made_and_writes_nothing(dry_run):
@@ -69,13 +70,14 @@ def test_workers_do_not_change_the_bytes(flow_run, made):
     assert one == other
 
 
-def test_run_again_it_keeps_what_is_finished_and_generates_what_is_missing(flow_run):
+def test_run_again_it_keeps_what_is_finished_and_generates_what_is_missing(flow_run, without_ray):
     settings, _ = flow_run
     store = open_store(settings.output)
     before = {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")}
     store.delete("data/shard-00002-of-00004.parquet")
     store.delete("manifest.json")
-    result = generate_dataset(settings)
+    with without_ray():
+        result = generate_dataset(settings)
     assert (result["shards_kept"], result["shards_made"]) == (3, 1)
     assert {info.key: store.get(info.key) for info in store.list() if not info.key.startswith("stats/")} == before
 
@@ -103,7 +105,7 @@ def test_more_failures_than_allowed_fail_the_run_after_the_manifest(flow_run, ma
 
 
 def test_rows_that_are_not_finite_are_failed_rows_and_count_for_max_failed(
-    world, tmp_path, prefect_harness, ray_session
+    world, tmp_path, prefect_harness, without_ray
 ):
     models = shutil.copytree(world.models, tmp_path / "models")
     path = models / "vae" / "diffusion_pytorch_model.safetensors"
@@ -112,7 +114,8 @@ def test_rows_that_are_not_finite_are_failed_rows_and_count_for_max_failed(
     state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"], 3e38)
     save_file(state, path, metadata={"format": "pt"})
     settings = world.settings(tmp_path / "out", models=str(models), images_per_prompt=1, max_failed=0.5)
-    with pytest.raises(FailedRowsError, match="6 of 6 rows failed, more than --max-failed 0.5"):
+    failed = pytest.raises(FailedRowsError, match="6 of 6 rows failed, more than --max-failed 0.5")
+    with without_ray(), failed:
         generate_dataset(settings)
     rows = open_dataset(settings.output).to_table(columns=["status", "error", "image", "ip"]).to_pylist()
     assert {row["error"] for row in rows} == {"NotFiniteError: the decoded image is not finite"}

@@ -83,7 +83,7 @@ def test_verify_finds_a_changed_plan_lost_references_and_a_run_that_is_not_the_f
 
 
 def test_repair_makes_what_is_damaged_again_with_the_same_bytes_and_touches_nothing_else(
-    finished, prefect_harness, ray_session
+    finished, prefect_harness, without_ray
 ):
     job, store = finished
     before = contents(store)
@@ -92,12 +92,13 @@ def test_repair_makes_what_is_damaged_again_with_the_same_bytes_and_touches_noth
     damage(store, keys[2])
     store.delete(job.layout.part_key(0))
     # A plan and the shards of it cannot both be lost: the rows would be gone.
-    with pytest.raises(InputError, match="both damaged"):
+    with without_ray(), pytest.raises(InputError, match="both damaged"):
         repair_dataset(RepairSettings(url=store.url))
     store.put(job.layout.part_key(0), before[job.layout.part_key(0)])
     store.put("data/extra.parquet", b"x")
     whole = {info.key: info.version for info in store.list("data/") if info.key in (keys[1], keys[3])}
-    result = repair_dataset(RepairSettings(url=store.url))
+    with without_ray():
+        result = repair_dataset(RepairSettings(url=store.url))
     assert len(result["found"]) == 3 and len(result["left"]) == 1 and "--remove-foreign" in result["left"][0]
     assert {info.key: info.version for info in store.list("data/") if info.key in whole} == whole
     assert repair_dataset(RepairSettings(url=store.url, remove_foreign=True))["left"] == []
@@ -149,7 +150,7 @@ def test_other_models_than_the_datasets_are_refused(finished, tmp_path):
         job_of_dataset(finished[1], manifest, None, None, gpu=True)
 
 
-def test_failed_rows_get_another_try_and_end_as_the_undisturbed_run(finished, prefect_harness, ray_session):
+def test_failed_rows_get_another_try_and_end_as_the_undisturbed_run(finished, prefect_harness, without_ray):
     job, store = finished
     before, shards = contents(store), read_manifest(store).shards
     key = job.layout.shard_key(1)
@@ -159,14 +160,16 @@ def test_failed_rows_get_another_try_and_end_as_the_undisturbed_run(finished, pr
     store.delete(job.layout.stats_key(1))
     finish(store, job)
     assert read_manifest(store).counts.failed == 1 and verify(store.url) == []
-    result = retry_failed(RetrySettings(url=store.url))
+    with without_ray():
+        result = retry_failed(RetrySettings(url=store.url))
     assert (result["ok"], result["failed"]) == (12, 0)
     after = contents(store)
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: data for name, data in before.items() if name != "manifest.json"
     }
     assert read_manifest(store).shards == shards
-    assert retry_failed(RetrySettings(url=store.url))["failed"] == 0
+    with without_ray():
+        assert retry_failed(RetrySettings(url=store.url))["failed"] == 0
 
 
 def test_one_image_is_made_again_from_its_row_and_compared(finished, capsys, tmp_path):
