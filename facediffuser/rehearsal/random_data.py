@@ -71,10 +71,10 @@ def write_people(folder: Path, count: int, side: int) -> Path:
 
     Args:
         folder: where they go.
-        count: photographs that are rendered; their people are the subjects.
+        count: how many people, 1 to 15, with three pictures each.
         side: of a picture, px.
     """
-    render_set(count, 1, folder, 64)
+    render_set(1, 1, folder, 64, subjects=count)
     detector = FaceDetector(min_side=MTCNN_PX)
     for path in sorted((folder / "subjects").rglob("*.png")):
         picture = stored_picture(path.read_bytes(), path.name)
