@@ -35,6 +35,7 @@ from facediffuser.storage import LocalStore
 SHOWN = 200
 """Characters of a value that an error line repeats at most."""
 MOST_CONFIG_BYTES = 1 << 20
+MOST_CONFIG_DEPTH = 20
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_LIMIT = 3
@@ -252,10 +253,16 @@ def _read_yaml(text: str) -> Any:
     import yaml
 
     try:
-        # A few hundred bytes of aliases of aliases stand for more values than the memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("holds an alias (*name); write the value out")
-        return yaml.safe_load(text)
+        # The loader in C, which reads what is nested deeply as quickly as other text; not every build of PyYAML has it.
+        loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+        for event in yaml.parse(text, loader):
+            # A few hundred bytes of aliases of aliases stand for more values than the memory holds.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("holds an alias (*name); write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_CONFIG_DEPTH:
+                raise ValueError(f"nested more than {MOST_CONFIG_DEPTH} deep; write `option: value` lines")
+        return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 

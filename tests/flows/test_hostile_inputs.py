@@ -23,7 +23,8 @@ def root(tmp_path_factory) -> Path:
     os.mkfifo(root / "pipe.yaml")
     (root / "zero.yaml").symlink_to("/dev/zero")
     (root / "laugh.yaml").write_text("url: [&a [x, x], &b [*a, *a], &c [*b, *b], &d [*c, *c]]\n")
-    (root / "deep.yaml").write_text("url: " + "[" * 5_000)
+    (root / "deep.yaml").write_text("url: " + "[" * 1_000_000)
+    (root / "steps.yaml").write_text("- " * 500_000)
     (root / "large.toml").write_text("#" * (1 << 20) + "\n")
     (root / "secret.yaml").write_text("url: https://user:MARKED@host/x\n")
     return root
@@ -62,7 +63,8 @@ def test_it_is_refused_in_one_line_and_nothing_is_written(root, name):
 
 @pytest.mark.parametrize(("name", "says"), [
     ("pipe.yaml", "not a regular file"), ("zero.yaml", "not a regular file"), ("laugh.yaml", "holds an alias"),
-    ("deep.yaml", "deep.yaml"), ("large.toml", "file too large"), ("dataset", "not a YAML or TOML file"),
+    ("deep.yaml", "nested more than 20 deep"), ("steps.yaml", "nested more than 20 deep"),
+    ("large.toml", "file too large"), ("dataset", "not a YAML or TOML file"),
     ("missing.yaml", "cannot be read"), ("secret.yaml", "cannot carry credentials"),
 ])  # fmt: skip
 def test_a_file_of_options_is_read_with_bounds(root, name, says, capsys):
