@@ -18,22 +18,26 @@ from facediffuser.tasks.retrying import RETRIES
 @task(name="merge-datasets", cache_policy=None, persist_result=False, **RETRIES)
 def merge_datasets(settings: MergeSettings, driver: Driver | None = None) -> Manifest:
     """Copy what is missing of the merged dataset, finish it and return its manifest."""
-    return (driver or chosen_driver()).run(merge_stage(settings))
+    stage = merge_stage(settings)  # refuses before Ray is started
+    return (driver or chosen_driver()).run(stage)
 
 
 @task(name="retract-subject", cache_policy=None, persist_result=False, **RETRIES)
 def retract_subject(settings: RetractSettings, driver: Driver | None = None) -> Manifest:
     """Make a dataset's objects without a subject, and return the manifest of what remains."""
-    return (driver or chosen_driver()).run(retract_stage(settings))
+    stage = retract_stage(settings)  # refuses before Ray is started
+    return (driver or chosen_driver()).run(stage)
 
 
 @task(name="export-subset", cache_policy=None, persist_result=False, **RETRIES)
 def export_subset(settings: ExportSettings, driver: Driver | None = None) -> dict[str, Any]:
     """Write what is missing of an export, finish it and return its manifest."""
-    return (driver or chosen_driver()).run(export_stage(settings))
+    stage = export_stage(settings)  # refuses before Ray is started
+    return (driver or chosen_driver()).run(stage)
 
 
 @task(name="publish-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def publish_dataset(settings: PublishSettings, driver: Driver | None = None) -> str:
     """Put on the hub what is missing there of a dataset; return the URL of its page."""
-    return (driver or chosen_driver()).run(publish_stage(settings))
+    stage = publish_stage(settings)  # refuses before Ray is started
+    return (driver or chosen_driver()).run(stage)
