@@ -21,7 +21,8 @@ LAST_SECONDS = 8.0
 class Size:
     """How much is done.
 
-    base_share, train_share: where in the call's time the trainings end. units: steps between checkpoints, in the paper's ratio.
+    base_share: where in the first call's time the base's training ends. measure_seconds, measure_share: running time that the
+    second call leaves for measuring, the larger of the two. units: steps between checkpoints, in the paper's ratio.
     points: shares of fine-tuning that are measured beside its start. latent_tasks: into how many tasks latents are divided.
     most_prompts, most_units: an end of what is measured and trained, 0 for none.
     """
@@ -33,7 +34,8 @@ class Size:
     ffhq_pictures: int = 20_000
     batch: int = 64
     units: tuple[int, int] = (100, 180)
-    train_share: float = 0.66
+    measure_seconds: float = 60.0
+    measure_share: float = 0.22
     points: int = 4
     forgetting_people: int = 6
     choice_people: int = 8
@@ -51,7 +53,7 @@ class Size:
 
 
 SMALL = Size(
-    60, 4, 0.4, 1.0, 48, 4, (5, 9), 0.6, 2, 1, 1, 2, 1, 1, 2, 2, 1, guidances=(5.0,), starts=(0,), ends=(1, 2), most_prompts=1,
+    60, 4, 0.4, 1.0, 48, 4, (5, 9), 60, 0.2, 2, 1, 1, 2, 1, 1, 2, 2, 1, guidances=(5.0,), starts=(0,), ends=(1, 2), most_prompts=1,
     most_units=2,
 )  # fmt: skip
 """For a try on a CPU."""
@@ -74,6 +76,10 @@ class Call:
     def past(self, share: float) -> bool:
         """Whether this share of the call's time is over, of the running time or of the wall time."""
         return self.clock.ran > share * self.seconds or time.time() - self.started > share * self.wall
+
+    def leaves(self, seconds: float) -> bool:
+        """Whether so much running time is left, if the rest of the wall time has as many stops as was planned."""
+        return min(self.seconds - self.clock.ran, (self.wall_end - time.time()) * self.seconds / self.wall) > seconds
 
     def wait(self, ready: Callable[[], bool], name: str, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Wait until something is so, as long as there is time; return whether it is."""

@@ -43,7 +43,8 @@ def models_call(call: Call, base: Path | None, faces: Path | None) -> None:
             call.every(20, lambda: progressed(call, training, taken))
 
         def enough() -> bool:
-            return call.past(size.train_share) or 0 < size.most_units <= training.common_units()
+            measuring_time = max(size.measure_seconds, size.measure_share * call.seconds)
+            return not call.leaves(measuring_time) or 0 < size.most_units <= training.common_units()
 
         call.wait(enough, "training", during)
         for role in ("tdm", "sdm"):
