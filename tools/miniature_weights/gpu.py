@@ -1,6 +1,6 @@
 """The miniature's two worlds on a GPU machine, in two calls on machines that share nothing but what is carried.
 
-    python -m tools.miniature_weights.gpu base OUT [--work DIR] [--seconds 165] [--wall 330] [--small]
+    python -m tools.miniature_weights.gpu base OUT [--work DIR] [--seconds 400] [--wall 400] [--small]
     python -m tools.miniature_weights.gpu models OUT --base base.tar [--faces faces.tar] [the same]
 
 `base`: the shipped base goes on with the world `broad` for so much time; the faces of the world `ffhq` are found; TDM and SDM
@@ -42,8 +42,8 @@ def main() -> None:
         "--base", type=Path, help="models: mini1-base.tar of the first call (default: the shipped base)"
     )
     parser.add_argument("--faces", type=Path, help="models: mini1-faces.tar.xz of the first call")
-    parser.add_argument("--seconds", type=float, default=165.0, help="running time")
-    parser.add_argument("--wall", type=float, default=330.0, help="wall time, in seconds")
+    parser.add_argument("--seconds", type=float, default=400.0, help="running time")
+    parser.add_argument("--wall", type=float, default=400.0, help="wall time, in seconds")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--device", help="default: cuda where there is a GPU")
     parser.add_argument("--small", action="store_true", help="a try on a CPU, in minutes")

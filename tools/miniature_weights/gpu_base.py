@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,10 @@ BROAD_PEOPLE = 4_000_000
 
 
 def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float, wall_end: float) -> None:
-    """Let the shipped base go on with the world `broad` for `seconds`, rendering included; in a process of its own."""
+    """Let the shipped base go on with the world `broad`, in a process of its own.
+
+    It takes a share (`size.base_share`) of what is left of `seconds` and of the wall time when its first step begins.
+    """
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
@@ -39,12 +43,18 @@ def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float,
     (work / "photos-ready").touch()
     vae = AutoencoderKL.from_pretrained(making / "vae").float()
     tokenizer = CLIPTokenizer.from_pretrained(making / "tokenizer")
-    # What is left of the time is the training's; its rate of learning falls towards the end of it.
-    training = RunningClock(max(1.0, clock.left()), wall_end)
+    training: list[RunningClock] = []
+
+    def progress() -> float:
+        # From the first step on: how long pictures take depends on who else uses the cores.
+        if not training:
+            wall = size.base_share * (wall_end - time.time())
+            training.append(RunningClock(max(1.0, size.base_share * clock.left()), time.time() + wall))
+        return training[0].progress()
 
     def after_save(step: int) -> None:
         (work / "broad-saved.json").write_text(
-            json.dumps({"steps": step, "batch": size.base_batch, "seconds": training.ran})
+            json.dumps({"steps": step, "batch": size.base_batch, "seconds": training[0].ran})
         )
 
     train_base(
@@ -55,7 +65,7 @@ def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float,
         making,
         size.base_batch,
         device=device,
-        progress=training.progress,
+        progress=progress,
         after_save=after_save,
     )
     (work / "broad-done").touch()
@@ -66,10 +76,10 @@ def base_call(call: Call) -> None:
     from facediffuser.shipped import base_folder
 
     work, size, out = call.work, call.size, call.out
-    share = size.base_share
     context = multiprocessing.get_context("spawn")
-    seconds, wall_end = share * call.seconds - call.clock.ran, call.started + share * call.wall
-    child = context.Process(target=_broad_process, args=(work, size, call.cores, call.device, seconds, wall_end))
+    child = context.Process(
+        target=_broad_process, args=(work, size, call.cores, call.device, call.seconds, call.started + call.wall)
+    )
     child.start()
     seen: list[float] = []
     training: PairedTraining | None = None

@@ -21,17 +21,17 @@ LAST_SECONDS = 8.0
 class Size:
     """How much is done.
 
-    base_share: where in the first call's time the base's training ends. measure_seconds, measure_share: running time that the
+    base_share: of the first call's time that is left when the base's training begins. measure_seconds, measure_share: running time that the
     second call leaves for measuring, the larger of the two. units: steps between checkpoints, in the paper's ratio.
     points: shares of fine-tuning that are measured beside its start. latent_tasks: into how many tasks latents are divided.
     most_prompts, most_units: an end of what is measured and trained, 0 for none.
     """
 
-    broad_pictures: int = 30_000
+    broad_pictures: int = 12_000
     base_batch: int = 128
-    base_share: float = 0.58
+    base_share: float = 0.6
     rate_seconds: float = 12.0
-    ffhq_pictures: int = 20_000
+    ffhq_pictures: int = 12_000
     batch: int = 64
     units: tuple[int, int] = (100, 180)
     measure_seconds: float = 60.0
