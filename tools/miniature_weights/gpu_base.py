@@ -170,7 +170,9 @@ def measure_rates(call: Call, training: PairedTraining, keep: Callable[[], None]
     def measured(name: str) -> None:
         """Wait until all that run have reported, then so long, and say what they did in that time."""
         call.wait(
-            lambda: all(progress(call.work, role) for role in training.running) or call.past(0.9), f"{name} begun"
+            lambda: all(progress(call.work, role) for role in begun) or call.past(0.9),
+            f"{name} begun",
+            training.look_after,
         )
         before = {role: progress(call.work, role) for role in begun}
         ran = call.clock.ran
