@@ -15,15 +15,25 @@ import pytest
 pytest_plugins = ["fixtures_s3"]
 
 
-# Files of a minute and more; on two workers they come first, so that neither worker is idle at the end.
+# Files of twenty seconds and more; on two workers they come first, so that neither worker is idle at the end.
 LONG_FILES = (
     "flows/test_demo.py",
     "infra/test_prefect_server.py",
     "training/test_ray_train.py",
     "generation/test_flow.py",
+    "preprocess/test_preprocess.py",
+    "miniature/test_measuring.py",
     "miniature/test_ordering.py",
     "training/test_loop.py",
+    "training/test_s3.py",
+    "generation/test_certificate.py",
+    "flows/test_rehearse.py",
     "generation/test_repair.py",
+    "flows/test_fuzz.py",
+    "test_drivers.py",
+    "generation/test_extend.py",
+    "test_cloud_storage.py",
+    "training/test_benchmark.py",
 )
 
 
