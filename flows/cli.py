@@ -200,6 +200,9 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_FAILED
     if isinstance(error, OSError) and (error.errno in PLACE_ERRORS or type(error).__name__ == "StorageError"):
         return EXIT_FAILED
+    # An object that was there when the command began, and was removed under it.
+    if isinstance(error, FileNotFoundError) and "://" in str(error.filename):
+        return EXIT_FAILED
     return None
 
 

@@ -49,6 +49,8 @@ def test_which_lines_are_shown(verbosity, expected, capsys):
         (Stopped("stopped"), 143),
         (LimitReached("stopped"), 3),
         (OSError(28, "No space left on device"), 1),
+        (FileNotFoundError(2, "no such object", "s3://bucket/plan/part"), 1),
+        (FileNotFoundError(2, "No such file or directory", "a file of ours"), None),
         (RuntimeError("a fault of ours"), None),
     ],
 )
