@@ -14,6 +14,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 env: .venv/ready  ## install the project and what it needs into .venv
+	@echo "installed; now: source $(BIN)/activate"
 
 demo: .venv/ready  ## the whole factory at a small scale: photographs to scored dataset in OUTPUT (out/demo, or s3://...)
 	$(BIN)/facediffuser demo --output $(OUTPUT)

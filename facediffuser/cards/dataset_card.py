@@ -175,7 +175,12 @@ def _sheet(card: Card) -> bytes:
         if row
     ]
     overall = [row for row in card.table if row.category == "all"]
-    means = ", ".join(f"{row.metric.upper()} {row.mean:.3f}" for row in overall[:2] if row.n)
+    scored = [row for row in overall[:2] if row.n]
+    means = ", ".join(f"{row.metric.upper()} {row.mean:.3f}" for row in scored)
+    if scored and len({row.subjects for row in overall}) > 1:
+        # The table begins with the fewest people in an image; means over all would mix unlike things.
+        people = scored[0].subjects
+        means += f" where an image shows {'one person' if people == 1 else f'{people} people'}"
     counts = f"{card.rows - card.failed:,} images, {card.subjects:,} subjects, {card.survey.prompts:,} prompts"
     return png_bytes(contact_sheet(rows, card.name, f"{counts}   {means}"), optimize=True)
 

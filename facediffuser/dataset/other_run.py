@@ -128,7 +128,10 @@ def _refuse(
     store: Store, there: Mapping[str, Any], here: Mapping[str, Any], plan: Plan | None, references: pa.Table | None
 ) -> NoReturn:
     found = explain_differences(store, there, here, plan, references)
-    raise other_run_error(store.url, found, "repeat that run's options or give another output")
+    how = "repeat that run's options or give another output"
+    if found and all(one.startswith(("prompts differ", "subjects differ")) for one in found):
+        how = f"add new prompts and people with --extend, {how}"
+    raise other_run_error(store.url, found, how)
 
 
 def explain_differences(

@@ -30,7 +30,7 @@ class PlanSettings(Settings):
 
     models: str = Field(description="model folder: a folder, an `s3://` URL, a hub id, or `miniature`")
     subjects: str = Field(
-        description="folder or `s3://` prefix of `<subject_id>/*.jpg|png|webp`, with `subjects.csv` beside them"
+        description="folder or `s3://` prefix of `<subject_id>/*.jpg` (png, webp, ...), and, if you like, `subjects.csv` beside them"
     )
     prompts: str | None = Field(
         None, description="JSONL, CSV or Parquet with the column `prompt`, optionally `prompt_id` and `category`"

@@ -10,9 +10,9 @@ from PIL import Image
 
 from facediffuser.dataset.consent import subjects_schema
 from facediffuser.dataset.inputs import Subject
-from facediffuser.errors import InputError
 from facediffuser.faces import crop_square, face_crop_box
 from facediffuser.pictures import open_picture
+from facediffuser.scoring.identity import require_faces
 from facediffuser.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,27 @@ def prepare_references(
         margin: how much wider than the face that square is on each side, as a share of the face's longer side.
 
     Raises:
-        InputError: a picture cannot be read, or has no face; the error names it.
+        InputError: a picture cannot be read, or some have no face; the error names them.
     """
-    rows = [_row(store, subject, key, scorers, crop, margin) for subject in subjects for key in subject.references]
+    rows, without = [], []
+    for subject in subjects:
+        for key in subject.references:
+            row = _row(store, subject, key, scorers, crop, margin)
+            if row is None:
+                without.append(store.url_of(key))
+            else:
+                rows.append(row)
+    require_faces(without)
     logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))
     return pa.Table.from_pylist(rows, schema=subjects_schema(subjects))
 
 
-def _row(store: Store, subject: Subject, key: str, scorers, crop: ReferenceCrop, margin: float) -> dict:
+def _row(store: Store, subject: Subject, key: str, scorers, crop: ReferenceCrop, margin: float) -> dict | None:
+    """Return the row of a reference; None where the picture shows no face."""
     picture, digest = open_picture(store, key)
     found = scorers.identity.embed_faces([picture])[0]
     if not found.faces:
-        raise InputError(f"{store.url_of(key)}: no face found; give a picture with one visible face")
+        return None
     face = found.faces[0]
     box = face_crop_box(face.box, margin) if crop == "face" else (0, 0, *picture.size)
     shown = crop_square(picture, box) if crop == "face" else picture

@@ -22,6 +22,8 @@ FACENET_FILE = "20180402-114759-vggface2.pt"
 MINIATURE_CROP = 64
 MINIATURE_MIN_SIDE = 160
 BATCH_FACES = 64
+SHOWN_FACELESS = 10
+"""Pictures without a face that an error names."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,29 @@ class IdentityScorer:
             The unit vectors (k, d), float32.
 
         Raises:
-            InputError: no face is found in a picture, which is named.
+            InputError: no face is found in some of the pictures, which are named.
         """
         found = self.embed_faces(images)
-        for name, embedded in zip(names, found, strict=True):
-            if not embedded.faces:
-                raise InputError(f"{name}: no face found; give a picture with one visible face")
+        require_faces([name for name, embedded in zip(names, found, strict=True) if not embedded.faces])
         return np.stack([embedded.vectors[0] for embedded in found])
+
+
+def require_faces(without: Sequence[str]) -> None:
+    """Check that there is no picture without a face.
+
+    Args:
+        without: the names of those that have none.
+
+    Raises:
+        InputError: there are some; the error names the first ten.
+    """
+    if len(without) == 1:
+        raise InputError(f"{without[0]}: no face found; give a picture with one visible face")
+    if without:
+        more = f" and {len(without) - SHOWN_FACELESS} more" if len(without) > SHOWN_FACELESS else ""
+        raise InputError(
+            f"{', '.join(without[:SHOWN_FACELESS])}{more}: no face found; give pictures with one visible face each"
+        )
 
 
 def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:

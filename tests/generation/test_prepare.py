@@ -96,6 +96,11 @@ def test_a_picture_without_a_face_is_reported(world, tmp_path):
     Image.fromarray(noise).save(people / "bob" / "2.png")
     with pytest.raises(InputError, match="bob/2.png: no face found"):
         prepare(world.settings(tmp_path / "out", subjects=str(people)))
+    Image.fromarray(noise).save(people / "ada" / "3.png")
+    with pytest.raises(
+        InputError, match="ada/3.png, .*bob/2.png: no face found; give pictures with one visible face each"
+    ):
+        prepare(world.settings(tmp_path / "out", subjects=str(people)))
     assert not (tmp_path / "out").exists()
 
 
