@@ -48,7 +48,12 @@ def changed(place: int, **values) -> list[dict]:
 def test_other_prompts_are_named_without_loading_anything(begun, world, tmp_path, rows, says):
     prompts = save_prompts(tmp_path / "prompts.jsonl", rows)
     line = refusal(check_generate, world.settings(begun, prompts=str(prompts)))
-    assert says in line and ("--extend" in line) == ("settings." not in line) and "plan" not in line and "subjects differ" not in line
+    assert (
+        says in line
+        and ("--extend" in line) == ("settings." not in line)
+        and "plan" not in line
+        and "subjects differ" not in line
+    )
 
 
 def test_other_subjects_are_named(begun, world, tmp_path):
