@@ -27,7 +27,10 @@ def run(tmp_path):
     def start(**environment: str) -> tuple[int, list[str]]:
         job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
         path = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
-        done = subprocess.run(["bash", SCRIPT], env=os.environ | path | job | environment, timeout=60)
+        # The pipe is at its end when the programs in the background have ended, too: what they were called with is written.
+        done = subprocess.run(
+            ["bash", SCRIPT], env=os.environ | path | job | environment, timeout=60, stdout=subprocess.PIPE
+        )
         log = tmp_path / "log"
         return done.returncode, log.read_text().splitlines() if log.exists() else []
 
