@@ -271,19 +271,20 @@ def _killed(options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
     say(f"worker: models, scorers and people are written; {clock.left():.0f} s left; Ray: {_has('ray')}")
     started = time.monotonic()
     process = _start(shared.root, "killed", settings)
-    while process.poll() is None and clock.left() > 0 and not list((shared.root / "killed").glob("data/*.parquet")):
+    while process.poll() is None and clock.left() > 0 and not _shards(shared.root / "killed"):
         time.sleep(0.1)
-    took = time.monotonic() - started
-    if process.poll() is None:
+    took, ended = time.monotonic() - started, process.poll()
+    if ended is None:
         os.killpg(process.pid, signal.SIGKILL)  # of its Ray, too
         process.wait()
-    if process.returncode > 0:
+        first = f"its first shard of {2 if options.small else 32} images"
+        reached = f"{took:.1f} s from its start to {first}, then killed"
+        say(
+            f"worker, cold: {reached if _shards(shared.root / 'killed') else f'cut off after {took:.1f} s, before {first}'}"
+        )
+    else:
         said = process.stdout.read() if process.stdout else ""
-        say(f"worker, cold: ended with {process.returncode}: {said[-1500:]}")
-        return
-    say(
-        f"worker, cold: {took:.1f} s from its start to its first shard of {2 if options.small else 32} images, then killed"
-    )
+        say(f"worker, cold: ended with {ended} before it was killed: {said[-1500:]}")
 
 
 def _worker_run(name: str, folder: str, options: argparse.Namespace, shared: Shared, clock: Clock) -> bool:
@@ -297,7 +298,14 @@ def _worker_run(name: str, folder: str, options: argparse.Namespace, shared: Sha
 
 
 def _same_pixels(shared: Shared, shards: str = "*") -> bool:
-    return _pixels(shared.root / "killed", shards) == _pixels(shared.root / "undisturbed", shards)
+    """Whether both runs have these shards, and the same images and scores in them."""
+    names = [[path.name for path in _shards(shared.root / run, shards)] for run in ("killed", "undisturbed")]
+    same_shards = names[0] == names[1] != []
+    return same_shards and _pixels(shared.root / "killed", shards) == _pixels(shared.root / "undisturbed", shards)
+
+
+def _shards(folder: Path, shards: str = "*") -> list[Path]:
+    return sorted(folder.glob(f"data/{shards}.parquet"))
 
 
 def _worker_settings(options: argparse.Namespace, shared: Shared) -> dict:
@@ -407,7 +415,7 @@ def _pixels(folder: Path, shards: str) -> str:
     import pyarrow.parquet as pq
 
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(f"data/{shards}.parquet")):
+    for path in _shards(folder, shards):
         for row in pq.read_table(path, columns=["sample_id", "image_sha256", "ip", "pc"]).to_pylist():
             digest.update(json.dumps(row).encode())
     return digest.hexdigest()
