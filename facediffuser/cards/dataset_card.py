@@ -180,7 +180,7 @@ def _sheet(card: Card) -> bytes:
     if scored and len({row.subjects for row in overall}) > 1:
         # The table begins with the fewest people in an image; means over all would mix unlike things.
         people = scored[0].subjects
-        means += f" where an image shows {'one person' if people == 1 else f'{people} people'}"
+        means += f" ({'one person' if people == 1 else f'{people} people'})"
     counts = f"{card.rows - card.failed:,} images, {card.subjects:,} subjects, {card.survey.prompts:,} prompts"
     return png_bytes(contact_sheet(rows, card.name, f"{counts}   {means}"), optimize=True)
 
