@@ -27,7 +27,7 @@ test: .venv/ready .swift/ready lint  ## lint and the quick tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready .swift/ready test-real  ## the tests that take minutes, those on real weights among them
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --durations 60
 
 test-real: .real/ready  ## the tests on real weights and photographs, which packages bring
 	$(BIN)/python -m pytest -m real -rA tests/real

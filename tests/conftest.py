@@ -15,8 +15,17 @@ import pytest
 pytest_plugins = ["fixtures_s3"]
 
 
-# Files of twenty seconds and more; on two workers they come first, so that neither worker is idle at the end.
+# Files of twenty seconds and more, those of `make test-slow` before the others; on two workers they come first, so that
+# neither worker is idle at the end.
 LONG_FILES = (
+    "test_document_commands.py",
+    "generation/faults/test_clusters.py",
+    "generation/faults/test_faults.py",
+    "curation/test_story.py",
+    "generation/faults/test_slurm.py",
+    "infra/test_lost_runs.py",
+    "infra/test_outages.py",
+    "flows/test_fuzz_work.py",
     "flows/test_demo.py",
     "infra/test_prefect_server.py",
     "training/test_ray_train.py",
@@ -41,6 +50,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first; the others keep their order."""
     places = {f"tests/{name}": place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+@pytest.fixture
+def summary_line(record_property):
+    """Take (heading, line): shown under the heading at the end of the run, whichever process runs the test."""
+    return lambda heading, line: record_property("summary", (heading, line))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Show what tests said by `summary_line`: a heading once, and under it each different line."""
+    found: dict[str, dict[str, None]] = {}
+    for report in (one for reports in terminalreporter.stats.values() for one in reports):
+        if getattr(report, "when", "") == "call":
+            for heading, line in (value for name, value in report.user_properties if name == "summary"):
+                found.setdefault(heading, {})[line] = None
+    for heading, lines in found.items():
+        terminalreporter.section(heading)
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

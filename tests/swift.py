@@ -13,6 +13,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -95,6 +97,18 @@ class SwiftS3:
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
         }
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nobody answers at the endpoint until the block ends; what is stored stays."""
+        proxy = self._servers.pop()
+        proxy.terminate()
+        proxy.wait(STOP_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            self._servers.append(self._launch("proxy"))
+            self._wait_until_open({"proxy": int(self.endpoint.rsplit(":", 1)[1])})
 
     def _start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="facediffuser-swift-", dir=self._parent))

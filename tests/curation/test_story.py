@@ -104,7 +104,7 @@ def versioned(url: str):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("s3", [False, True], ids=["local", "S3"])
-def test_a_dataset_lives(tmp_path, request, world, context, s3, capsys):
+def test_a_dataset_lives(tmp_path, request, world, context, s3, summary_line):
     url = request.getfixturevalue("s3_bucket").url if s3 else str(tmp_path / "datasets")
     client = versioned(url) if s3 else None
     story = Story(tmp_path, "S3" if s3 else "local", context)
@@ -170,8 +170,8 @@ def test_a_dataset_lives(tmp_path, request, world, context, s3, capsys):
     story.say(
         "", f"{story.kills} kills; rows lost {story.lost}, duplicated {story.duplicated}, corrupted {story.corrupted}"
     )
-    with capsys.disabled():
-        print("", *story.lines, sep="\n")
+    for line in story.lines:
+        summary_line(f"a dataset's life, {story.where}", line)
     assert (story.lost, story.duplicated, story.corrupted) == (0, 0, 0)
     assert story.kills >= 20
 

@@ -135,7 +135,8 @@ def test_work_on_a_damaged_dataset_ends_in_one_line_and_changes_nothing(command,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(GIVEN))
-def test_much_work_on_damaged_datasets_ends_in_one_line_and_changes_nothing(command, templates, monkeypatch, capsys):
+def test_much_work_on_damaged_datasets_ends_in_one_line_and_changes_nothing(
+    command, templates, monkeypatch, summary_line
+):
     tried = try_damages(command, templates, monkeypatch, 300)
-    with capsys.disabled():
-        print(f"\n{command}: {tried.refused} refused, {tried.accepted} worked on")
+    summary_line("work on damaged datasets", f"{command}: {tried.refused} refused, {tried.accepted} worked on")

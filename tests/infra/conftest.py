@@ -84,10 +84,11 @@ class PrefectHouse:
         """Send a request to the server's API and return its answer, None for an empty one.
 
         On SQLite the server answers 503 while another writes to the database: the request is sent again, as Prefect's
-        own clients do.
+        own clients do. It has all of the time for an answer: on a busy machine one may take minutes.
         """
         end = time.monotonic() + WAIT_TIMEOUT_S
-        while (answer := httpx.request(method, f"{self.api_url}/{path}", json=body, timeout=60)).status_code == 503:
+        url = f"{self.api_url}/{path}"
+        while (answer := httpx.request(method, url, json=body, timeout=WAIT_TIMEOUT_S)).status_code == 503:
             if time.monotonic() > end:
                 break
             time.sleep(0.2)
@@ -104,10 +105,13 @@ class PrefectHouse:
         return value
 
     @contextmanager
-    def process(self, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run `prefect ARGUMENTS` beside the test, with its output in a log, and stop it on exit."""
+    def process(self, name: str, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run `prefect ARGUMENTS` beside the test, with its output in a log, and stop it on exit.
+
+        `variables` are of the process's environment, beside those of the house.
+        """
         with open(self.folder / f"{name}.log", "wb") as log:
-            process = self._launch(log, arguments)
+            process = self._launch(log, arguments, variables)
         try:
             yield process
         finally:
@@ -118,14 +122,14 @@ class PrefectHouse:
                 process.kill()
                 process.wait()
 
-    def _launch(self, log: IO[bytes], arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    def _launch(self, log: IO[bytes], arguments: tuple[str, ...], variables: dict[str, str]) -> subprocess.Popen[bytes]:
         # What a script runs in the background ignores SIGINT, and hands that down; Prefect's worker ends by it.
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             [PREFECT, *arguments],
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -37,7 +37,7 @@ def people(tmp_path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_three_nights_with_a_lost_machine_and_a_fourth_that_finishes(prefect_house_on_postgres, people):
+def test_three_nights_with_a_lost_machine_and_a_fourth_that_finishes(prefect_house_on_postgres, people, summary_line):
     house = prefect_house_on_postgres
     done = house.command("--no-prompt", "deploy", "--all")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,13 +75,16 @@ def test_three_nights_with_a_lost_machine_and_a_fourth_that_finishes(prefect_hou
         assert not (dataset / "manifest.json").exists()
         crashed = house.wait_for("end of the lost run", lambda run=run: state(run)["type"] == "CRASHED" and state(run))
         assert "the next run with the same settings resumes it" in crashed["message"]
-        print(f"night {night}: {before['name']}, crashed after {time.monotonic() - lost:.0f} s: {crashed['message']}")
+        summary_line(
+            "lost runs",
+            f"night {night}: {before['name']}, crashed after {time.monotonic() - lost:.0f} s: {crashed['message']}",
+        )
 
     with house.process("worker-4", *worker):
         run = begin()
         begun = time.monotonic()
         house.wait_for("run of the last night", lambda: state(run)["type"] == "RUNNING")
-        print(f"night 4: running after {time.monotonic() - begun:.0f} s")
+        summary_line("lost runs", f"night 4: running after {time.monotonic() - begun:.0f} s")
         house.wait_for("finished dataset", lambda: state(run)["type"] == "COMPLETED")
 
     found = inspect(people["output"])

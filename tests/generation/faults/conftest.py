@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults.cluster import MiniatureOnS3
 from faults.ground import Ground, Outcome
 
-OUTCOMES: list[Outcome] = []
+HEAD = f"{'fault':<47}{'times':>6}{'rows lost':>11}{'duplicated':>12}{'corrupted':>11}{'partial seen':>14}  note"
 
 
 @pytest.fixture(scope="session")
@@ -41,23 +41,16 @@ def ground_on_s3(s3_bucket, tmp_path) -> Ground:
 
 
 @pytest.fixture
-def table():
-    """Take an outcome into the table; fail when a row was harmed."""
+def table(summary_line):
+    """Take an outcome into the table at the end of the run; fail when a row was harmed."""
 
     def take(outcome: Outcome) -> None:
-        OUTCOMES.append(outcome)
+        summary_line("faults", HEAD)
+        summary_line(
+            "faults",
+            f"{outcome.fault:<47}{outcome.times:>6}{outcome.lost:>11}{outcome.duplicated:>12}{outcome.corrupted:>11}"
+            f"{outcome.partial:>14}  {outcome.note}",
+        )
         assert outcome.harm == 0, outcome
 
     return take
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not OUTCOMES:
-        return
-    terminalreporter.section("faults")
-    head = f"{'fault':<47}{'times':>6}{'rows lost':>11}{'duplicated':>12}{'corrupted':>11}{'partial seen':>14}  note"
-    terminalreporter.write_line(head)
-    for one in OUTCOMES:
-        terminalreporter.write_line(
-            f"{one.fault:<47}{one.times:>6}{one.lost:>11}{one.duplicated:>12}{one.corrupted:>11}{one.partial:>14}  {one.note}"
-        )
