@@ -372,13 +372,14 @@ def one_run(options: argparse.Namespace) -> None:
     """Generate the settings' run, through Ray where it is installed; called in a process of its own."""
     started = time.monotonic()
     logging.basicConfig(level=logging.WARNING)
+    from facediffuser.batch_stage import ThisMachine
     from facediffuser.dataset.plan import Layout  # noqa: F401  (the package is imported before the clock is read)
     from facediffuser.generation.generate_settings import GenerateSettings
     from facediffuser.generation.generate_stage import generate_stage
     from facediffuser.generation.job import prepare
 
     gpu = torch.cuda.is_available()
-    prepared = prepare(GenerateSettings(**json.loads(options.settings)), gpu, 1)
+    prepared = prepare(GenerateSettings(**json.loads(options.settings)), ThisMachine(int(gpu), 1))
     prepared.write()
     job = prepared.job
     stats: list[dict] = []

@@ -10,7 +10,7 @@ interchangeable: the stage says what is done, the driver where.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 Counts = dict[str, Any]
 
@@ -27,6 +27,31 @@ class Unit:
     key: str
     rows: int
     data: Any = None
+
+
+class Machines(Protocol):
+    """What there is for workers now; asked only where it is needed, for the first question may start a cluster."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs."""
+
+    @property
+    def cpus(self) -> int:
+        """CPU cores; 0: not known, a worker has as many as torch takes."""
+
+    @property
+    def gpu_gib(self) -> float:
+        """Memory of the smallest GPU, GiB; 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class ThisMachine:
+    """The machines of workers that run in this process."""
+
+    gpus: int = 0
+    cpus: int = 0
+    gpu_gib: float = 0.0
 
 
 @dataclass(frozen=True)

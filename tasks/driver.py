@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
-from facediffuser.batch_stage import Counts, Limits, Results, Stage
+from facediffuser.batch_stage import Counts, Limits, Machines, Results, Stage
 from facediffuser.errors import LimitReached, Stopped
 from facediffuser.json_log import about
 from facediffuser.runs import fingerprint_of
@@ -19,20 +19,8 @@ from facediffuser.tasks.progress import Progress
 logger = logging.getLogger(__name__)
 
 
-class Driver(Protocol):
-    """Runs stages: `RayDriver` on a cluster, `LocalDriver` in this process."""
-
-    @property
-    def gpus(self) -> int:
-        """GPUs there are for workers."""
-
-    @property
-    def cpus(self) -> int:
-        """CPU cores there are for workers."""
-
-    @property
-    def gpu_gib(self) -> float:
-        """Memory of the smallest GPU there is for workers, GiB; 0 where there is none."""
+class Driver(Machines, Protocol):
+    """Runs stages on its machines: `RayDriver` on a cluster, `LocalDriver` in this process."""
 
     def run(self, stage: Stage) -> Any:
         """Do the units of a stage and finish it; return what its `finish` returns.

@@ -85,8 +85,7 @@ class CertificateError(RunError):
 def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Prepared:
     """Check the input and, unless it is a dry run, write the plan and the references."""
     driver = driver or chosen_driver()
-    threads = max(1, driver.cpus // (settings.workers or settings.max_workers or 1))
-    prepared = prepare(settings, driver.gpus > 0, threads, lambda: driver.gpu_gib)
+    prepared = prepare(settings, driver)
     if prepared.free_shard_size:
         prepared = _with_measured_shards(settings, prepared, driver)
     layout = prepared.job.layout

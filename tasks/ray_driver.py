@@ -28,14 +28,12 @@ READER_BLOCK_BYTES = 1 << 16
 
 
 class RayDriver:
-    """Runs stages on Ray: the cluster named by RAY_ADDRESS, or one started for this process."""
-
-    def __init__(self):
-        connect_ray()
+    """Runs stages on Ray: the cluster named by RAY_ADDRESS, or one started for this process, once it is needed."""
 
     @property
     def gpus(self) -> int:
         """GPUs of the cluster now."""
+        connect_ray()
         return cluster_gpus()
 
     @property
@@ -47,6 +45,7 @@ class RayDriver:
     @property
     def cpus(self) -> int:
         """CPU cores of the cluster now."""
+        connect_ray()
         return cluster_cpus()
 
     def run(self, stage: Stage) -> Any:

@@ -57,6 +57,7 @@ def connect_ray() -> None:
             )
             if folder := session_folder():
                 os.environ["RAY_TMPDIR"] = folder
+            logger.info("Ray: starting it on this machine")
             _start_local(options)
             _require_loopback()
         resources = ray.cluster_resources()

@@ -2,13 +2,13 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from facediffuser.batch_stage import Limits, WorkerPool
+from facediffuser.batch_stage import Limits, Machines, ThisMachine, WorkerPool
 from facediffuser.dataset.extension import (
     NewRows,
     SampleIds,
@@ -211,12 +211,7 @@ class Prepared:
         return written
 
 
-def prepare(
-    settings: GenerateSettings,
-    gpu: bool = False,
-    threads: int | None = None,
-    gpu_gib: Callable[[], float] = lambda: 0.0,
-) -> Prepared:
+def prepare(settings: GenerateSettings, machines: Machines | None = None) -> Prepared:
     """Return the run that the settings stand for; reads and checks everything, writes nothing, the quick checks first.
 
     A resumed run keeps its engine, batch size and threads unless those are given: the last bits of an image depend on
@@ -224,22 +219,23 @@ def prepare(
 
     Args:
         settings: the settings.
-        gpu: whether workers have a GPU; it decides precision and batch size, and so the pixels.
-        threads: how many threads a worker without a GPU computes with; None for torch's number here.
-        gpu_gib: returns the memory in GiB of the smallest GPU; called only where the batch size depends on it.
+        machines: what workers run on: whether they have a GPU decides precision and batch size, and so the pixels;
+            without one they share the cores. None: this process. Asked only once the input has been found good.
 
     Raises:
         InputError: something cannot be used; the error names it.
     """
+    machines = machines or ThisMachine()
     checked = check_generate(settings)
     store, plan = checked.store, checked.plan
     check_model_folder(checked.model.folder)
     digests = model_digests(checked.model.folder)
     scorers_name = settings.scorers or default_scorers(settings.models, digests)
-    scorers = load_scorers(scorers_name, "cuda" if gpu and _has_cuda() else "cpu")
+    scorers = load_scorers(scorers_name, "cuda" if _has_cuda() and machines.gpus else "cpu")
     references = prepare_references(
         open_store(settings.subjects), plan.subjects, scorers, settings.reference_crop, settings.reference_margin
     )
+    gpu = machines.gpus > 0
     height, width = plan.row.height, plan.row.width
     there = run_of_output(store)
     begun = there.document["settings"] if there else {}
@@ -249,7 +245,7 @@ def prepare(
     logger.info("engine: %s (%s)", engine, why)
     batch_size = settings.batch_size if isinstance(settings.batch_size, int) else begun.get("batch_size")
     if batch_size is None and gpu and (settings.batch_size == "auto" or engine == "compiled"):
-        memory = gpu_gib()
+        memory = machines.gpu_gib
         batch_size = automatic_batch_size(height, width, memory, settings.dtype == "float32")
         logger.info("batch size: %d, for a GPU of %.0f GiB", batch_size, memory)
     batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
@@ -265,7 +261,7 @@ def prepare(
         }
     part = _part(settings, checked, identity, references)
     run = part.run
-    threads = None if gpu else settings.cpus_per_worker or _recorded_threads(store) or threads or _torch_threads()
+    threads = None if gpu else settings.cpus_per_worker or _recorded_threads(store) or _threads(settings, machines.cpus)
     job = GenerationJob(
         store.url, run.fingerprint, dict(run.document), part.layout, settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
@@ -411,7 +407,10 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _torch_threads() -> int:
+def _threads(settings: GenerateSettings, cpus: int) -> int:
+    """The threads of a worker without a GPU: its share of the cores; torch's number where those are not known."""
+    if cpus:
+        return max(1, cpus // (settings.workers or settings.max_workers or 1))
     import torch
 
     return torch.get_num_threads()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from facediffuser.batch_stage import ThisMachine
 from facediffuser.devices import pick_device
 from facediffuser.engine_options import choose_engine
 from facediffuser.generation.generate_settings import GenerateSettings
@@ -271,10 +272,8 @@ class _Stages:
 
 
 def _prepared(settings: GenerateSettings, gpu: bool, device: str) -> GenerationJob:
-    def memory() -> float:
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-
-    prepared = prepare(settings, gpu, torch.get_num_threads(), memory)
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if gpu else 0.0
+    prepared = prepare(settings, ThisMachine(int(gpu), torch.get_num_threads(), memory))
     prepared.write()
     return prepared.job
 

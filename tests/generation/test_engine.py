@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from facediffuser.batch_stage import ThisMachine
 from facediffuser.compiled_code import CompiledCode
 from facediffuser.dataset.schema import COMPUTED_WITH_KEY
 from facediffuser.engine_options import COMPILED
@@ -21,6 +22,14 @@ from facediffuser.storage import open_store
 
 def nothing_compiles(*_, **__):
     raise RuntimeError("no C++ compiler")
+
+
+class UnaskedMemory:
+    gpus, cpus = 1, 0
+
+    @property
+    def gpu_gib(self):
+        pytest.fail("the GPU's memory was asked for")
 
 
 def images_of(job) -> list[str]:
@@ -58,10 +67,10 @@ def test_auto_goes_on_with_the_engine_the_run_was_begun_with(world, tmp_path):
 def test_auto_compiles_on_a_gpu_when_the_run_is_long_and_takes_the_batch_its_memory_holds(world, tmp_path, caplog):
     caplog.set_level("INFO")
     long = {"images_per_prompt": 1_000_000, "batch_size": None, "shard_size": 500}
-    job = prepare(world.settings(tmp_path / "x", **long), gpu=True, gpu_gib=lambda: 80.0).job
+    job = prepare(world.settings(tmp_path / "x", **long), ThisMachine(gpus=1, gpu_gib=80.0)).job
     assert job.engine == COMPILED and job.batch_size == 256
     assert "engine: compiled (" in caplog.text and "batch size: 256, for a GPU of 80 GiB" in caplog.text
-    short = prepare(world.settings(tmp_path / "x", batch_size=None), gpu=True, gpu_gib=nothing_compiles).job
+    short = prepare(world.settings(tmp_path / "x", batch_size=None), UnaskedMemory()).job
     assert short.engine is None and short.batch_size == 3
 
 
@@ -78,7 +87,9 @@ def test_batch_size_by_memory(arguments, expected):
 
 def test_a_batch_size_of_auto_is_a_number_in_the_document(world, tmp_path):
     assert prepare(world.settings(tmp_path / "x", batch_size="auto")).job.settings["batch_size"] == 3
-    job = prepare(world.settings(tmp_path / "x", batch_size="auto", shard_size=500), gpu=True, gpu_gib=lambda: 80.0).job
+    job = prepare(
+        world.settings(tmp_path / "x", batch_size="auto", shard_size=500), ThisMachine(gpus=1, gpu_gib=80.0)
+    ).job
     assert job.settings["batch_size"] == 256 and job.engine is None
 
 
@@ -105,6 +116,7 @@ ONE_UNET = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[2])
 from sampler.conftest import unet, vae
+from facediffuser.batch_stage import ThisMachine
 from facediffuser.compiled_code import CompiledCode, code_key
 from facediffuser.engine import Engine
 from facediffuser.engine_options import EngineOptions

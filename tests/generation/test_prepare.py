@@ -90,12 +90,18 @@ def test_of_two_runs_begun_at_once_the_second_is_refused(world, tmp_path):
     assert prepare(world.settings(tmp_path / "out", seed=1)).write() == 0
 
 
+class Unasked:
+    """Machines that only a run with good input may ask for: the question can start Ray."""
+
+    gpus = cpus = gpu_gib = property(lambda self: pytest.fail("the machines were asked for"))
+
+
 def test_a_picture_without_a_face_is_reported(world, tmp_path):
     people = save_people(tmp_path / "people")
     noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
     Image.fromarray(noise).save(people / "bob" / "2.png")
     with pytest.raises(InputError, match="bob/2.png: no face found"):
-        prepare(world.settings(tmp_path / "out", subjects=str(people)))
+        prepare(world.settings(tmp_path / "out", subjects=str(people)), Unasked())
     Image.fromarray(noise).save(people / "ada" / "3.png")
     with pytest.raises(
         InputError, match="ada/3.png, .*bob/2.png: no face found; give pictures with one visible face each"
