@@ -83,6 +83,18 @@ class WorkerPool:
         fixed = min(self.workers or (gpus if self.gpu else 0) or 1, units)
         return fixed, fixed
 
+    def at_once(self, gpus: int, cpus: int, units: int) -> int:
+        """Return how many workers find room at the same time, at least one.
+
+        Args:
+            gpus: GPUs of the cluster.
+            cpus: its CPU cores.
+            units: units to do.
+        """
+        fewest, most = self.size(gpus, units)
+        places = gpus if self.gpu else cpus // max(1, min(self.cpus, cpus // fewest))
+        return max(1, min(most, places))
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -27,6 +27,7 @@ from facediffuser.modelfolder import (
     write_model_index,
     written_whole,
 )
+from facediffuser.number_words import counted
 from facediffuser.subject import SubjectFuser
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,12 @@ def convert(base: str | Path, image_encoder: str | Path, sdm: str | Path, tdm: s
             copy_component(base_folder / name, temporary / name)
         write_model_index(temporary, base_folder)
     logger.info(
-        "%s: converted %s (%d tensors) and %s (%d tensors)", output, sdm, _size(sdm_states), tdm, _size(tdm_states)
+        "%s: converted %s (%s) and %s (%s)",
+        output,
+        sdm,
+        counted(_size(sdm_states), "tensor"),
+        tdm,
+        counted(_size(tdm_states), "tensor"),
     )
     return output
 

@@ -122,9 +122,7 @@ def choose_engine(
     if not gpu:
         return "eager", "no GPU: compiling does not pay there"
     work = images * height * width / _PIXELS
+    found = f"({images:,} of {width} x {height} px)"
     if work < COMPILING_PAYS_FROM:
-        return (
-            "eager",
-            f"{images} images of {width} x {height} px are too few to pay for compiling; --engine compiled does it",
-        )
-    return "compiled", f"{images} images of {width} x {height} px pay for compiling; --engine eager leaves it out"
+        return "eager", f"too few images to pay for compiling {found}; --engine compiled does it"
+    return "compiled", f"enough images to pay for compiling {found}; --engine eager leaves it out"

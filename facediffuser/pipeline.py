@@ -31,6 +31,7 @@ from facediffuser.fast_sampling import FastPredictor
 from facediffuser.means import NONE, Means
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import resolve_model
+from facediffuser.number_words import counted
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.prompts import count_markers, require_marked_words
 from facediffuser.schedulers import set_scheduler, warn_of_few_steps
@@ -481,7 +482,9 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         shape = (batch_size, self._any_unet().config.in_channels, *cells)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise InputError(f"{len(generator)} generators for {batch_size} images; give one per image")
+            raise InputError(
+                f"{counted(len(generator), 'generator')} for {counted(batch_size, 'image')}; give one per image"
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -678,16 +681,18 @@ def _prompt_list(prompts: str | Sequence[str]) -> list[str]:
 def _check_references(prompts: Sequence[str], references: Sequence[Sequence], max_subjects: int | None) -> None:
     """Raise InputError unless every prompt has one reference per marker and not more than the model takes."""
     if len(references) != len(prompts):
-        raise InputError(f"{len(references)} lists of references for {len(prompts)} prompts; give one list per prompt")
+        lists = counted(len(references), "list")
+        raise InputError(f"{lists} of references for {counted(len(prompts), 'prompt')}; give one list per prompt")
     for prompt, group in zip(prompts, references, strict=True):
         markers = count_markers(prompt)
         if len(group) != markers:
             raise InputError(
-                f"{prompt!r}: {len(group)} reference images for {markers} <|image|> markers; give one image per marker"
+                f"{prompt!r}: {counted(len(group), 'reference image')} for {counted(markers, '<|image|> marker')}; "
+                "give one image per marker"
             )
         if max_subjects is not None and markers > max_subjects:
             raise InputError(
-                f"{prompt!r}: {markers} subjects; this model takes up to {max_subjects}, name fewer in the prompt"
+                f"{prompt!r}: {counted(markers, 'subject')}; this model takes up to {max_subjects}, name fewer in the prompt"
             )
 
 

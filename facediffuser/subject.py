@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.pictures import CLIP_MEAN, CLIP_STD, to_rgb
 
 # A picture whose short side is more than this many times the tower's is shrunk by a whole factor first, to save memory.
@@ -115,7 +116,9 @@ class SubjectFuser(ModelMixin, ConfigMixin):
         """
         slots = image_embeds.shape[1]
         if slots > self.config.max_subjects:
-            raise InputError(f"{slots} subjects in one prompt; this model takes up to {self.config.max_subjects}")
+            raise InputError(
+                f"{counted(slots, 'subject')} in one prompt; this model takes up to {self.config.max_subjects}"
+            )
         order = subject_mask.long().cumsum(dim=1) - 1
         filled = subject_mask & (order < slots)
         if subject_counts is not None:

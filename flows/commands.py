@@ -32,6 +32,7 @@ from facediffuser.flows.flow_settings import (
 )
 from facediffuser.flows.terminal import warnings_held_back
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
+from facediffuser.number_words import counted
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.rehearsal.rehearse_settings import RehearseSettings
 from facediffuser.settings import Dataset
@@ -260,7 +261,11 @@ def verify(settings: Annotated[VerifySettings, FIELDS]) -> int:
     for line in [*found.problems, *found.notes]:
         print(line)
     count = len(found.problems)
-    print(f"{settings.url}: {count} problems" if count else f"{settings.url}: every object is as the manifest says")
+    print(
+        f"{settings.url}: {counted(count, 'problem')}"
+        if count
+        else f"{settings.url}: every object is as the manifest says"
+    )
     if settings.absent is None:
         return 1 if count else 0
     from facediffuser.dataset.mentions import find_mentions
@@ -269,8 +274,8 @@ def verify(settings: Annotated[VerifySettings, FIELDS]) -> int:
     absence = find_mentions(open_store(settings.url), settings.absent)
     for line in [*absence.mentions, *absence.notes]:
         print(line)
-    read = f"{absence.objects} objects, {absence.bytes} bytes read"
-    print(f"{settings.url}: {len(absence.mentions)} mentions of {settings.absent!r} ({read})" if absence.mentions
+    read = f"{counted(absence.objects, 'object')}, {counted(absence.bytes, 'byte')} read"
+    print(f"{settings.url}: {counted(len(absence.mentions), 'mention')} of {settings.absent!r} ({read})" if absence.mentions
           else f"{settings.url}: nothing of {settings.absent!r} is left ({read})")  # fmt: skip
     return 1 if count or absence.mentions else 0
 
@@ -360,7 +365,7 @@ def repair(settings: Annotated[RepairSettings, FIELDS]) -> int:
     for name in ("found", "left"):
         for line in result[name]:
             print(f"{name}: {line}")
-    print(f"{settings.url}: {len(result['found'])} problems found, {len(result['left'])} left")
+    print(f"{settings.url}: {counted(len(result['found']), 'problem')} found, {len(result['left'])} left")
     return 1 if result["left"] else 0
 
 
@@ -378,7 +383,7 @@ def retry_failed(settings: Annotated[RetrySettings, FIELDS]) -> int:
     from facediffuser.flows.repair_dataset import retry_failed as flow
 
     result = flow(settings)
-    print(f"{settings.url}: {result['rows']} images, {result['ok']} ok, {result['failed']} failed")
+    print(f"{settings.url}: {counted(result['rows'], 'image')}, {result['ok']} ok, {result['failed']} failed")
     return 1 if result["failed"] else 0
 
 
@@ -472,7 +477,7 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
     facediffuser miniature render --count 40000 --world ffhq --workers 8 --output out/ffhq
     ```
     """
-    logger.info("Rendering %d pictures in %s", settings.count, settings.output)
+    logger.info("Rendering %s in %s", counted(settings.count, "picture"), settings.output)
     from facediffuser.flows.flow_check import check_new_folder
 
     check_new_folder(settings.output)
@@ -489,7 +494,7 @@ def render(settings: Annotated[RenderSettings, FIELDS]) -> None:
             settings.world,
             settings.workers,
         )
-    print(f"{settings.output}: {settings.count} pictures, subjects/ and prompts.jsonl")
+    print(f"{settings.output}: {counted(settings.count, 'picture')}, subjects/ and prompts.jsonl")
 
 
 def claim(settings: Annotated[ClaimSettings | None, FIELDS] = None) -> int:
@@ -512,8 +517,8 @@ def claim(settings: Annotated[ClaimSettings | None, FIELDS] = None) -> int:
 
 
 def _counts(result: dict[str, Any]) -> str:
-    kept = f", {result['shards_kept']} shards of them from before" if result["shards_kept"] else ""
-    return f"{result['rows']} images, {result['ok']} ok, {result['failed']} failed{kept}"
+    kept = f", {counted(result['shards_kept'], 'shard')} of them from before" if result["shards_kept"] else ""
+    return f"{counted(result['rows'], 'image')}, {result['ok']} ok, {result['failed']} failed{kept}"
 
 
 def _print_fields(result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from facediffuser.batch_stage import Counts, Limits, Machines, Results, Stage
 from facediffuser.errors import LimitReached, Stopped
 from facediffuser.json_log import about
+from facediffuser.number_words import counted
 from facediffuser.runs import fingerprint_of
 from facediffuser.tasks.metrics import STAGES
 from facediffuser.tasks.progress import Progress
@@ -93,7 +94,7 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
             raise LimitReached(f"stopped at {limited.reached}, {left}")
         raise Stopped(f"stopped by SIGTERM, {left}")
     if missing:
-        raise RuntimeError(f"{len(missing)} units did not come back, {min(missing)} first")
+        raise RuntimeError(f"{counted(len(missing), 'unit')} did not come back, {min(missing)} first")
     results.seconds = time.monotonic() - started
     return stage.finish(results)
 

@@ -50,6 +50,7 @@ from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
 from facediffuser.generation.measured_rate import Rate, rate_of_dataset
+from facediffuser.number_words import counted
 from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
 from facediffuser.storage.reading import parse_json, read_json_object
@@ -90,28 +91,32 @@ def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Pr
         prepared = _with_measured_shards(settings, prepared, driver)
     layout = prepared.job.layout
     if settings.extend and not layout.rows:
-        logger.info("%s: has all rows of %d subjects and %d prompts", prepared.job.output, len(prepared.plan.subjects),
-                    len(prepared.plan.prompts))  # fmt: skip
+        logger.info("%s: has all rows of %s", prepared.job.output, _inputs(prepared))
         return prepared
-    new = "new " if layout.name else ""
-    logger.info("%s: %d %simages of %d subjects and %d prompts in %d shards, fingerprint %s", prepared.job.output,
-                layout.rows, new, len(prepared.plan.subjects), len(prepared.plan.prompts), layout.shards,
-                prepared.job.fingerprint[:12])  # fmt: skip
+    logger.info("%s: %s of %s in %s, fingerprint %s", prepared.job.output,
+                counted(layout.rows, "new image" if layout.name else "image"), _inputs(prepared),
+                counted(layout.shards, "shard"), prepared.job.fingerprint[:12])  # fmt: skip
     logger.info("%s", class_words_line(prepared.plan.subjects))
     if not settings.dry_run:
         started = time.monotonic()
         written = prepared.write()
-        logger.info("plan: %d objects written in %.1f s", written, time.monotonic() - started)
+        logger.info("plan: %s written in %.1f s", counted(written, "object"), time.monotonic() - started)
     return prepared
+
+
+def _inputs(prepared: Prepared) -> str:
+    return f"{counted(len(prepared.plan.subjects), 'subject')} and {counted(len(prepared.plan.prompts), 'prompt')}"
 
 
 @task(name="estimate-run", cache_policy=None, persist_result=False, **RETRIES)
 def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
     """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
     job = prepared.job
-    rate = _rate(settings, prepared, driver or chosen_driver(), certified=job.exact_settings is not None)
+    driver = driver or chosen_driver()
+    rate = _rate(settings, prepared, driver, certified=job.exact_settings is not None)
     sample = sample_size(job.layout.rows) if job.exact_settings else 0
-    return estimate(job.layout.rows, rate, settings.gpu_hour_price, sample)
+    workers = job.pool.at_once(driver.gpus, driver.cpus, job.layout.shards)
+    return estimate(job.layout.rows, rate, settings.gpu_hour_price, sample, workers, job.layout.shard_size)
 
 
 def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver: Driver) -> Prepared:
@@ -121,7 +126,7 @@ def _with_measured_shards(settings: GenerateSettings, prepared: Prepared, driver
         return prepared
     rate = _rate(settings, prepared, driver)
     rows = max(shard_size_for(rate, job.batch_size), -(-job.layout.rows // MOST_SHARDS))
-    logger.info("shards of %d images: %.2f s an image by %s", rows, rate.seconds_per_image, rate.source)
+    logger.info("shards of %s: %.2f s an image by %s", counted(rows, "image"), rate.seconds_per_image, rate.source)
     return prepared.with_shard_size(rows)
 
 
@@ -167,7 +172,7 @@ def generate_shards(
     layout, store = job.layout, job.store()
     finished = finished_shards(store, layout, job.fingerprint)
     missing = [shard for shard in range(layout.shards) if shard not in finished]
-    logger.info("%d of %d shards are finished, %d to generate", len(finished), layout.shards, len(missing))
+    logger.info("%d of %s finished, %d to generate", len(finished), counted(layout.shards, "shard"), len(missing))
     recorded = _different([one.marks.provenance for one in finished.values()])
     if missing:
         job = job.with_recorded(recorded)
@@ -244,8 +249,8 @@ def certify_dataset(
     store, parts = job.store(), certificate_parts(job)
     missing = missing_parts(job, parts)
     rows = sum(len(places) for places in parts.values())
-    logger.info("certificate: %d of %d rows are also made in exact mode; %d of %d parts are finished", rows,
-                job.layout.rows, len(parts) - len(missing), len(parts))  # fmt: skip
+    logger.info("certificate: %d of %s also made in exact mode; %d of %s finished", rows, counted(job.layout.rows, "row"),
+                len(parts) - len(missing), counted(len(parts), "part"))  # fmt: skip
     if missing:
         (driver or chosen_driver()).run(certificate_stage(job, parts, missing, worker=worker))
     names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
@@ -257,9 +262,9 @@ def certify_dataset(
         store.put(summary_key(job.layout.name), summary_bytes(summary))
     changes, speeds = summary["differences"], summary["images_per_second"]
     logger.info(
-        "certificate %s: %s over %d pairs, mask cells %s, SSIM %s, images/s %s fast and %s exact", summary["verdict"],
+        "certificate %s: %s over %s, mask cells %s, SSIM %s, images/s %s fast and %s exact", summary["verdict"],
         ", ".join(f"{name} {one['mean']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})" for name, one in changes.items() if one["n"]),
-        summary["pairs"], summary["mask_cells"], summary["ssim"], speeds["fast"], speeds["exact"],
+        counted(summary["pairs"], "pair"), summary["mask_cells"], summary["ssim"], speeds["fast"], speeds["exact"],
     )  # fmt: skip
     return summary
 
@@ -347,7 +352,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     finished = finished_shards(store, layout, job.fingerprint)
     missing = sorted(set(range(layout.shards)) - finished.keys())
     if missing:
-        raise RuntimeError(f"{store.url}: {len(missing)} shards are missing, {layout.shard_key(missing[0])} first; "
+        raise RuntimeError(f"{store.url}: {counted(len(missing), 'shard')} missing, {layout.shard_key(missing[0])} first; "
                            "run the same command again")  # fmt: skip
     with ThreadPoolExecutor(READERS) as pool:
         numbers = sorted(finished)
@@ -378,11 +383,11 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     for info in store.list(UNFINISHED_REFERENCES):
         store.delete(info.key)
     counts = manifest.counts
-    logger.info("%s: %d rows, %d ok, %d failed, in %d shards", store.url, counts.rows, counts.ok, counts.failed,
-                counts.shards)  # fmt: skip
+    logger.info("%s: %s, %d ok, %d failed, in %s", store.url, counted(counts.rows, "row"), counts.ok, counts.failed,
+                counted(counts.shards, "shard"))  # fmt: skip
     if part.failed > job.max_failed * part.rows:
         raise FailedRowsError(
-            f"{store.url}: {part.failed} of {part.rows} rows failed, more than --max-failed "
+            f"{store.url}: {part.failed} of {counted(part.rows, 'row')} failed, more than --max-failed "
             f"{job.max_failed:g}; their errors are in the column `error`"
         )
     lost = failure(certificate, job.faster_options) if certificate else None

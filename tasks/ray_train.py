@@ -14,6 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
 from facediffuser.tasks.progress import Progress
@@ -76,7 +77,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     check_provenance(settings.output, runs.recorded_provenances(store), software(), settings.exact)
     done = runs.finished_step(store)
     if done is not None and done >= settings.recipe().steps:
-        logger.info("%s: %s is trained already (%d steps)", settings.output, settings.role, done)
+        logger.info("%s: %s is trained already (%s)", settings.output, settings.role, counted(done, "step"))
         return {"role": settings.role, "step": done, "output": settings.output, "seconds": 0.0}
     connect_ray()
     workers = settings.workers or max(1, cluster_gpus() // side_by_side)

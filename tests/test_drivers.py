@@ -61,7 +61,7 @@ def test_the_progress_line_says_what_operators_look_for(ray_session, monkeypatch
 
     monkeypatch.setattr(following, "Progress", Progress)
     RayDriver().run(stage(pool=WorkerPool(fewest=1, most=2), describe=describe_totals))
-    assert notes[1] == "denoising 75%, 1 retries, 1 failed, 9 queued, 0 restarted"
+    assert notes[1] == "denoising 75%, 1 retry, 1 failed, 9 queued, 0 restarted"
     assert notes[-1] == "denoising 75%, 12 retries, 12 failed, 0 queued, 0 restarted"
 
 

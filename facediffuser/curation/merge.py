@@ -36,6 +36,7 @@ from facediffuser.dataset.schema import SUBJECTS_KEY, schema_of_run, with_marks
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.spending import write_spent
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.storage import Store, open_store
 
@@ -121,7 +122,7 @@ def require_mergeable(sources: Sequence[Source]) -> None:
             clash = there.contain(ids)
             if clash.any():
                 raise InputError(f"{other.store.url} and {source.store.url}: both have the row {ids[int(clash.argmax())]!r}"
-                                 f" ({int(clash.sum())} rows in all); merge datasets of different rows")  # fmt: skip
+                                 f" ({counted(int(clash.sum()), 'row')} in all); merge datasets of different rows")  # fmt: skip
         known.append((source, SampleIds(ids)))
     people: dict[str, tuple[Source, tuple]] = {}
     for source in sources:

@@ -11,6 +11,7 @@ from facediffuser.curation.curation_settings import PublishSettings
 from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, ObjectEntry, ShardEntry, read_sound_manifest
 from facediffuser.dataset.seal import README_KEY
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.storage import open_store
 from facediffuser.storage.hub import hub_client, hub_errors, require_repository_name
 
@@ -122,7 +123,7 @@ class CommitWorker:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise InputError(f"{self.store.url_of(key)}: is not as its manifest says; run `facediffuser repair`")
             files[key] = data
-        commit(self.settings, self.repository, files, f"Add {len(files)} objects")
+        commit(self.settings, self.repository, files, f"Add {counted(len(files), 'object')}")
         return {"objects": len(files), "bytes": sum(map(len, files.values()))}
 
 

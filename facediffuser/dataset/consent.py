@@ -10,6 +10,7 @@ from facediffuser.dataset.inputs import TERMS, Subject
 from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import SUBJECTS_KEY, SUBJECTS_SCHEMA
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.storage import Store
 
 SHOWN_NAMES = 5
@@ -39,8 +40,8 @@ def require_consent(subjects: Sequence[Subject], url: str, today: datetime.date 
     expired = [subject.subject_id for subject in subjects if (dict(subject.terms).get("expires") or day) < day]
     for names, what in ((without, "no consent"), (expired, f"a consent that expired before {day}")):
         if names:
-            raise InputError(f"{url}: {len(names)} subjects have {what} in subjects.csv ({_names(names)}); add it, or take "
-                             "them out of the folder")  # fmt: skip
+            raise InputError(f"{url}: {counted(len(names), 'subject')} with {what} in subjects.csv ({_names(names)}); add it, "
+                             "or take them out of the folder")  # fmt: skip
 
 
 def recorded_terms(store: Store) -> dict[str, dict[str, str | None]]:
@@ -74,7 +75,7 @@ def consent_facts(store: Store) -> list[tuple[str, str]]:
     if not terms:
         return []
     given = [one for one in terms.values() if one.get("consent")]
-    facts = [("consent", f"recorded for {len(given):,} of {len(terms):,} subjects")]
+    facts = [("consent", f"recorded for {len(given):,} of {counted(len(terms), 'subject')}")]
     for name, title in (("licence", "licences of the references"), ("source", "sources of the references")):
         counts = Counter(value for one in terms.values() if (value := one.get(name)))
         shown = ", ".join(f"{value} ({count:,})" for value, count in sorted(counts.items())[:SHOWN_VALUES])

@@ -20,6 +20,7 @@ from facediffuser.dataset.input_tables import (
     shown_value,
 )
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, ends_in_word, require_marked_words
 from facediffuser.storage import Store, local_copy, open_store
@@ -287,7 +288,7 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
         if _PLACEHOLDER.search(text):
             raise InputError(f"{where}: {shown} holds {IMAGE_MARKER} and a placeholder; use one of the two")
         if subjects is not None and len(pieces) - 1 != subjects:
-            raise InputError(f"{where}: {shown} holds {len(pieces) - 1} {IMAGE_MARKER} for {subjects} subjects an "
+            raise InputError(f"{where}: {shown} holds {len(pieces) - 1} {IMAGE_MARKER} for {counted(subjects, 'subject')} an "
                              "image; give as many markers, or leave --subjects-per-image out")  # fmt: skip
         require_marked_words(text, where)
         return tuple(pieces), (-1,) * (len(pieces) - 1)
@@ -301,11 +302,13 @@ def parse_template(text: str, subjects: int | None, where: str) -> tuple[tuple[s
     if not names:
         raise InputError(f"{where}: {shown} names no subject; write {wanted} where the subject belongs")
     if "subject" in names and (subjects or len(set(names))) > 1:
-        raise InputError(f"{where}: {shown} says {{subject}} for {subjects or len(names)} subjects; write {wanted}")
+        raise InputError(
+            f"{where}: {shown} says {{subject}} for {counted(subjects or len(names), 'subject')}; write {wanted}"
+        )
     order = [int(name.partition("_")[2] or 1) - 1 for name in names]
     if subjects is not None and max(order) >= subjects:
-        raise InputError(f"{where}: {shown} names {{subject_{max(order) + 1}}} but an image has {subjects} "
-                         f"subject{'s' * (subjects > 1)}; leave --subjects-per-image out or correct the prompt")  # fmt: skip
+        raise InputError(f"{where}: {shown} names {{subject_{max(order) + 1}}} but an image has "
+                         f"{counted(subjects, 'subject')}; leave --subjects-per-image out or correct the prompt")  # fmt: skip
     if sorted(order) != list(range(subjects or len(order))):
         needed = wanted if subjects else _wanted(max(*order, len(order) - 1) + 1)
         raise InputError(f"{where}: {shown} does not name each subject once; write {needed}, each once")

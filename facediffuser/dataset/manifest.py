@@ -12,6 +12,7 @@ from facediffuser.dataset.plan import Layout, find_sample
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, run_schema_version
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.runs import canonical_json, count_provenances, has_fingerprint, provenance_of
 from facediffuser.storage import ObjectInfo, Store
 from facediffuser.storage.reading import parse_json
@@ -115,7 +116,7 @@ class Part(_Entry):
         # Whatever walks over shards and plan files is then bounded by the length of the file.
         if len(self.shards) != self.layout.shards:
             raise ValueError(
-                f"{self.rows} rows in shards of {self.shard_size} are {self.layout.shards} shards, "
+                f"{counted(self.rows, 'row')} in shards of {self.shard_size} make {counted(self.layout.shards, 'shard')}, "
                 f"{len(self.shards)} are listed"
             )
         return self
@@ -216,7 +217,9 @@ def build_part(
     """
     rows = sum(shard.ok + shard.failed for shard in shards)
     if len(shards) != layout.shards or rows != layout.rows:
-        raise RuntimeError(f"{rows} rows in {len(shards)} shards; planned are {layout.rows} in {layout.shards}")
+        raise RuntimeError(
+            f"{counted(rows, 'row')} in {counted(len(shards), 'shard')}; planned are {layout.rows} in {layout.shards}"
+        )
     each = list(computed_with) or [None] * len(shards)
     provenances = count_provenances([one or provenance_of(run) for one in each], SHARDS)
     places = {canonical_json({k: v for k, v in one.items() if k != SHARDS}): n for n, one in enumerate(provenances)}
@@ -356,9 +359,9 @@ def manifest_problems(manifest: Manifest, data: bytes) -> Iterator[str]:
         yield "names a part twice, or its first one"
     shards, rows = (sum(getattr(part.layout, name) for part in manifest.parts) for name in ("shards", "rows"))
     if manifest.counts.shards != shards:
-        yield f"counts {manifest.counts.shards} shards, {shards} are planned"
+        yield f"counts {counted(manifest.counts.shards, 'shard')}, planned: {shards}"
     if manifest.counts.rows != rows:
-        yield f"counts {manifest.counts.rows} rows, {rows} are planned"
+        yield f"counts {counted(manifest.counts.rows, 'row')}, planned: {rows}"
     for name in ("rows", "ok", "failed"):
         total = sum(getattr(entry, name) for entry in manifest.all_shards)
         if total != getattr(manifest.counts, name):
@@ -384,7 +387,7 @@ def _part_problems(part: Part) -> Iterator[str]:
         if getattr(part, name) != part.run.get(name):
             yield f"its {name} are not those of its run"
     if part.kept and sum(part.kept) != part.rows:
-        yield f"keeps {sum(part.kept)} rows, it says {part.rows}"
+        yield f"keeps {counted(sum(part.kept), 'row')}, it says {part.rows}"
     planned = (layout.shard_key(shard) for shard in range(layout.shards))
     for key, entry in zip(planned, part.shards, strict=True):
         if entry.key != key:
@@ -392,7 +395,8 @@ def _part_problems(part: Part) -> Iterator[str]:
             break
     for shard, entry in enumerate(part.shards):
         if entry.rows != layout.shard_rows(shard) or entry.rows != entry.ok + entry.failed:
-            yield f"lists {entry.rows} rows ({entry.ok} ok, {entry.failed} failed) of {entry.key}, {layout.shard_rows(shard)} are planned"
+            listed = f"{counted(entry.rows, 'row')} ({entry.ok} ok, {entry.failed} failed)"
+            yield f"lists {listed} of {entry.key}, planned: {layout.shard_rows(shard)}"
             break
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.storage import Store
 from facediffuser.storage.base import OldVersion
 from facediffuser.storage.reading import parse_json
@@ -292,7 +293,7 @@ def _in_parquet(data: bytes, search: Search, words: bool) -> Iterator[str]:
                 if count:
                     found[name] = found.get(name, 0) + count
         for name, count in found.items():
-            yield f"{count} rows of column {name}"
+            yield f"{counted(count, 'row')} of column {name}"
 
 
 def _rows_naming(column: pa.ChunkedArray, search: Search, free: bool) -> Iterable[bool]:

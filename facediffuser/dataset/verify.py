@@ -28,6 +28,7 @@ from facediffuser.dataset.plan import Layout, part_names, read_shard_rows
 from facediffuser.dataset.reading import DATA_PREFIX
 from facediffuser.dataset.schema import FINGERPRINT_KEY, PLAN_SCHEMA, SUBJECTS_KEY, schema_of_run
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.pictures import stored_picture
 from facediffuser.storage import ObjectInfo, Store, open_store
 from facediffuser.storage.base import StorageError
@@ -256,7 +257,7 @@ def check_shard(store: Store, part: Part, shard: int) -> list[str]:
 
 def _rows_as_planned(store: Store, layout: Layout, shard: int, entry: ShardEntry, table: pa.Table) -> Iterator[str]:
     if table.num_rows != entry.rows:
-        yield f"{table.num_rows} rows, the manifest says {entry.rows}"
+        yield f"{counted(table.num_rows, 'row')}, the manifest says {entry.rows}"
     try:
         planned = read_shard_rows(store, layout, shard)
     except StorageError:

@@ -7,6 +7,7 @@ from facediffuser.dataset.suites import prompts_file, suites
 from facediffuser.errors import InputError
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.generation.generate_settings import GenerateSettings
+from facediffuser.number_words import counted
 from facediffuser.settings import GenerateWorkers, Repeats, Sampling, Seeded
 
 
@@ -30,7 +31,7 @@ def benchmark_runs(settings: EvaluateSettings) -> list[GenerateSettings]:
         count = max(prompt.subjects for prompt in read_prompts(file))
         if subjects < count:
             raise InputError(
-                f"{settings.subjects}: {subjects} subjects, and {suite} shows {count} in an image; add some"
+                f"{settings.subjects}: {counted(subjects, 'subject')}, and {suite} shows {count} in an image; add some"
             )
         name = suite if suite in suites() else PurePosixPath(suite).stem
         runs += [

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from facediffuser.evaluation.statistics import Interval, coded, mean_interval
+from facediffuser.number_words import counted
 
 LOSSES = {"ip": "IP", "pc": "PC"}
 
@@ -82,7 +83,7 @@ def failure(certificate: Mapping[str, Any], options: Sequence[str] = ()) -> str 
     ]
     fewer_steps = any(option.startswith(("--speed", "--fast-steps")) for option in options)
     return (
-        f"fast mode loses {' and '.join(lost)} against exact mode over {certificate['pairs']} pairs, more than --max-loss "
+        f"fast mode loses {' and '.join(lost)} against exact mode over {counted(certificate['pairs'], 'pair')}, more than --max-loss "
         f"{certificate['max_loss']:g}; leave {' and '.join(options) or 'fast mode'} out"
         + (", or give more --fast-steps" if fewer_steps else "")
     )

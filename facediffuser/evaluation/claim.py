@@ -11,6 +11,7 @@ from facediffuser.evaluation.compare import paired_values
 from facediffuser.evaluation.statistics import Interval, paired_difference
 from facediffuser.evaluation.tables import FACES, ScoreRow, overall, score_table, title
 from facediffuser.markup import Markdown, bold, markdown_table
+from facediffuser.number_words import counted
 
 FACE_DIFFUSER, SDM, TDM, FASTCOMPOSER = "face-diffuser", "sdm", "tdm", "fastcomposer"
 KEPT = 0.95
@@ -54,7 +55,9 @@ def claim_checks(table: Sequence[ScoreRow], images: pa.Table | None = None) -> l
         def of(method: str, metric: str, count: int = count) -> ScoreRow:
             row = values.get((method, count, metric))
             if row is None or row.n == 0:
-                raise ValueError(f"no {title(metric)} of {method} with {count} subjects in the table; evaluate it too")
+                raise ValueError(
+                    f"no {title(metric)} of {method} with {counted(count, 'subject')} in the table; evaluate it too"
+                )
             return row
 
         def margin(metric: str, other: str, share: float, count: int = count) -> Interval | None:
@@ -64,7 +67,7 @@ def claim_checks(table: Sequence[ScoreRow], images: pa.Table | None = None) -> l
             ours = rows.get((FACE_DIFFUSER, count, metric), {})
             return paired_difference(ours, theirs, (itemgetter(0), itemgetter(1)))
 
-        shown = "single" if count == 1 else f"{count} subjects"
+        shown = "single" if count == 1 else counted(count, "subject")
         for metric, other in (("ip", SDM), ("pc", TDM)):
             ours, needed = of(FACE_DIFFUSER, metric).mean, KEPT * of(other, metric).mean
             statement = f"{shown}: {title(metric)} of {FACE_DIFFUSER} is at least {KEPT:.0%} of {other}'s"
@@ -117,7 +120,7 @@ def markdown(checks: Sequence[Check]) -> Markdown:
         verdict = "holds" if check.holds else "goal missed" if check.goal else bold("fails")
         rows.append([check.statement, f"{check.found:.3f}", f"{check.needed:.3f}", _margin(check.margin), verdict])
     failed = sum(not check.holds for check in checks if not check.goal)
-    ordering = f"does not hold: {failed} checks fail" if failed else "holds"
+    ordering = f"does not hold: {counted(failed, 'check')} failed" if failed else "holds"
     table = markdown_table(["claim", "found", "needed", "found minus needed", ""], rows, right=(1, 2))
     return Markdown(f"{table}\nThe paper's ordering {ordering}.\n")
 

@@ -19,6 +19,7 @@ from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url
 from facediffuser.evaluation.plots import method_plane
 from facediffuser.markup import code_span
+from facediffuser.number_words import counted
 from facediffuser.pictures import rgb_picture
 from facediffuser.prompts import without_markers
 from facediffuser.scoring.columns import load_columns, score_rows, short_name
@@ -211,7 +212,7 @@ def _markdown(
     scored_by = f"Scored with {code_span(scorers)}." if scorers else "The datasets' recorded scores."
     parts = [
         "# IP and PC\n",
-        f"{images.num_rows} images"
+        counted(images.num_rows, "image")
         + (f", {failed} of them failed and not counted" if failed else "")
         + f". {scored_by} Mean and 95% bootstrap interval over people and prompts; right\nfaces: the share of images in which as "
         "many faces are found as there are subjects.\n",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from facediffuser.dataset.input_tables import Row, csv_rows, normalised, require_text
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.pictures import EXTENSIONS, SHOWN_NAMES, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.storage import Store
@@ -63,12 +64,14 @@ def from_fastcomposer_layout(
             raise InputError(f"{store.url_of(key)}: has the numbers of {seen[numbers]} too; remove one of the two")
         seen[numbers] = key
         if prompt >= len(prompts):
-            raise InputError(f"{store.url_of(key)}: prompt {prompt}, but there are {len(prompts)}; check --prompts")
+            raise InputError(
+                f"{store.url_of(key)}: prompt {prompt} of {counted(len(prompts), 'prompt')}, counted from 0; check --prompts"
+            )
         size = prompts[prompt].subjects
         sets = math.comb(len(subjects), size)
         if number >= sets:
-            what = "subjects" if size == 1 else f"sets of {size} subjects"
-            raise InputError(f"{store.url_of(key)}: subject {number}, but there are {sets} {what}; check --subjects")
+            what = counted(sets, "subject") if size == 1 else f"{counted(sets, 'set')} of {counted(size, 'subject')}"
+            raise InputError(f"{store.url_of(key)}: subject {number} of {what}, counted from 0; check --subjects")
         people = next(itertools.islice(itertools.combinations(subjects, size), number, None))
         found.append(_image(key, people, prompts[prompt], instance))
     return found
@@ -99,7 +102,7 @@ def from_index(
     present: dict[str, list[str]] = {}
     for key in keys:
         present.setdefault(normalised(key), []).append(key)
-    counted: Counter[tuple] = Counter()
+    instances: Counter[tuple] = Counter()
     lines: dict[tuple, int] = {}
     found = []
     for number, record in _index_lines(index, index_name):
@@ -122,15 +125,15 @@ def from_index(
             raise InputError(
                 f"{place}: image {name!r} stands in line {first} with the same subjects and prompt; keep one"
             )
-        found.append(_image(key, [by_name[name] for name in names], prompt, counted[row]))
-        counted[row] += 1
+        found.append(_image(key, [by_name[name] for name in names], prompt, instances[row]))
+        instances[row] += 1
     if not found:
         raise InputError(f"{index_name}: no lines below the first; list the images")
     unlisted = sorted(set(keys) - {image.key for image in found})
     if unlisted:
         shown = ", ".join(unlisted[:SHOWN_NAMES]) + (", ..." if len(unlisted) > SHOWN_NAMES else "")
         logger.warning(
-            "%s: %d images are not listed in %s and left out: %s", store.url, len(unlisted), index_name, shown
+            "%s: %s not listed in %s, left out: %s", store.url, counted(len(unlisted), "image"), index_name, shown
         )
     return found
 
@@ -168,7 +171,7 @@ def _prompt_of(record: Mapping[str, str | None], by_id: Mapping[str, Prompt], su
     known = by_id[prompt_id]
     if known.subjects != subjects:
         raise InputError(
-            f"{place}: prompt {prompt_id!r} names {known.subjects} subjects, the line {subjects}; correct one of the two"
+            f"{place}: prompt {prompt_id!r} names {counted(known.subjects, 'subject')}, the line {subjects}; correct one of the two"
         )
     return replace(known, category=category or known.category)
 

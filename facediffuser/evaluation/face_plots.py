@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from facediffuser.evaluation.face_facts import ANGLES, COSINES, MARGINS, SIZES, FaceFacts
 from facediffuser.evaluation.plots import COLOURS, as_png, style_axes
+from facediffuser.number_words import counted
 
 
 def identity_plots(facts: FaceFacts) -> bytes:
@@ -25,7 +26,7 @@ def identity_plots(facts: FaceFacts) -> bytes:
     else:
         both = (np.histogram(values, COSINES)[0] for values in (facts.pairs.within, facts.pairs.between))
         edges, within, between = _joined_bins(COSINES, *both)
-        _steps(pairs, within, edges, COLOURS[0], f"same subject ({len(facts.pairs.within):,} pairs)")
+        _steps(pairs, within, edges, COLOURS[0], f"same subject ({counted(len(facts.pairs.within), 'pair')})")
         _steps(pairs, between, edges, COLOURS[3], f"different subjects ({len(facts.pairs.between):,})")
         label = f"equal error rate {100 * facts.pairs.rate:.1f}%"
         pairs.axvline(facts.pairs.threshold, color="#333333", linewidth=1, linestyle="--", label=label)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from facediffuser.evaluation.score_sample import Scores
 from facediffuser.evaluation.tables import METRICS, OVERALL, ScoreRow
 from facediffuser.markup import one_line
+from facediffuser.number_words import counted
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D00", "#555555")
@@ -63,7 +64,9 @@ def image_plane(groups: Mapping[str, Scores]) -> bytes:
         cells = axis.hexbin(ip, pc, gridsize=45, mincnt=1, bins="log", cmap="viridis", linewidths=0)
         figure.colorbar(
             cells,
-            label="images" if len(ip) == sum(scores.count for scores in groups.values()) else f"of {len(ip):,} images",
+            label="images"
+            if len(ip) == sum(scores.count for scores in groups.values())
+            else f"of {counted(len(ip), 'image')}",
         )
     else:
         for colour, (category, scores) in zip(itertools.cycle(COLOURS), groups.items(), strict=False):
@@ -86,7 +89,7 @@ def method_plane(rows: Sequence[ScoreRow]) -> bytes:
             ip, pc = (overall.get((method, subjects, metric)) for metric in ("ip", "pc"))
             if ip is None or pc is None:
                 continue
-            label = method if len(counts) == 1 else f"{method}, {subjects} subject{'s' if subjects > 1 else ''}"
+            label = method if len(counts) == 1 else f"{method}, {counted(subjects, 'subject')}"
             axis.errorbar(
                 ip.mean,
                 pc.mean,

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from facediffuser.evaluation.statistics import Interval, RunningMean, coded, mean_interval
 from facediffuser.markup import Markdown, bold, markdown_table
+from facediffuser.number_words import counted
 
 METRICS = ("ip", "pc")
 FACES = "faces"
@@ -215,7 +216,7 @@ def paper_markdown(rows: Sequence[ScoreRow]) -> Markdown:
     counts = sorted({row.subjects for row in rows})
     head = ["method"]
     for count in counts:
-        shown = "single" if count == 1 else f"{count} subjects"
+        shown = "single" if count == 1 else counted(count, "subject")
         head += [f"{shown}: images", *(f"{shown}: {title(metric)}" for metric in metrics)]
     lines = []
     for method in sorted({row.method for row in rows}):

@@ -9,6 +9,7 @@ import numpy as np
 
 from facediffuser.dataset.reading import DATA_PREFIX, open_parquet, read_footer
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.pictures import (
     SHOWN_NAMES,
     batches_of_files,
@@ -61,7 +62,7 @@ def training_faces(
         advance(len(batch))
     if not names:
         raise InputError(f"{url}: no face in any of its pictures; give the photographs the models were trained on")
-    logger.info("%s: %d training faces", url, len(names))
+    logger.info("%s: %s", url, counted(len(names), "training face"))
     return TrainingFaces(np.concatenate(vectors), names)
 
 
@@ -127,4 +128,4 @@ def _photographs(store: Store, keys: list[str], identity: "IdentityScorer") -> I
         ]
     if unusable:
         shown = "; ".join(unusable[:SHOWN_NAMES]) + ("; ..." if len(unusable) > SHOWN_NAMES else "")
-        logger.warning("%s: %d of %d pictures left out: %s", store.url, len(unusable), len(keys), shown)
+        logger.warning("%s: %d of %s left out: %s", store.url, len(unusable), counted(len(keys), "picture"), shown)

@@ -14,6 +14,7 @@ from facediffuser.evaluation.weights_settings import CheckSettings
 from facediffuser.miniature.render import person, render
 from facediffuser.model_check import MODULES, check_model_files, check_model_folder, weight_files
 from facediffuser.modelfolder import resolve_model
+from facediffuser.number_words import counted
 from facediffuser.scoring.folder import PAPER, require_scorers, scorers_folder
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _check_scorers(name: str, device: str) -> Iterator[Finding]:
     pictures = [picture for picture, _ in people]
     found = scorers.identity.embed_faces([*pictures, *map(_recompressed, pictures)])
     seen = sum(bool(one.faces) for one in found)
-    yield Finding("faces of drawn people", f"found in {seen} of {len(found)} pictures", seen == len(found))
+    yield Finding("faces of drawn people", f"found in {seen} of {counted(len(found), 'picture')}", seen == len(found))
     if seen == len(found):
         vectors = np.stack([one.vectors[0] for one in found])
         cosines = vectors[:PEOPLE] @ vectors[PEOPLE:].T

@@ -8,6 +8,7 @@ import pyarrow as pa
 from facediffuser.errors import InputError
 from facediffuser.generation.job import GenerationJob
 from facediffuser.generation.measured_rate import Rate
+from facediffuser.number_words import counted, duration
 
 SHARD_SECONDS = 60.0
 SHARD_BYTES = 512 << 20
@@ -38,7 +39,7 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table, c
         seconds = time.perf_counter() - started
     failed = [row["error"] for row in made if row["status"] == "failed"]
     if failed:
-        raise InputError(f"the sample of {len(rows)} images failed ({failed[0]}); fix that before a run")
+        raise InputError(f"the sample of {counted(len(rows), 'image')} failed ({failed[0]}); fix that before a run")
     both = None
     if certified and job.exact_settings is not None:
         pipeline = generator.pipeline.with_scheduler(job.exact_settings["scheduler"])
@@ -47,7 +48,7 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table, c
             started = time.perf_counter()
             exact.rows([row | job.exact_settings for row in rows])
             both = (seconds + time.perf_counter() - started) / len(rows)
-    source = f"a sample of {len(rows)} images"
+    source = f"a sample of {counted(len(rows), 'image')}"
     return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), source, both)
 
 
@@ -68,7 +69,12 @@ def shard_size_for(rate: Rate, batch_size: int) -> int:
 
 
 def estimate(
-    images: int, rate: Rate, hour_price: float | None, certificate_rows: int = 0
+    images: int,
+    rate: Rate,
+    hour_price: float | None,
+    certificate_rows: int = 0,
+    workers: int = 1,
+    shard_size: int | None = None,
 ) -> dict[str, float | str | None]:
     """Return what some images take; starting up is not in it.
 
@@ -77,14 +83,22 @@ def estimate(
         rate: what was measured.
         hour_price: of a worker's hour, in any currency; None gives no price.
         certificate_rows: how many of them are made in both modes for a certificate.
+        workers: how many make them at once.
+        shard_size: how many of them one worker makes before it takes more; None shares them evenly.
 
     Returns:
-        Hours of one worker (of one GPU, on GPUs), bytes, and money if a price is given; with certificate_rows their hours,
-        which are in the hours and the money, too, None where the rate does not tell them.
+        Time by the clock with that many workers, in words and in hours; hours of one worker (of one GPU, on GPUs), bytes,
+        and money if a price is given; with certificate_rows their hours, which are in all of these, too, None where the
+        rate does not tell them.
     """
     certificate = None if rate.certificate_seconds is None else certificate_rows * rate.certificate_seconds / 3600
     hours = images * rate.seconds_per_image / 3600 + (certificate or 0.0)
+    shards = -(-images // (shard_size or 1))
+    longest = min(images, -(-shards // workers) * (shard_size or 1))  # images of the worker that ends last
+    wall_hours = longest * rate.seconds_per_image / 3600 + (certificate or 0.0) / workers
     found: dict[str, float | str | None] = {
+        "wall_time": f"{duration(3600 * wall_hours)} with {counted(workers, 'worker')}, after the models are loaded",
+        "wall_hours": round(wall_hours, 4),
         "worker_hours": round(hours, 4),
         "bytes": round(images * rate.bytes_per_image),
         "images_per_second_per_worker": round(1 / rate.seconds_per_image, 4),

@@ -22,6 +22,7 @@ from facediffuser.generation.measured_rate import rate_of_dataset
 from facediffuser.generation.speed_settings import FAST_SCHEDULER
 from facediffuser.model_check import MODULES, check_component, check_model_files, read_json
 from facediffuser.modelfolder import resolve_model
+from facediffuser.number_words import counted
 from facediffuser.prompts import ids_and_places
 from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler
 from facediffuser.scoring.folder import require_scorers
@@ -96,7 +97,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
         require_consent(subjects, settings.subjects)
     if settings.subjects_per_image and len(subjects) < settings.subjects_per_image:
         raise InputError(
-            f"{settings.subjects}: {len(subjects)} subjects for {settings.subjects_per_image} subjects an image; add "
+            f"{settings.subjects}: {counted(len(subjects), 'subject')} for {settings.subjects_per_image} in an image; add "
             "subjects or lower --subjects-per-image"
         )
     prompts = read_prompts(settings.prompts_url, settings.subjects_per_image)
@@ -303,12 +304,12 @@ def _require_sizes(settings: GenerateSettings, model: ModelFacts, subjects: int,
     for prompt in prompts:
         if model.max_subjects is not None and prompt.subjects > model.max_subjects:
             raise InputError(
-                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {prompt.subjects} subjects, this model takes up "
+                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {counted(prompt.subjects, 'subject')}, this model takes up "
                 f"to {model.max_subjects}; name fewer in the prompt or remove it"
             )
         if prompt.subjects > subjects:
             raise InputError(
-                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {prompt.subjects} subjects, {settings.subjects} "
+                f"{settings.prompts_url}: prompt {prompt.prompt_id} shows {counted(prompt.subjects, 'subject')}, {settings.subjects} "
                 f"has {subjects}; add subjects or remove the prompt"
             )
 
@@ -319,9 +320,9 @@ def _require_plan_fits(plan: Plan, shard_size: int) -> None:
     if rows > MOST_ROWS or shards > MOST_SHARDS:
         sets = sum(plan.count_sets(size) for size in plan.sizes)
         raise InputError(
-            f"{len(plan.prompts):,} prompts x {sets:,} sets of subjects x {plan.images_per_prompt:,} images are {rows:,} "
-            f"rows in {shards:,} shards, at most {MOST_ROWS:,} rows and {MOST_SHARDS:,} shards; lower --images-per-prompt "
-            "or --subject-sets, or raise --shard-size"
+            f"{counted(len(plan.prompts), 'prompt')} x {counted(sets, 'set')} of subjects x "
+            f"{counted(plan.images_per_prompt, 'image')} are {counted(rows, 'row')} in {counted(shards, 'shard')}, at most "
+            f"{MOST_ROWS:,} and {MOST_SHARDS:,}; lower --images-per-prompt or --subject-sets, or raise --shard-size"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit
 from facediffuser.generation.job import GenerationJob
+from facediffuser.number_words import counted
 
 
 class ShardWorker:
@@ -90,4 +91,4 @@ def denoising_share(totals: Counts) -> float:
 def describe_totals(totals: Counts) -> str:
     """Return what an operator looks for: how busy workers are, retries and failures."""
     retries = sum(totals.get("retries", {}).values())
-    return f"denoising {100 * denoising_share(totals):.0f}%, {retries} retries, {totals.get('failed', 0)} failed"
+    return f"denoising {100 * denoising_share(totals):.0f}%, {counted(retries, 'retry', 'retries')}, {totals.get('failed', 0)} failed"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.reading import read_json_object
 
@@ -47,8 +48,8 @@ def rate_of_dataset(url: str) -> Rate:
     rows, size = sum(one["rows"] for one in stats), sum(one["bytes"] for one in stats)
     seconds = _sum(url, (one["seconds"].get("total") for one in stats))
     if rows < 1:
-        raise InputError(f"{url}: its stats/ count {rows} rows; {FIX}")
-    source = f"{url}, {len(stats)} shards"
+        raise InputError(f"{url}: its stats/ count {counted(rows, 'row')}; {FIX}")
+    source = f"{url}, {counted(len(stats), 'shard')}"
     return Rate(seconds / rows, size / rows, stats[0]["device"], source, _seconds_of_certificate(store))
 
 

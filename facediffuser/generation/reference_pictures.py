@@ -11,6 +11,7 @@ from PIL import Image
 from facediffuser.dataset.consent import subjects_schema
 from facediffuser.dataset.inputs import Subject
 from facediffuser.faces import crop_square, face_crop_box
+from facediffuser.number_words import counted
 from facediffuser.pictures import open_picture
 from facediffuser.scoring.identity import require_faces
 from facediffuser.storage import Store
@@ -48,7 +49,7 @@ def prepare_references(
             else:
                 rows.append(row)
     require_faces(without)
-    logger.info("%d references of %d subjects: a face in each", len(rows), len(subjects))
+    logger.info("%s of %s: a face in each", counted(len(rows), "reference"), counted(len(subjects), "subject"))
     return pa.Table.from_pylist(rows, schema=subjects_schema(subjects))
 
 

@@ -24,6 +24,7 @@ from facediffuser.generation.conditions import ConditionCache
 from facediffuser.generation.energy import energy_meter
 from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.means import NONE
+from facediffuser.number_words import counted
 from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, current_provenance
 from facediffuser.schedulers import set_scheduler
@@ -233,7 +234,9 @@ class ShardGenerator:
             else:
                 counts["denoise"] += 1
                 parts = [[row] for row in rows] if retry else [rows]
-            logger.warning("a batch of %d failed (%s); retried in %d parts", len(rows), error_line(error), len(parts))
+            logger.warning(
+                "a batch of %d failed (%s); retried in %s", len(rows), error_line(error), counted(len(parts), "part")
+            )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return [result for part in parts for result in self._denoise_or_split(part, timer, counts, size, retry=True)]
@@ -289,7 +292,10 @@ class ShardGenerator:
             counts["finish"] += 1
             parts = [[one] for one in denoised] if retry else [denoised]
             logger.warning(
-                "scoring %d images failed (%s); retried in %d parts", len(denoised), error_line(error), len(parts)
+                "scoring %s failed (%s); retried in %s",
+                counted(len(denoised), "image"),
+                error_line(error),
+                counted(len(parts), "part"),
             )
         return [row for part in parts for row in self._finish_parts(part, timer, counts, retry=True)]
 
@@ -399,4 +405,8 @@ def _seconds(timer: StageTimer) -> dict[str, float]:
 
 def device_name(device: torch.device) -> str:
     """Return what the worker computes on, for the stats."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
+    )

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.preprocess.prepared_schema import FINGERPRINT_KEY, PREPARED_SCHEMA, REJECTED_SCHEMA, SCHEMA_VERSION
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.source_files import Record
@@ -72,7 +73,7 @@ def require_parts_fit(url: str, parts: Sequence[Sequence[Record]]) -> None:
         size = sum(record.bytes for record in records)
         if size > MOST_PART_BYTES:
             raise InputError(
-                f"{url}: {len(records)} pictures from {records[0].image} on have {size:,} bytes, a part holds at most "
+                f"{url}: {counted(len(records), 'picture')} from {records[0].image} on take {size:,} bytes, a part holds at most "
                 f"{MOST_PART_BYTES:,}; lower --part-size"
             )
 
@@ -218,7 +219,7 @@ def explain_differences(
 
 
 def _source_difference(store: Store, earlier: dict[str, Any], now: dict[str, Any], listing: Listing | None) -> str:
-    counts = f"source differs ({earlier['pictures']} pictures there, {now['pictures']} now)"
+    counts = f"source differs ({counted(earlier['pictures'], 'picture')} there, {now['pictures']:,} now)"
     if earlier["format"] != now["format"]:
         return f"{counts}: format {earlier['format']} there, {now['format']} now"
     if listing is None:

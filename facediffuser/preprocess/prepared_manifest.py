@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from facediffuser import __version__
+from facediffuser.number_words import counted
 from facediffuser.preprocess.parts import MANIFEST, REJECTED, to_json
 from facediffuser.preprocess.sources import Listing
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -35,7 +36,7 @@ def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any
             facts.setdefault(name, Counter()).update({int(value): count for value, count in table.items()})
     pictures = len(listing.records)
     if pictures != counts.total():
-        raise RuntimeError(f"{pictures} pictures went in, {counts.total()} rows came out")
+        raise RuntimeError(f"{counted(pictures, 'picture')} went in, {counted(counts.total(), 'row')} came out")
     return {
         "fingerprint": run.fingerprint,
         **run.document,

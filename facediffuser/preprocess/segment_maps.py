@@ -45,7 +45,7 @@ def read_map(data: bytes, height: int, width: int) -> np.ndarray:
     # Looked at before the array is made: a header of a few bytes may ask for any amount of memory.
     if tuple(shape) != (height, width):
         raise Rejection(
-            "segmentation map does not fit", f"{' x '.join(map(str, shape))}, the picture has {height} rows x {width}"
+            "segmentation map does not fit", f"{' x '.join(map(str, shape))}, the picture is {height} x {width}"
         )
     if dtype.kind not in "iub":
         raise Rejection("damaged segmentation map", f"holds {dtype}, not integers")

@@ -21,6 +21,7 @@ from facediffuser.engine_options import choose_engine
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import GenerationJob, prepare
 from facediffuser.generation.shard_generator import ShardGenerator
+from facediffuser.number_words import counted
 from facediffuser.preprocess.segmenter import Segmenter
 from facediffuser.rehearsal.random_data import write_people, write_prepared
 from facediffuser.rehearsal.random_models import (
@@ -115,7 +116,7 @@ def rehearse(
     """
     device = pick_device(settings.device)
     gpu = device.startswith("cuda")
-    hardware = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if gpu else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     rehearsed = Rehearsed(hardware, settings.size)
     with tempfile.TemporaryDirectory(prefix="facediffuser-rehearsal-") as folder:
         stage = _Stages(settings, Path(folder), device, finish)

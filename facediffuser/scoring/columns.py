@@ -19,6 +19,7 @@ from PIL import Image
 
 from facediffuser.errors import InputError
 from facediffuser.extras import require_extra
+from facediffuser.number_words import counted
 from facediffuser.prompts import without_markers
 from facediffuser.scoring.files import scorer_file
 from facediffuser.scoring.sharpness import laplacian_variance
@@ -133,7 +134,7 @@ def column_scores(
         table = scorer.score(images, references, prompts)
         if table.num_rows != len(images) or table.schema.names != scorer.columns.names:
             raise ValueError(
-                f"scorer {name}: returned {table.num_rows} rows of {table.schema.names} for {len(images)} images of "
+                f"scorer {name}: returned {counted(table.num_rows, 'row')} of {table.schema.names} for {counted(len(images), 'image')} of "
                 f"{scorer.columns.names}"
             )
         columns |= {column: _finite(table[column], name, column) for column in table.schema.names}
@@ -147,7 +148,9 @@ def _finite(values: pa.ChunkedArray, scorer: str, column: str) -> pa.ChunkedArra
     finite = pc.fill_null(pc.is_finite(values), True)
     count = len(values) - (pc.sum(finite).as_py() or 0)
     if count:
-        logger.warning("scorer %s: %d values of %s are not finite, null is written for them", scorer, count, column)
+        logger.warning(
+            "scorer %s: %s of %s not finite, null is written instead", scorer, counted(count, "value"), column
+        )
     return pc.if_else(finite, values, pa.scalar(None, values.type))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from facediffuser.faces import Face, box_area
+from facediffuser.number_words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,9 @@ class FaceDetector:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             # MTCNN's later stages fail when a candidate lies wholly outside the picture. With a black padding none does.
-            logger.debug("face search failed (%s); searching %d pictures again with a padding", error, len(pictures))
+            logger.debug(
+                "face search failed (%s); searching %s again with a padding", error, counted(len(pictures), "picture")
+            )
         return [self._run_padded(picture) for picture in pictures]
 
     def _run_padded(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,9 @@ class Scorers:
             ValueError: the three differ in length.
         """
         if not len(images) == len(references) == len(prompts):
-            raise ValueError(f"{len(images)} images, {len(references)} references, {len(prompts)} prompts")
+            raise ValueError(
+                f"images, references and prompts: {len(images)}, {len(references)} and {len(prompts)}; give as many of each"
+            )
         faces = self.identity.embed_faces(images)
         scores = []
         for found, subjects, pc in zip(faces, references, self.prompt.score(images, prompts), strict=True):

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
 from facediffuser.faces import crop_turned
+from facediffuser.number_words import counted
 from facediffuser.picture_grid import fit, picture_grid, png_bytes
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.storage import Store, open_store
@@ -95,7 +96,7 @@ class TrainingMonitor:
         self._batches = self._batches or validation_batches(self.settings, parts)
         loss, count = validation_loss(self._batches, parts), sum(len(batch.noise) for batch in self._batches)
         self.log(step, {"validation_loss": loss})
-        logger.info("step %d: validation loss %.4f on %d images", step, loss, count)
+        logger.info("step %d: validation loss %.4f on %s", step, loss, counted(count, "image"))
         self.report({"step": float(step), "validation_loss": loss})
 
     def has_test_split(self) -> bool:

@@ -50,9 +50,9 @@ def test_terms_are_read_and_columns_stand_only_where_there_are_some(people):
 def test_consent_can_be_required(people):
     found = subjects(people, "ada,woman,yes,,,2026-11-27", "bob,man,yes,,,")
     require_consent(found, "people", TODAY)
-    with pytest.raises(InputError, match="1 subjects have a consent that expired before 2026-11-28 .*ada"):
+    with pytest.raises(InputError, match="1 subject with a consent that expired before 2026-11-28 .*ada"):
         require_consent(found, "people", TODAY + datetime.timedelta(1))
-    with pytest.raises(InputError, match="1 subjects have no consent .*bob"):
+    with pytest.raises(InputError, match="1 subject with no consent .*bob"):
         require_consent(subjects(people, "ada,woman,yes,,,", "bob,man,,CC0,,"), "people", TODAY)
 
 

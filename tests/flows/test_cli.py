@@ -266,10 +266,10 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it_and_the_key(name, tex
 def test_quiet_shows_the_result_alone(capsys, parsed):
     words = ["miniature", "render", "--count", "1", "--output", "o"]
     assert main(words) == 0
-    assert "Rendering 1 pictures in o" in capsys.readouterr().err
+    assert "Rendering 1 picture in o" in capsys.readouterr().err
     assert main([*words, "--quiet"]) == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and shown.out.startswith("o: 1 pictures")
+    assert shown.err == "" and shown.out.startswith("o: 1 picture,")
 
 
 def test_help_version_verify_and_card_import_neither_torch_nor_ray_nor_prefect(tmp_path):

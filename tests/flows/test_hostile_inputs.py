@@ -80,7 +80,7 @@ def test_a_plan_is_bounded_before_it_is_made(root, monkeypatch, capsys):
     monkeypatch.setattr(plan.Plan, "rows", None)  # no row is made
     given = {"images_per_prompt": "10"}
     assert main([*words("generate", root, given), "--quiet"]) == 2
-    says = "1 prompts x 1 sets of subjects x 10 images are 10 rows in 1 shards, at most 9 rows and 4 shards; lower"
+    says = "1 prompt x 1 set of subjects x 10 images are 10 rows in 1 shard, at most 9 and 4; lower"
     assert says in capsys.readouterr().err
     given = {"images_per_prompt": "9", "shard_size": "2"}
     assert main([*words("generate", root, given), "--quiet"]) == 2

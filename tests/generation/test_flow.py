@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.reading import open_dataset
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.generation.estimate import estimate
-from facediffuser.generation.measured_rate import rate_of_dataset
+from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import FailedRowsError, finish_dataset
 
@@ -42,6 +43,21 @@ def test_a_dry_run_shows_what_would_be_made_and_writes_nothing(dry_run):
 def test_a_dry_run_estimates_hours_bytes_and_cost_from_a_batch_it_made_in_memory(dry_run):
     assert dry_run["measured_by"] == "a sample of 2 images" and dry_run["worker_hours"] > 0
     assert 12 * 500 < dry_run["bytes"] < 12 * 50_000
+
+
+def test_an_estimate_says_the_time_by_the_clock(dry_run):
+    assert dry_run["wall_time"].endswith("with 1 worker, after the models are loaded")
+    assert dry_run["wall_hours"] == dry_run["worker_hours"]  # one worker makes all four shards
+    rate = Rate(36.0, 100.0, "cpu", "a test", 72.0)
+    shared = estimate(100, rate, None, workers=4)
+    assert (shared["worker_hours"], shared["wall_hours"]) == (1.0, 0.25)
+    # Of ten shards the worker that ends last makes three; the certificate's rows are shared, too.
+    found = estimate(100, rate, None, certificate_rows=10, workers=4, shard_size=10)
+    assert (found["worker_hours"], found["wall_hours"]) == (1.2, 0.35)
+    assert found["wall_time"] == "21 min 00 s with 4 workers, after the models are loaded"
+    assert WorkerPool(workers=3, cpus=1).at_once(gpus=0, cpus=2, units=9) == 2
+    assert WorkerPool(gpu=True).at_once(gpus=8, cpus=64, units=3) == 3
+    assert WorkerPool(fewest=1, most=64, gpu=True).at_once(gpus=8, cpus=64, units=99) == 8
 
 
 def test_an_estimate_follows_the_measured_rate_of_a_dataset(flow_run):
@@ -129,6 +145,6 @@ def test_a_run_with_missing_shards_does_not_finish(flow_run, made, tmp_path):
     for info in source.list("plan/"):
         store.put(info.key, source.get(info.key))
     moved = dataclasses.replace(job, output=store.url, max_failed=0.01)
-    with pytest.raises(RuntimeError, match="4 shards are missing"):
+    with pytest.raises(RuntimeError, match="4 shards missing"):
         finish_dataset.fn(moved)
     assert not store.exists("manifest.json")

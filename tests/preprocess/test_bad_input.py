@@ -258,7 +258,7 @@ def test_pictures_that_do_not_fit_the_memory_of_a_worker_together_are_refused(tm
     settings = {"source": str(source), "output": str(tmp_path / "out"), "captioner": "none", "segmenter": "none"}
     monkeypatch.setattr(parts, "MOST_PART_BYTES", 250)
     with pytest.raises(
-        InputError, match="4 pictures from 0.png on have 400 bytes, a part holds at most 250; lower --part"
+        InputError, match="4 pictures from 0.png on take 400 bytes, a part holds at most 250; lower --part"
     ):
         check_preprocess(PreprocessSettings(**settings))
     check_preprocess(PreprocessSettings(**settings, part_size=2))

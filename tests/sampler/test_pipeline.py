@@ -394,9 +394,9 @@ def test_half_precision_folders_are_loaded_as_float32_unless_asked(pipeline, tmp
     ("arguments", "message"),
     [
         ({"prompt": ONE}, "0 reference images for 1"),
-        ({"prompt": TWO, "reference_images": 1}, "1 reference images for 2"),
-        ({"prompt": "a man", "reference_images": 1}, "1 reference images for 0"),
-        ({"prompt": [ONE, ONE], "reference_images": 1}, "1 lists of references for 2 prompts"),
+        ({"prompt": TWO, "reference_images": 1}, "1 reference image for 2"),
+        ({"prompt": "a man", "reference_images": 1}, "1 reference image for 0"),
+        ({"prompt": [ONE, ONE], "reference_images": 1}, "1 list of references for 2 prompts"),
         ({"prompt": "a man <|image|>" * 5, "reference_images": 5}, "takes up to 4"),
         ({"prompt": "a man, <|image|>", "reference_images": 1}, "number 1 stands after 'a man,'"),
         ({"prompt": "<|image|> a man", "reference_images": 1}, "at the start"),

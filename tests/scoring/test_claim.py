@@ -43,7 +43,7 @@ def test_each_part_of_the_ordering_can_fail_alone(changed, failing):
     checks = claim_checks(table(counts=(1,), **changed))
     assert [check.statement for check in checks if not check.holds] == [f"single: {failing}"]
     assert not ordering_holds(checks)
-    assert "**fails**" in markdown(checks) and "does not hold: 1 checks" in markdown(checks)
+    assert "**fails**" in markdown(checks) and "does not hold: 1 check failed" in markdown(checks)
 
 
 def test_several_subjects_are_judged_too():
@@ -66,7 +66,7 @@ def test_too_few_faces_miss_the_goal_and_leave_the_ordering_be():
 
 def test_a_method_that_was_not_evaluated_is_named():
     rows = [row for row in table() if row.method != "fastcomposer"]
-    with pytest.raises(ValueError, match="no IP of fastcomposer with 1 subjects"):
+    with pytest.raises(ValueError, match="no IP of fastcomposer with 1 subject "):
         claim_checks(rows)
 
 

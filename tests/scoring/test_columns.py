@@ -154,14 +154,14 @@ def test_an_entry_point_names_a_scorer(monkeypatch):
 
 
 def test_a_scorer_that_returns_too_few_rows_is_named():
-    with pytest.raises(ValueError, match="scorer scoring.plugins:Short: returned 1 rows"):
+    with pytest.raises(ValueError, match="scorer scoring.plugins:Short: returned 1 row "):
         column_scores(load_columns(["scoring.plugins:Short"]), [GREY, DARK], [[], []], ["a", "b"])
 
 
 def test_values_that_are_not_finite_are_null_and_counted(caplog):
     table = column_scores(load_columns(["scoring.plugins:Wild"]), [GREY] * 4, [[]] * 4, ["a"] * 4)
     assert table["wild"].to_pylist() == [1.0, None, None, None]
-    assert "scorer scoring.plugins:Wild: 2 values of wild are not finite" in caplog.text
+    assert "scorer scoring.plugins:Wild: 2 values of wild not finite" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["Taken", "Brightness"])

@@ -123,7 +123,7 @@ def test_a_csv_says_what_each_image_shows(tmp_path, colours, people, subjects, p
         ("x.png,ada,,p00000", "index.csv:2: no image 'x.png'"),
         ("a.png,eve,,p00000", "index.csv:2: subject 'eve' is not in --subjects"),
         ("a.png,ada,,p9", "index.csv:2: prompt 'p9' is not in --prompts"),
-        ("a.png,ada+bob,,p00000", "index.csv:2: prompt 'p00000' names 1 subjects, the line 2"),
+        ("a.png,ada+bob,,p00000", "index.csv:2: prompt 'p00000' names 1 subject, the line 2"),
         ("a.png,ada,a \u0007,", "index.csv:2: character 3 of the prompt"),
         ('a.png,ada,"a woman, <|image|>",', "index.csv:2: <.image.> number 1 stands after"),
         ("a.png,ada,{subject_" + "9" * 5000 + "},", "index.csv:2: .* is no subject"),
@@ -142,8 +142,8 @@ def test_a_wrong_line_of_the_csv_is_named(tmp_path, subjects, prompts, line, com
     ("name", "complaint"),
     [
         ("holiday", "holiday.png: not named subject_0000"),
-        ("subject_0002_prompt_0000_instance_0000", "subject 2, but there are 2 subjects"),
-        ("subject_0000_prompt_0002_instance_0000", "prompt 2, but there are 2"),
+        ("subject_0002_prompt_0000_instance_0000", "subject 2 of 2 subjects, counted from 0"),
+        ("subject_0000_prompt_0002_instance_0000", "prompt 2 of 2 prompts, counted from 0"),
     ],
 )
 def test_a_file_that_fits_no_subject_or_prompt_is_named(tmp_path, subjects, prompts, name, complaint):
@@ -167,7 +167,7 @@ def test_images_that_stand_twice_are_refused_and_those_in_no_line_are_named(
         evaluate(images=images, subjects=subjects, prompts=prompts, index=index)
     index.write_text(f"image,subject_ids,prompt_id\n{line}")
     assert evaluate(images=images, subjects=subjects, prompts=prompts, index=index).images.num_rows == 1
-    assert "1 images are not listed in" in caplog.text and "subject_0000_prompt_0000_instance_0000.png" in caplog.text
+    assert "1 image not listed in" in caplog.text and "subject_0000_prompt_0000_instance_0000.png" in caplog.text
     for form in ("Zo\u00e9.png", "Zoe\u0301.png"):
         beside(people["ada"]).save(images / form)
     index.write_text("image,subject_ids,prompt_id\nZo\u00e9.png,ada,p00000\n")
