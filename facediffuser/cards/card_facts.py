@@ -1,6 +1,6 @@
 """What a dataset's card says: counts, settings, scores that were added, copies that were found."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from facediffuser.cards.survey import Survey
 from facediffuser.dataset.spending import Spent
 from facediffuser.evaluation.tables import OVERALL, ScoreRow, title, value_with_interval
+from facediffuser.number_words import counted
 
 FLAG_TITLES = {
     "training_copy": "faces like one of the training set",
@@ -80,7 +81,8 @@ def summary(card: Card) -> list[tuple[str, str]]:
         ("prompts", f"{survey.prompts:,}"),
         ("method", ", ".join(methods) or "–"),
         ("image size, px", ", ".join(sizes[:4]) or "–"),
-        ("files", f"{survey.files:,} ({_megabytes(survey.bytes)})"),
+        ("files (shards)", f"{survey.files:,} ({_megabytes(survey.bytes)})"),
+        ("rows of a shard", _range(survey.shard_rows)),
     ]
     for name, label in (
         ("num_inference_steps", "denoising steps"),
@@ -92,6 +94,15 @@ def summary(card: Card) -> list[tuple[str, str]]:
         if settings.get(name):
             facts.append((label, ", ".join(_word(value) for value in settings[name])))
     return facts + spent_lines(card.spent)
+
+
+def sheet_line(card: Card) -> str:
+    """Return in one line how many images the contact sheet shows and which rows it leaves out."""
+    shown = sum(map(len, card.survey.sheet))
+    further = card.rows - card.failed - shown
+    kinds = ((further, "further image"), (card.failed, "failed row"))
+    left_out = ", ".join(counted(count, noun) for count, noun in kinds if count)
+    return f"shown: {counted(shown, 'image')}; not shown: {left_out}" if left_out else "every image is shown"
 
 
 def spent_lines(spent: Spent | None) -> list[tuple[str, str]]:
@@ -141,7 +152,7 @@ def certificate_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         "undecided": f"undecided: {allowed}; the intervals are too wide to show it",
     }
     lines = [("verdict", verdicts.get(found["verdict"], found["verdict"]))]
-    lines.append(("pairs", f"{found['pairs']:,} of {found['sample']:,} rows chosen by hash"))
+    lines.append(("pairs", f"{found['pairs']:,} of {counted(found['sample'], 'row')} chosen by hash"))
     for name, change in found["differences"].items():
         if change["n"]:
             fast, exact = (found["means"][mode][name] for mode in ("fast", "exact"))
@@ -167,7 +178,7 @@ def face_lines(survey: Survey) -> list[tuple[str, str]]:
     if facts is None:
         return []
     lines = [
-        ("faces", f"{facts.faces:,} in {facts.images:,} images"),
+        ("faces", f"{facts.faces:,} in {counted(facts.images, 'image')}"),
         ("faces of nobody who was asked for", f"{facts.unasked:,}"),
         ("subjects without a face", f"{facts.missing:,}"),
         ("images whose ip_margin is below 0", f"{facts.wrong:,} ({_percent(facts.wrong / facts.images)})"),
@@ -177,7 +188,7 @@ def face_lines(survey: Survey) -> list[tuple[str, str]]:
         lines += [
             (
                 "equal error rate",
-                f"{_percent(pairs.rate)} at cosine {pairs.threshold:.2f} ({len(pairs.within):,} pairs of images of one "
+                f"{_percent(pairs.rate)} at cosine {pairs.threshold:.2f} ({counted(len(pairs.within), 'pair')} of images of one "
                 f"subject, {len(pairs.between):,} of different ones)",
             ),
             ("median cosine, same subject", f"{np.median(pairs.within):.3f}"),
@@ -194,7 +205,7 @@ def threshold_lines(survey: Survey) -> list[tuple[str, str]]:
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:
     """Return what was found of copies as (check, result) lines."""
     return [
-        (FLAG_TITLES[name], f"{flagged.count:,} of {flagged.checked:,} images flagged")
+        (FLAG_TITLES[name], f"{flagged.count:,} of {counted(flagged.checked, 'image')} flagged")
         for name, flagged in survey.flags.items()
     ]
 
@@ -216,7 +227,12 @@ def run_lines(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _people(count: int) -> str:
-    return "one subject" if count == 1 else f"{count} subjects"
+    return "one subject" if count == 1 else counted(count, "subject")
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _percent(share: float) -> str:

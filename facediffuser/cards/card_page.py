@@ -16,6 +16,7 @@ from facediffuser.cards.card_facts import (
     certificate_tables,
     face_lines,
     flag_lines,
+    sheet_line,
     threshold_lines,
 )
 from facediffuser.cards.rendering import render
@@ -48,6 +49,7 @@ def card_page(
             {"style": style, "picture": _small(card.references[name], REFERENCE)} for name, style in styles.items()
         ],
         sheet=_data_url(pictures["card/contact_sheet.png"], "png"),
+        sheet_note=sheet_line(card),
         histograms=_data_url(pictures["card/score_histograms.png"], "png"),
         plane=_data_url(pictures["card/ip_pc_plane.png"], "png"),
         faces=[

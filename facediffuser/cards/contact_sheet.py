@@ -16,6 +16,7 @@ MARGIN = 28
 REFERENCE_WIDTH = 156
 CAPTION_LINES = 3
 CAPTION_HEIGHT = 92
+NOTE_LINES, NOTE_HEIGHT = 3, 18
 INK, PALE, RULE, GROUND = (28, 30, 34), (108, 114, 122), (222, 225, 229), (255, 255, 255)
 IP_COLOUR, PC_COLOUR = (33, 102, 172), (217, 119, 6)
 
@@ -39,22 +40,25 @@ class SheetRow:
     tiles: Sequence[Tile] = field(default_factory=tuple)
 
 
-def contact_sheet(rows: Sequence[SheetRow], title: str, remark: str = "") -> Image.Image:
+def contact_sheet(rows: Sequence[SheetRow], title: str, remark: str = "", note: str = "") -> Image.Image:
     """Return the sheet as an RGB picture: a line per `SheetRow`, its references at the left, its images beside them.
 
     Args:
         rows: the lines.
         title: the text above them.
         remark: smaller text below the title.
+        note: what the sheet leaves out, on as many lines below the remark as it takes.
     """
     columns = max([len(row.tiles) for row in rows] or [1])
     width = 2 * MARGIN + REFERENCE_WIDTH + columns * (TILE + GAP)
-    top = MARGIN + 62
+    notes = wrap(note, font(14), width - 2 * MARGIN, NOTE_LINES) if note else []
+    top = MARGIN + 62 + NOTE_HEIGHT * len(notes)
     height = top + len(rows) * (TILE + CAPTION_HEIGHT) + MARGIN // 2
     sheet = Image.new("RGB", (width, height), GROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 6), one_line(title), INK, font(24, bold=True))
-    draw.text((MARGIN, MARGIN + 26), remark, PALE, font(14))
+    for line, words in enumerate([remark, *notes]):
+        draw.text((MARGIN, MARGIN + 26 + NOTE_HEIGHT * line), words, PALE, font(14))
     for index, row in enumerate(rows):
         y = top + index * (TILE + CAPTION_HEIGHT)
         draw.line((MARGIN, y - 10, width - MARGIN, y - 10), RULE)

@@ -18,6 +18,7 @@ from facediffuser.cards.card_facts import (
     face_lines,
     flag_lines,
     run_lines,
+    sheet_line,
     summary,
     threshold_lines,
 )
@@ -36,6 +37,7 @@ from facediffuser.evaluation.face_plots import identity_plots, pose_plots
 from facediffuser.evaluation.plots import image_plane, score_histograms
 from facediffuser.evaluation.tables import ScoreRow, markdown
 from facediffuser.markup import Markdown, markdown_table
+from facediffuser.number_words import counted
 from facediffuser.picture_grid import png_bytes
 from facediffuser.pictures import stored_picture
 from facediffuser.prompts import without_markers
@@ -88,7 +90,7 @@ def write_card(store: Store) -> list[ScoreRow]:
     facts, settings = [*summary(card), *consent_facts(store)], run_lines(card.run)
     store.put("card/index.html", card_page(card, pictures, facts, settings).encode())
     store.put("README.md", readme(card, facts, settings).encode())
-    logger.info("%s: card of %d rows written", store.url, card.rows)
+    logger.info("%s: card of %s written", store.url, counted(card.rows, "row"))
     return card.table
 
 
@@ -135,6 +137,7 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
         card=card,
         front_matter=front_matter,
         facts=facts,
+        sheet_note=sheet_line(card),
         scores=markdown(card.table),
         added=added_lines(card),
         certificates=certificate_tables(card),
@@ -180,9 +183,10 @@ def _sheet(card: Card) -> bytes:
     if scored and len({row.subjects for row in overall}) > 1:
         # The table begins with the fewest people in an image; means over all would mix unlike things.
         people = scored[0].subjects
-        means += f" ({'one person' if people == 1 else f'{people} people'})"
-    counts = f"{card.rows - card.failed:,} images, {card.subjects:,} subjects, {card.survey.prompts:,} prompts"
-    return png_bytes(contact_sheet(rows, card.name, f"{counts}   {means}"), optimize=True)
+        means += f" ({counted(people, 'person', 'people')})"
+    sizes = {"image": card.rows - card.failed, "subject": card.subjects, "prompt": card.survey.prompts}
+    counts = ", ".join(counted(count, noun) for noun, count in sizes.items())
+    return png_bytes(contact_sheet(rows, card.name, f"{counts}   {means}", sheet_line(card)), optimize=True)
 
 
 def tile(located: LocatedRow, images: dict[str, bytes]) -> Tile:
@@ -223,4 +227,7 @@ def _run_facts(store: Store) -> dict[str, Any]:
         return {}
     with open_parquet(store, plans[0]) as file:
         fingerprint, run = recorded_run(file.schema_arrow)
+    if isinstance(run.get("settings"), dict):
+        # What was asked for: a dataset of few rows has smaller shards. The survey counts what each really holds.
+        run = run | {"settings": {name: value for name, value in run["settings"].items() if name != "shard_size"}}
     return {"fingerprint": fingerprint, **run} if fingerprint else run

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from facediffuser.markup import Markdown, code_span, escape_markdown, markdown_table
+from facediffuser.number_words import counted
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -44,6 +45,7 @@ def _environment(html: bool) -> jinja2.Environment:
         "code": code_span,
         "json": lambda value: Markdown(json.dumps(value)),
         "table": _two_columns,
+        "counted": counted,
         "thousands": "{:,}".format,
     }
     return environment

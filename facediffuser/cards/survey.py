@@ -78,9 +78,10 @@ class Survey:
 
     `table`: the means of the rows' scores and of numbers that were added, whose names are in `added`; `sample`: scores
     for plots; `settings`: the different values of each setting column (at most eight); `sheet`: rows for the contact
-    sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC; `flags`: what the checks for copies
+    sheet, subject set by subject set; `best`, `worst`: rows by IP, ties by PC, none in both; `flags`: what the checks for copies
     raised, empty where they were not made; `faces`: what the column `faces` says, None where there is none; `named`: images
-    to show with their faces named; `schema`: the shards' columns.
+    to show with their faces named; `schema`: the shards' columns; `shard_rows`: how many rows the shards hold, each number
+    once.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Survey:
     schema: pa.Schema | None = None
     bytes: int = 0
     files: int = 0
+    shard_rows: list[int] = field(default_factory=list)
 
 
 def survey_dataset(store: Store) -> Survey:
@@ -113,6 +115,7 @@ def survey_dataset(store: Store) -> Survey:
     """
     infos = list_shards(store)
     rows, prompts, subjects = 0, set(), set()
+    rows_of_file: Counter[str] = Counter()
     schema = read_footer(store, infos[0].key).schema.to_arrow_schema()
     failures: Counter[str] = Counter()
     settings: dict[str, set] = {}
@@ -131,6 +134,7 @@ def survey_dataset(store: Store) -> Survey:
         for name in added_rows.column_names:
             narrow = narrow.append_column(name, added_rows[name])
         rows += narrow.num_rows
+        rows_of_file[file] += narrow.num_rows
         sums.add(narrow)
         _sample(sample, table)
         subjects.update(table["subject_ids"].combine_chunks().flatten().unique().to_pylist())
@@ -171,6 +175,7 @@ def survey_dataset(store: Store) -> Survey:
         schema=schema,
         bytes=sum(info.size for info in infos),
         files=len(infos),
+        shard_rows=sorted(set(rows_of_file.values())),
     )
 
 
@@ -286,9 +291,13 @@ class _NamedSelection:
 
 
 class _Extremes:
-    """Keeps the rows with the highest and the lowest IP; PC, then the id, decide between equals."""
+    """Keeps the rows with the highest and the lowest IP; PC, then the id, decide between equals.
+
+    Both are ends of one order, so that no row is in both; of few rows the lower half counts as the lowest.
+    """
 
     def __init__(self):
+        self.count = 0
         self.high: list[tuple] = []
         self.low: list[tuple] = []
 
@@ -296,8 +305,10 @@ class _Extremes:
         ip, pc = located.values["ip"], located.values["pc"]
         if ip is None or pc is None:
             return
+        self.count += 1
         name = located.values["sample_id"]
-        for heap, key in ((self.high, (ip, pc, name)), (self.low, (-ip, -pc, name))):
+        backwards = (*(-ord(letter) for letter in name), 1)  # the 1 puts a name behind those that begin with it
+        for heap, key in ((self.high, (ip, pc, name)), (self.low, (-ip, -pc, backwards))):
             if len(heap) < EXTREMES:
                 heapq.heappush(heap, (key, located))
             elif key > heap[0][0]:
@@ -307,7 +318,7 @@ class _Extremes:
         high, low = (
             [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
         )
-        return high, low
+        return high[: -(-self.count // 2)], low[: self.count // 2]
 
 
 class _FlagCounter:

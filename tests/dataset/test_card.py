@@ -111,6 +111,35 @@ def test_best_and_worst_are_by_ip_and_carry_their_own_images(tmp_path):
         assert Image.open(io.BytesIO(images[located.values["sample_id"]])).getpixel((0, 0)) == (number * 8, 0, 0)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 19, 20, 25])
+@pytest.mark.parametrize("alike", [False, True])
+def test_no_image_is_among_the_best_and_the_worst(tmp_path, count, alike):
+    rows = [row(number, GREEN, ip=0.5 if alike else number / 50, pc=0.5) for number in range(count)]
+    survey = survey_dataset(open_store(write_dataset(tmp_path / "d", [*rows, row(count, None)], {})))
+    best, worst = ([located.values["sample_id"] for located in found] for found in (survey.best, survey.worst))
+    assert not set(best) & set(worst) and len(set(best + worst)) == min(count, 2 * EXTREMES)
+    assert len(best) - len(worst) in (0, 1) and min(best, default="") >= max(worst, default="")
+
+
+def test_the_sheet_says_which_rows_it_leaves_out(dataset, tmp_path):
+    write_card(dataset)
+    line = "Contact sheet, shown: 6 images; not shown: 24 further images, 2 failed rows."
+    assert line in dataset.get("README.md").decode() and line in dataset.get("card/index.html").decode()
+    every = open_store(write_dataset(tmp_path / "every", [row(0, GREEN)], {"ada": RED}))
+    write_card(every)
+    assert "Contact sheet, every image is shown." in every.get("README.md").decode()
+    assert "Lowest IP" not in every.get("card/index.html").decode()  # one image is the best
+    plain, noted = (contact_sheet([SheetRow([("ada", RED)], [Tile(GREEN, "p")])], "t", "r", note) for note in ("", "n"))
+    assert noted.height > plain.height
+
+
+def test_the_card_says_how_many_rows_the_shards_hold(tmp_path):
+    for name, shards, said in (("one", 1, "7"), ("two", 2, "3 to 4")):
+        store = open_store(write_dataset(tmp_path / name, [row(number, GREEN) for number in range(7)], {}, shards))
+        write_card(store)
+        assert f"| rows of a shard | {said} |" in store.get("README.md").decode()
+
+
 def test_a_dataset_whose_every_row_failed_still_gets_a_card(tmp_path):
     store = open_store(write_dataset(tmp_path / "d", [row(0, None), row(1, None)], {}))
     write_card(store)
