@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.storage import Store
 
 # What Pillow may take a file for, whatever its name says. Its other readers do not belong on files of strangers: the one
@@ -89,19 +90,18 @@ def is_picture_name(key: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-def left_out_line(names: Iterable[str], layout: str | None = None) -> str:
-    """Return one line that says how many files are left out, why, and names the first of them.
+def left_out_line(names: Iterable[str]) -> str:
+    """Return one line that says how many files are left out as no pictures, and names the first of them."""
+    names = sorted(names)
+    return f"{counted(len(names), 'other file')} left out: {first_names(names)} (pictures are named {' '.join(EXTENSIONS)})"
 
-    Args:
-        names: of the files left out.
-        layout: the layout that they have no place in; None where they have not the name of a picture.
-    """
+
+def first_names(names: Iterable[str]) -> str:
+    """Return the first names of files in their order, on one line, with `...` where there are more."""
     names = sorted(names)
     # Names of files may hold anything: newlines, and bytes that are no text.
     shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
-    more = ", ..." if len(names) > SHOWN_NAMES else ""
-    why = f"pictures are named {' '.join(EXTENSIONS)}" if layout is None else f"no part of the layout {layout}"
-    return f"{len(names):,} other file{'s' * (len(names) != 1)} left out: {', '.join(shown)}{more} ({why})"
+    return ", ".join(shown) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def batches_of_files(items: Sequence[Item], count: int, bytes_of: Callable[[Item], int]) -> list[list[Item]]:

@@ -12,7 +12,7 @@ from prefect import task
 from facediffuser.batch_stage import Results
 from facediffuser.cards.prepared_card import write_card
 from facediffuser.errors import InputError
-from facediffuser.pictures import left_out_line
+from facediffuser.number_words import counted
 from facediffuser.preprocess.parts import (
     MANIFEST,
     begin_or_resume_prepared,
@@ -65,10 +65,9 @@ def prepare_photographs(
     store = open_store(settings.output)
     require_apart(settings)
     listing = list_source(settings.source, settings.format, settings.ffhq_images)
-    if listing.left_out and listing.format == FOLDER:
-        logger.warning("%s: %s", listing.url, left_out_line(listing.left_out))
-    elif listing.left_out:  # a set with a layout has other files, too: licences, lists, people to generate
-        logger.info("%s: %s", listing.url, left_out_line(listing.left_out, listing.format))
+    if listing.left_out:
+        level = logging.WARNING if listing.format == FOLDER else logging.INFO
+        logger.log(level, "%s: %s", listing.url, listing.left_out_line())
     require_parts_fit(listing.url, split_into_parts(listing.records, settings.part_size))
     models = require_models(settings, listing)
     earlier = _earlier(settings, listing)
@@ -91,8 +90,8 @@ def prepare_photographs(
     if not listing.has_splits and len(summaries) < len(parts):
         parts = _with_splits(store, there, job, listing, parts, earlier, driver)
     missing = {part: records for part, records in parts.items() if part not in summaries}
-    logger.info("%s: %d pictures (%s), %d of %d parts to prepare", listing.url, len(listing.records), listing.format,
-                len(missing), len(parts))  # fmt: skip
+    logger.info("%s: %s (%s), %d of %s to prepare", listing.url, counted(len(listing.records), "picture"), listing.format,
+                len(missing), counted(len(parts), "part"))  # fmt: skip
 
     def finish(results: Results) -> dict[str, Any]:
         made = {
@@ -140,7 +139,7 @@ def _with_splits(
     sides = assign_splits([records[index].image_id for index in usable], groups, job.settings.test_share, earlier)
     for index, side in zip(usable, sides, strict=True):
         records[index] = replace(records[index], split=side, problem=None if side else BETWEEN_SPLITS)
-    logger.info("%d of %d pictures are near another", len(groups) - len(set(groups.tolist())), len(groups))
+    logger.info("%d of %s near another", len(groups) - len(set(groups.tolist())), counted(len(groups), "picture"))
     return dict(enumerate(split_into_parts(records, job.settings.part_size)))
 
 

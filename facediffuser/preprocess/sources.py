@@ -10,7 +10,8 @@ from pathlib import Path
 import ijson
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, is_picture_name, left_out_line
+from facediffuser.number_words import counted
+from facediffuser.pictures import EXTENSIONS, MOST_FILE_BYTES, first_names, is_picture_name, left_out_line
 from facediffuser.preprocess.archives import SUFFIXES, is_archive, scan_archive
 from facediffuser.preprocess.source_files import (
     FFHQ_FOLDERS,
@@ -47,6 +48,18 @@ class Listing:
     def ignored(self) -> int:
         """How many files belong to no picture."""
         return len(self.left_out)
+
+    def left_out_line(self) -> str:
+        """Return one line that names the files that belong to no picture; call it where there are some.
+
+        What lies beside the pictures of a layout is usual (licences, lists, people to generate), so of folders without
+        pictures only the folder is named.
+        """
+        if self.format == FOLDER:
+            return left_out_line(self.left_out)
+        folders = {record.image.partition("/")[0] for record in self.records}
+        names = {key if (top := key.partition("/"))[0] in folders else "".join(top[:2]) for key in self.left_out}
+        return f"beside the pictures of the set: {counted(len(self.left_out), 'other file')} ({first_names(names)})"
 
     @property
     def has_splits(self) -> bool:

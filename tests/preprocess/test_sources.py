@@ -73,9 +73,11 @@ def test_a_listed_picture_without_its_files_is_rejected_not_missing(fastcomposer
 
 
 def test_files_that_belong_to_no_picture_are_counted(fastcomposer):
-    write(fastcomposer, "subjects/1/1.jpg", "prompts.jsonl", "00000/00000009.jpg")
+    write(fastcomposer, "subjects/1/1.jpg", "subjects/2/1.jpg", "prompts.jsonl", "00000/00000009.jpg")
     listing = list_source(str(fastcomposer))
-    assert len(listing.records) == 3 and listing.ignored == 3
+    assert len(listing.records) == 3 and listing.ignored == 4
+    said = "beside the pictures of the set: 4 other files (00000/00000009.jpg, prompts.jsonl, subjects/)"
+    assert listing.left_out_line() == said
 
 
 def ffhq(root: Path, ids: list[str], described: list[str] | None = None, folder: str = "images1024x1024") -> Path:
