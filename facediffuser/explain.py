@@ -15,6 +15,7 @@ from PIL import Image
 from facediffuser.devices import pick_device
 from facediffuser.errors import InputError
 from facediffuser.explain_settings import ExplainSettings
+from facediffuser.number_words import counted
 from facediffuser.pictures import open_picture, to_rgb
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import require_marked_words, without_markers
@@ -62,7 +63,7 @@ def explain(settings: ExplainSettings) -> str:
     store, key = store_and_key(settings.output)
     references = [_open(path) for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
-    pipe.set_progress_bar_config(desc="explain")
+    pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, choose_scheduler(settings.scheduler, type(pipe.scheduler).__name__, settings.steps))
     pipe.to(pick_device(settings.device))
     frames, result = record(pipe, settings, references)
@@ -70,7 +71,7 @@ def explain(settings: ExplainSettings) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     store.put(key, data.getvalue())
-    logger.info("%s: %d of %d steps drawn", settings.output, len(frames), settings.steps)
+    logger.info("%s: %d of %s drawn", settings.output, len(frames), counted(settings.steps, "step"))
     return settings.output
 
 

@@ -132,6 +132,8 @@ _SILENT_LIBRARIES = {
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
     "RAY_LOGGER_LEVEL": "critical",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # diffusers' and others' bars while models load and sample; `tasks.progress` asks for its own bar by itself.
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }

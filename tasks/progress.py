@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from facediffuser.number_words import counted, duration
+
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
@@ -18,7 +20,7 @@ class Progress:
     """Count `total` units of work and tell people how far it is, how fast, and how long it will take.
 
     Used as a context manager; `advance(n, note)` after each finished piece. Outside a Prefect run there is no artifact,
-    and without a terminal there is no bar; the log lines (at most one in ten seconds, and a last one) are always there.
+    and without a terminal, or with --quiet, there is no bar; the log lines (at most one in ten seconds, and a last one) are always there.
     """
 
     def __init__(self, total: int, unit: str, title: str):
@@ -29,8 +31,9 @@ class Progress:
         self._artifact = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self.total, unit=f" {self.unit}", desc=self.title, dynamic_ncols=True)
+        if _lines_on_terminal():
+            unit = f" {self.unit}"
+            self._bar = tqdm(total=self.total, unit=unit, desc=self.title, dynamic_ncols=True, disable=False)
         if _in_prefect_run():
             from prefect.artifacts import create_progress_artifact
 
@@ -83,11 +86,17 @@ class Progress:
         rate = (self.done - self._before) / seconds if seconds > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else float("nan")
         pace = (
-            f"{rate:.2f} {self.unit}/s, {_duration(left)} left"
-            if self.done < self.total
-            else f"in {_duration(seconds)}"
+            f"{rate:.2f} {self.unit}/s, {duration(left)} left" if self.done < self.total else f"in {duration(seconds)}"
         )
-        return f"{self.title}: {self.done}/{self.total} {self.unit}, {pace}" + (f" ({note})" if note else "")
+        done = f"{self.title}: {self.done:,}/{counted(self.total, self.unit.removesuffix('s'))}, {pace}"
+        return f"{done} ({note})" if note else done
+
+
+def _lines_on_terminal() -> bool:
+    """Whether stderr is a terminal and log lines are shown on it; with --quiet there are none, and no bar either."""
+    streams = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
+    levels = [handler.level for handler in streams if handler.stream is sys.stderr]
+    return sys.stderr.isatty() and (not levels or min(levels) <= logging.INFO)
 
 
 def _in_prefect_run() -> bool:
@@ -97,11 +106,3 @@ def _in_prefect_run() -> bool:
     from prefect.context import FlowRunContext, TaskRunContext
 
     return bool(FlowRunContext.get() or TaskRunContext.get())
-
-
-def _duration(seconds: float) -> str:
-    if seconds != seconds:
-        return "unknown time"
-    minutes, rest = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,6 +1,8 @@
 """What a command shows: the product's own lines; those of Prefect, Ray and other libraries with --verbose only."""
 
+import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from facediffuser.errors import InputError, LimitReached, RunError, Stopped
 from facediffuser.flows.cli import exit_code, main
 from facediffuser.flows.terminal import Verbosity, shown
+from facediffuser.tasks.progress import Progress
 
 OURS = re.compile(r"\d\d:\d\d:\d\d ")
 
@@ -39,6 +42,33 @@ def test_which_lines_are_shown(verbosity, expected, capsys):
             logging.getLogger(name).warning("is slow")
     assert [OURS.sub("", line) for line in capsys.readouterr().err.splitlines()] == expected
     assert (logging.getLogger().level, logging.getLogger("facediffuser").level) == levels
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("verbosity", "bar"), [(Verbosity.QUIET, False), (Verbosity.NORMAL, True)])
+def test_a_bar_is_shown_where_lines_are(verbosity, bar, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with shown(verbosity), Progress(2, "images", "Generate") as progress:
+        progress.advance(2)
+    assert ("100%" in terminal.getvalue()) == bar and bool(terminal.getvalue()) == bar
+
+
+@pytest.mark.parametrize("verbosity", Verbosity)
+def test_bars_of_libraries_are_shown_with_verbose_alone(verbosity):
+    script = f"""
+from facediffuser.flows.terminal import Verbosity, shown
+with shown(Verbosity.{verbosity.name}):
+    from tqdm.auto import tqdm
+    list(tqdm(range(3), desc="Loading pipeline components..."))
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean)
+    assert bool(done.stderr) == (verbosity is Verbosity.VERBOSE)
 
 
 @pytest.mark.parametrize(
