@@ -16,6 +16,7 @@ from facediffuser.flows.train import train
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.miniature.render import render_set
 from facediffuser.modelfolder import assemble, resolve_base
+from facediffuser.number_words import counted
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
@@ -38,19 +39,29 @@ def render_photographs(settings: DemoSettings, url: str) -> str:
     with tempfile.TemporaryDirectory(prefix="facediffuser-photos-") as folder:
         rendered = Path(folder) / "photos"
         render_set(settings.photos, settings.seed, rendered, subjects=settings.subjects)
-        _keep_first_prompts(rendered / "prompts.jsonl", settings.prompts)
+        _keep_some_prompts(rendered, settings.prompts, pairs=_pair_prompts(settings))
         put_folder(store, rendered, "prompts.jsonl")
-    logger.info("%s: %d photographs", url, settings.photos)
+    logger.info("%s: %s", url, counted(settings.photos, "photograph"))
     return url
 
 
-def _keep_first_prompts(path: Path, count: int) -> None:
-    """Keep as many prompts as asked, those of all categories in turn."""
+def _pair_prompts(settings: DemoSettings) -> int:
+    """How many of the prompts show two people: one in eight, at least one where there are two prompts and two people."""
+    return max(1, settings.prompts // 8) if min(settings.prompts, settings.subjects) > 1 else 0
+
+
+def _keep_some_prompts(folder: Path, count: int, pairs: int) -> None:
+    """Keep `count` prompts in `prompts.jsonl`, the last `pairs` of them of two people, of all categories in turn."""
+    path = folder / "prompts.jsonl"
+    single, double = _categories_in_turn(path), _categories_in_turn(folder / "prompts_pairs.jsonl")
+    path.write_text("".join(f"{line}\n" for line in [*single[: count - pairs], *double[:pairs]]))
+
+
+def _categories_in_turn(path: Path) -> list[str]:
     categories: dict[str, list[str]] = {}
     for line in path.read_text().splitlines():
         categories.setdefault(parse_json(line)["category"], []).append(line)
-    in_turn = [line for lines in zip_longest(*categories.values()) for line in lines if line]
-    path.write_text("\n".join(in_turn[:count]) + "\n")
+    return [line for lines in zip_longest(*categories.values()) for line in lines if line]
 
 
 @task(name="assemble-models", **RETRIES)
@@ -88,6 +99,7 @@ def demo(settings: DemoSettings) -> dict:
             output=f"{root}/dataset",
             steps=settings.steps,
             guidance_scale=2.5,  # what suits pictures of 64 px: more burns paintings and sketches out
+            subject_sets=settings.subjects,  # everybody alone, and as many pairs
             seed=settings.seed,
             workers=settings.workers,
             shard_size=24,

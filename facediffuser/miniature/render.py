@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,8 @@ def render_set(
         action_share: how many people do something, 0 to 1; None for ACTION_SHARE.
         world: a world of `worlds.WORLDS`, which has its own shares.
         workers: how many processes write.
-        subjects: how many people `subjects/` has, at most 15: the first by name of those that it has otherwise.
+        subjects: how many people `subjects/` has, at most 15: of those that it has otherwise the first men and women in
+            turn.
 
     Raises:
         InputError: the folder is not empty, or a share is given that the world decides.
@@ -251,12 +253,14 @@ def write_subjects(folder: Path, first: int, size: int = 64, count: int = SUBJEC
         first: the number of the first of them.
         size: the pictures' side in px.
         count: how many there are.
-        kept: how many of these are written, the first by name; None for all.
+        kept: how many of these are written, the first by name of each class word in turn; None for all.
     """
     from facediffuser.scoring.face_detector import FaceDetector
 
     people = {f"{who.class_word}_{place:02d}": place for place in range(count) if (who := person(first + place))}
-    written = set(sorted(people)[:kept])
+    by_word = [list(names) for _, names in groupby(sorted(people), key=lambda name: name.partition("_")[0])]
+    in_turn = [name for names in zip_longest(*by_word) for name in names if name]
+    written = set(in_turn[:kept])
     detector, rows = FaceDetector() if written else None, []
     for name, place in people.items():
         if detector is None or name not in written:

@@ -94,9 +94,10 @@ def test_subjects_and_prompts_are_ready_for_generate(folder: Path):
     assert pairs and all("{subject_1}" in row["prompt"] and "{subject_2}" in row["prompt"] for row in pairs)
 
 
-def test_fewer_subjects_are_the_first_by_name_of_the_whole_set(folder: Path, tmp_path: Path):
+def test_fewer_subjects_are_the_first_men_and_women_of_the_whole_set(folder: Path, tmp_path: Path):
     render_set(1, 3, tmp_path / "set", subjects=2)
-    names = sorted(path.name for path in (folder / "subjects").iterdir() if path.is_dir())[:2]
+    every = sorted(path.name for path in (folder / "subjects").iterdir() if path.is_dir())
+    names = [next(name for name in every if name.startswith(word)) for word in ("man", "woman")]
     table = (folder / "subjects" / "subjects.csv").read_text().splitlines()
     assert (tmp_path / "set/subjects/subjects.csv").read_text().splitlines() == [
         line for line in table if line.split(",")[0] in ("subject_id", *names)
