@@ -1,7 +1,7 @@
 """Two named worlds of pictures: what a base model is to know, and what FFHQ has of it.
 
-`broad` stands for what Stable Diffusion has seen, `ffhq` for the set that it is fine-tuned on. docs/miniature.md says where
-each share comes from; the shares were written down before any model was trained on these worlds.
+`broad` stands for what Stable Diffusion has seen, `ffhq` for the set that it is fine-tuned on. docs/miniature-notebook.md
+says where each share comes from; the shares were written down before any model was trained on these worlds.
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ from facediffuser.training.recipe import Role
 logger = logging.getLogger(__name__)
 
 RATE = 1.2e-4
-"""A tenth of the base's own, as the paper's 1e-5 is of Stable Diffusion's 1e-4 (docs/miniature.md)."""
+"""A tenth of the base's own, as the paper's 1e-5 is of Stable Diffusion's 1e-4 (docs/miniature-notebook.md)."""
 RATIO: dict[Role, int] = {"tdm": 250, "sdm": 450}
 ENDLESS = 1_000_000
 REPORT_STEPS = 5
