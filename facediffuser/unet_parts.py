@@ -5,12 +5,14 @@ encoder's); these functions evaluate the rest on features that were kept. They a
 UNet2DConditionModel and tensors, so a compiler takes them as it takes the UNet.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from facediffuser.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 _PLAIN = {
     "center_input_sample": False, "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim_type": None,
@@ -35,6 +37,8 @@ def require_parts(unet, layers: int = 1) -> None:
     Raises:
         InputError: it cannot, or has fewer.
     """
+    from diffusers import UNet2DConditionModel
+
     if not isinstance(unet, UNet2DConditionModel):
         raise InputError(f"{type(unet).__name__}: cannot be evaluated in parts; leave deep_every and encoder_every out")
     for name, plain in _PLAIN.items():
@@ -46,7 +50,7 @@ def require_parts(unet, layers: int = 1) -> None:
         raise InputError(f"deep_layers {layers}: this UNet's last block has {most}; give at most that many")
 
 
-def encode(unet: UNet2DConditionModel, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> Encoded:
+def encode(unet: "UNet2DConditionModel", rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> Encoded:
     """Return the features of the encoder and the middle block.
 
     Args:
@@ -65,7 +69,7 @@ def encode(unet: UNet2DConditionModel, rows: torch.Tensor, t: torch.Tensor, embe
 
 
 def decode(
-    unet: UNet2DConditionModel, encoded: Encoded, t: torch.Tensor, embeds: torch.Tensor, layers: int = 0
+    unet: "UNet2DConditionModel", encoded: Encoded, t: torch.Tensor, embeds: torch.Tensor, layers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the noise of an encoder's features, and what enters the last layers.
 
@@ -99,7 +103,7 @@ def decode(
 
 
 def last_layers(
-    unet: UNet2DConditionModel,
+    unet: "UNet2DConditionModel",
     rows: torch.Tensor,
     t: torch.Tensor,
     embeds: torch.Tensor,
@@ -127,7 +131,7 @@ def last_layers(
     return _noise(unet, hidden)
 
 
-def _time(unet: UNet2DConditionModel, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def _time(unet: "UNet2DConditionModel", rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     each = t.reshape(-1).expand(len(rows))
     return unet.time_embedding(unet.time_proj(each).to(rows.dtype))
 
@@ -146,5 +150,5 @@ def _attend(block, number: int, hidden: torch.Tensor, embeds: torch.Tensor) -> t
     return block.attentions[number](hidden, encoder_hidden_states=embeds, return_dict=False)[0]
 
 
-def _noise(unet: UNet2DConditionModel, hidden: torch.Tensor) -> torch.Tensor:
+def _noise(unet: "UNet2DConditionModel", hidden: torch.Tensor) -> torch.Tensor:
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))

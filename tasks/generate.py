@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from prefect import task
 
 from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
@@ -45,7 +44,7 @@ from facediffuser.errors import InputError, RunError
 from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.certify import CertificateWorker, certificate_parts, certificate_stage, missing_parts
-from facediffuser.generation.estimate import estimate, rate_of_sample, shard_size_for
+from facediffuser.generation.estimate import SampleWorker, estimate, shard_size_for
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import ShardWorker, denoising_share, generate_stage
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
@@ -138,25 +137,11 @@ def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver, certif
     rows = next((prepared.rows or prepared.plan).tables(job.batch_size)).to_pylist()
     stage = Stage(
         "Sample", "images", job.run, [Unit("sample", len(rows))],
-        functools.partial(_SampleWorker, job, rows, prepared.references, certified),
+        functools.partial(SampleWorker, job, rows, prepared.references, certified),
         finish=lambda results: Rate(**results.counts["sample"]),
         pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
     )  # fmt: skip
     return driver.run(stage)
-
-
-class _SampleWorker:
-    """Generates a few rows in memory; its counts are their `Rate`."""
-
-    def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table, certified: bool):
-        if job.threads:
-            import torch
-
-            torch.set_num_threads(job.threads)
-        self.given = job, rows, references, certified
-
-    def __call__(self, unit: Unit) -> dict[str, Any]:
-        return vars(rate_of_sample(*self.given))
 
 
 @task(name="generate-shards", cache_policy=None, persist_result=False, **RETRIES)

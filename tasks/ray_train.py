@@ -7,50 +7,24 @@ import threading
 from typing import Any
 
 import ray
-import ray.train
-import torch
 from prefect import task
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from facediffuser.errors import InputError
 from facediffuser.number_words import counted
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 from facediffuser.tasks.retrying import RETRIES
+from facediffuser.tasks.train_worker import TrainNumbers, train_in_worker
 from facediffuser.training import training_run as runs
-from facediffuser.training.loop import DivergedError, train_model
 from facediffuser.training.train_check import check_train
 from facediffuser.training.train_settings import TrainSettings
-from facediffuser.training.worker_context import Worker
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-MAX_LOADERS = 8
-
-
-@ray.remote(num_cpus=0)
-class _MetricsActor:
-    """Where the first worker writes its numbers and the driver reads them."""
-
-    def __init__(self):
-        self.numbers: dict[str, float] = {}
-        self.error: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-
-    def failure(self) -> Exception | None:
-        return self.error
-
-    def write(self, numbers: dict[str, float]) -> None:
-        self.numbers |= numbers
-
-    def read(self) -> dict[str, float]:
-        return self.numbers
 
 
 @task(name="train-model", **RETRIES)
@@ -83,10 +57,10 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
     workers = settings.workers or max(1, cluster_gpus() // side_by_side)
     on_gpu = cluster_gpus() >= workers
     cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))
-    metrics = _MetricsActor.remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
+    metrics = ray.remote(num_cpus=0)(TrainNumbers).remote()
     with tempfile.TemporaryDirectory(prefix="facediffuser-ray-train-") as folder:
         trainer = TorchTrainer(
-            _train_in_worker,
+            train_in_worker,
             train_loop_config={
                 "settings": settings.model_dump(),
                 "metrics": metrics,
@@ -141,49 +115,3 @@ def _show(progress: Progress, numbers: dict[str, float], log_every: int) -> None
         "learning_rate": "learning rate {:.1e}", "images_per_second": "{:.1f} images/s",
     }  # fmt: skip
     progress.advance(steps, ", ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers))
-
-
-def _train_in_worker(config: dict[str, Any]) -> None:
-    """Train in one worker; Ray Train calls it in each worker's process."""
-    settings, metrics = TrainSettings.model_validate(config["settings"]), config["metrics"]
-    context = ray.train.get_context()
-    if os.path.isdir(config["folder"]):
-        # Ray Train puts its workers into a folder of its own; relative paths are the driver's.
-        os.chdir(config["folder"])
-    torch.set_num_threads(config["threads"])
-    rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    worker = Worker(
-        rank=rank,
-        count=context.get_world_size(),
-        device=str(device),
-        loaders=_loaders(settings, config["threads"], device, context.get_local_world_size()),
-        wrap=_data_parallel if context.get_world_size() > 1 else (lambda module: module),
-    )
-
-    def report(numbers: dict[str, float]) -> None:
-        if rank == 0:
-            metrics.write.remote(numbers)
-
-    try:
-        result = train_model(settings, report, worker)
-    except (InputError, DivergedError) as error:
-        # Trying again would end the same way, so this is no failure to Ray; all workers come to the same end.
-        ray.get(metrics.fail.remote(error))
-        return
-    if rank == 0:
-        ray.get(metrics.write.remote({**result, "step": float(result["step"])}))
-
-
-def _loaders(settings: TrainSettings, threads: int, device: torch.device, neighbours: int) -> int:
-    """Return how many processes make batches for a worker that shares its machine with some others like it."""
-    if settings.loaders is not None:
-        return settings.loaders
-    if device.type == "cpu":
-        # The work is shared out between two processes on the same cores; on a single one that gains nothing.
-        return min(1, threads - 1)
-    return max(1, min(MAX_LOADERS, len(os.sched_getaffinity(0)) // neighbours - 1))
-
-
-def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    # A batch may have no subjects, so parts of the SDM may get no gradient.
-    return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)

@@ -122,6 +122,21 @@ def test_the_import_law_of_make_lint_holds():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_processes_load_what_they_need_and_no_more():
+    """Each library costs a process seconds of a core at its start, and a run on Ray has some thirty processes."""
+    code = f"""
+import sys
+import facediffuser.tasks.train_worker  # every process of Ray Train, of which one trains
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+import facediffuser.generation.estimate, facediffuser.generation.generate_stage, facediffuser.training.latent_stage
+print(sorted({{"diffusers", "prefect", "ray", "transformers"}} & set(sys.modules)))  # workers before they load models
+import facediffuser.flows.demo, facediffuser.flows.evaluate
+print(sorted({{"diffusers", "transformers"}} & set(sys.modules)))  # the command, whose workers have the models
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "[]", "[]"], done.stdout + done.stderr
+
+
 def test_a_dataset_is_read_verified_and_carded_where_torch_ray_and_prefect_are_missing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", READ_VERIFY_CARD, json.dumps(HEAVY), str(tmp_path / "people")],

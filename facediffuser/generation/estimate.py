@@ -2,9 +2,11 @@
 
 import itertools
 import time
+from typing import Any
 
 import pyarrow as pa
 
+from facediffuser.batch_stage import Counts, Unit
 from facediffuser.errors import InputError
 from facediffuser.generation.job import GenerationJob
 from facediffuser.generation.measured_rate import Rate
@@ -50,6 +52,21 @@ def rate_of_sample(job: GenerationJob, rows: list[dict], references: pa.Table, c
             both = (seconds + time.perf_counter() - started) / len(rows)
     source = f"a sample of {counted(len(rows), 'image')}"
     return Rate(seconds / len(rows), size / len(rows), device_name(generator.device), source, both)
+
+
+class SampleWorker:
+    """Generates a few rows in memory, as `rate_of_sample` does; its counts are their `Rate`."""
+
+    def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table, certified: bool):
+        if job.threads:
+            import torch
+
+            torch.set_num_threads(job.threads)
+        self.given = job, rows, references, certified
+
+    def __call__(self, unit: Unit) -> Counts:
+        """Measure; the unit only names the work."""
+        return vars(rate_of_sample(*self.given))
 
 
 def shard_size_for(rate: Rate, batch_size: int) -> int:

@@ -79,6 +79,13 @@ def test_the_image_runs_as_an_ordinary_user(commands):
     assert any(f"--uid {user}" in " ".join(value) for value in _values(commands, "RUN"))
 
 
+def test_prefect_s_pages_are_written_where_the_user_may_write(commands):
+    """Prefect's server copies its pages into a folder before it serves them: by default into the environment."""
+    variables = [word for words in _values(commands, "ENV") for word in words]
+    folder = variables[variables.index("PREFECT_SERVER_UI_STATIC_DIRECTORY") + 1]
+    assert folder.startswith("/home/factory/.prefect/")
+
+
 def test_the_base_is_a_parameter_and_has_the_python_that_the_project_asks_for(commands):
     (base,) = [value[0].removeprefix("BASE_IMAGE=") for value in _values(commands, "ARG")]
     stages = [value[-1] for value in _values(commands, "FROM")]

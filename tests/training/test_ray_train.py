@@ -54,10 +54,10 @@ def test_errors_of_the_workers_come_out_as_what_they_are_and_are_not_tried_again
 def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undisturbed_one(
     ray_session, settings, tmp_path, monkeypatch
 ):
-    original, mark = train._train_in_worker, tmp_path / "killed"
+    original, mark = train.train_in_worker, tmp_path / "killed"
 
     def train_killed_once(config: dict) -> None:
-        from facediffuser.training import runs
+        from facediffuser.training import training_run as runs
 
         save = runs.save_checkpoint
 
@@ -75,7 +75,7 @@ def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undistu
 
     given = dict(steps=6, checkpoint_every=2, workers=1, cpus_per_worker=1)
     train_model(settings("sdm", output=str(tmp_path / "whole"), **given), lambda numbers: None)
-    monkeypatch.setattr(train, "_train_in_worker", train_killed_once)
+    monkeypatch.setattr(train, "train_in_worker", train_killed_once)
     result = train_on_ray.fn(settings("sdm", output=str(tmp_path / "run"), **given))
     assert mark.exists() and result["step"] == 6
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
