@@ -13,6 +13,7 @@ import ray
 
 from facediffuser.batch_stage import Counts, Stage
 from facediffuser.errors import InputError
+from facediffuser.json_log import json_requested
 from facediffuser.runs import fingerprint_of
 from facediffuser.tasks.driver import run_stage
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
@@ -125,6 +126,7 @@ class _Execution:
                 "worker": stage.worker,
                 "gate": self._gate,
                 "run": fingerprint_of(stage.identity)[:12],
+                "json_lines": json_requested(),
             },
             # One unit in the hands of each: what waits can go to whoever is free, and a stop need not wait for it.
             compute=ray.data.ActorPoolStrategy(

@@ -11,6 +11,7 @@ from prefect import task
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from facediffuser.json_log import json_requested
 from facediffuser.number_words import counted
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
@@ -66,6 +67,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
                 "metrics": metrics,
                 "threads": cpus,
                 "folder": os.getcwd(),
+                "json_lines": json_requested(),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,

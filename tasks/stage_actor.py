@@ -47,10 +47,12 @@ class Gate:
 class StageActor:
     """A worker of the pool. What it returns is one row of Ray Data: the unit's key, its counts or an error."""
 
-    def __init__(self, worker: Callable[[], Callable[[Unit], Counts]], gate: Any, run: str = ""):
+    def __init__(
+        self, worker: Callable[[], Callable[[Unit], Counts]], gate: Any, run: str = "", json_lines: bool = False
+    ):
         self.gate = gate
         self.names = {"run": run, "worker": ray.get_runtime_context().get_actor_id()[:12]}
-        if json_requested():
+        if json_lines or json_requested():  # the node was started without a word of it
             log_json(logging.getLogger("facediffuser"))
         self.error: Exception | None = None
         try:

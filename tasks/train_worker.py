@@ -3,10 +3,12 @@
 What a worker needs is imported in it: this module is imported by the actor and by Ray Train's own processes, too.
 """
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from facediffuser.errors import InputError
+from facediffuser.json_log import about, log_json
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +66,11 @@ def train_in_worker(config: dict[str, Any]) -> None:
         if rank == 0:
             metrics.write.remote(numbers)
 
+    if config["json_lines"]:
+        log_json(logging.getLogger("facediffuser"))
     try:
-        result = train_model(settings, report, worker)
+        with about(run=settings.output, worker=f"{settings.role} {rank}"):
+            result = train_model(settings, report, worker)
     except (InputError, DivergedError) as error:
         # Trying again would end the same way, so this is no failure to Ray; all workers come to the same end.
         ray.get(metrics.fail.remote(error))

@@ -1,5 +1,9 @@
 """A worker for the tests of the drivers, in a module that a Ray process imports quickly."""
 
+import logging
+
+from facediffuser.json_log import JsonFormatter
+
 SECONDS = {"denoise": 3.0, "score": 1.0, "total": 4.0}
 
 
@@ -16,3 +20,11 @@ class Counting:
             raise self.wrong[unit.key]
         counts = {"rows": unit.rows, "failed": 1, "bytes": 10, "retries": {"denoise": 1}, "seconds": SECONDS}
         return {**counts, "data": unit.data}
+
+
+class LogFormat:
+    """A worker that counts whether its log lines are JSON."""
+
+    def __call__(self, unit):
+        handlers = logging.getLogger("facediffuser").handlers
+        return {"rows": 1, "json": sum(isinstance(one.formatter, JsonFormatter) for one in handlers)}

@@ -17,11 +17,12 @@ from facediffuser.batch_stage import Limits, Results, Stage, Unit, WorkerPool
 from facediffuser.errors import InputError, LimitReached, Stopped
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import describe_totals
+from facediffuser.json_log import FORMAT_VARIABLE
 from facediffuser.storage import StorageError
 from facediffuser.tasks.driver import sigterm_calls
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.ray_driver import RayDriver
-from tests.counting_worker import Counting
+from tests.counting_worker import Counting, LogFormat
 
 ONE = WorkerPool(1)
 
@@ -148,6 +149,11 @@ def test_what_a_worker_raises_arrives_as_it_is(driver, where, error):
     with pytest.raises(type(error)) as caught:
         driver.run(stage(6, **given))
     assert str(caught.value) == str(error)
+
+
+def test_workers_write_json_when_the_driver_is_asked_to_whatever_their_node_was_told(ray_session, monkeypatch):
+    monkeypatch.setenv(FORMAT_VARIABLE, "json")
+    assert RayDriver().run(stage(1, worker=LogFormat)).totals["json"] == 1
 
 
 def test_a_source_that_is_read_from_beginning_to_end_hands_its_contents_to_workers(driver):
