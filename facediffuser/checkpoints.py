@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few, first_line
 from facediffuser.model_check import canonical_name
 from facediffuser.modelfolder import (
     copy_component,
@@ -119,10 +119,8 @@ def read_state(path: Path) -> State:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load and safetensors raise many kinds for a broken or unsafe file
-        reason = next(iter(str(error).split("\n")), "").strip() or type(error).__name__
-        raise InputError(
-            f"{path}: cannot be read as a checkpoint of tensors ({reason}); give the released pytorch_model.bin"
-        ) from error
+        raise InputError(f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)}); give the released "
+                         "pytorch_model.bin") from error  # fmt: skip
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: is no state_dict of tensors; give the released pytorch_model.bin")
     return state
@@ -155,9 +153,8 @@ def match_keys(
             states[parts[part]][place.name] = tensor.contiguous()
     missing = [f"{part}.{place.name}" for part, places in wanted.items() for place in places.values() if place.saved]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"{source}: {missing[0]}{more} missing; give the whole released checkpoint of the {_role(parts)}"
+            f"{source}: {first_few(missing, 1)} missing; give the whole released checkpoint of the {_role(parts)}"
         )
     return states
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from facediffuser.engine_options import EngineOptions
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.runs import canonical_json
 from facediffuser.storage import Store
 
@@ -65,7 +65,7 @@ class CompiledCode:
         except FileNotFoundError:
             logger.info("%s: no compiled code for these models yet; compiling takes a minute or two", self.store.url)
         except Exception as error:  # foreign bytes in the object make torch raise whatever it likes
-            logger.warning("%s: cannot be used (%s); compiling anew", self.store.url_of(self.key), _line(error))
+            logger.warning("%s: cannot be used (%s); compiling anew", self.store.url_of(self.key), first_line(error))
         if self.found:
             logger.info("%s: compiled code taken from there", self.store.url)
         return self.found
@@ -83,11 +83,7 @@ class CompiledCode:
         except FileExistsError:
             return False  # another worker was first
         except (OSError, InputError) as error:
-            logger.warning("%s: the compiled code could not be kept (%s)", self.store.url, _line(error))
+            logger.warning("%s: the compiled code could not be kept (%s)", self.store.url, first_line(error))
             return False
         logger.info("%s: compiled code kept, %.1f MB", self.store.url, len(made[0]) / 1e6)
         return True
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,6 +1,25 @@
 """Errors that one line explains to the user, and a requested stop."""
 
+from collections.abc import Sequence
+
 from facediffuser.redaction import redacted
+
+
+def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first of some names for a message, and how many more there are: `a, b and 3 more`.
+
+    Args:
+        names: the names.
+        most: how many are shown.
+        separator: what stands between them.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 200 characters; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class InputError(ValueError):

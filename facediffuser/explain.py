@@ -4,7 +4,6 @@ import io
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ def explain(settings: ExplainSettings) -> str:
     """
     require_marked_words(settings.prompt, "--prompt")
     store, key = store_and_key(settings.output)
-    references = [_open(path) for path in settings.reference]
+    references = [open_picture(open_store(path.parent), path.name)[0] for path in settings.reference]
     pipe = FaceDiffuserPipeline.from_pretrained(settings.models)
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, choose_scheduler(settings.scheduler, type(pipe.scheduler).__name__, settings.steps))
@@ -179,7 +178,3 @@ def _alphas(scheduler) -> list[float]:
 
 def _map(values: torch.Tensor | None) -> np.ndarray | None:
     return None if values is None else values[0, 0].float().cpu().numpy()
-
-
-def _open(path: Path) -> Image.Image:
-    return open_picture(open_store(path.parent), path.name)[0]

@@ -181,26 +181,19 @@ def head_pose(landmarks: Sequence[Sequence[float]]) -> tuple[float, float, float
     return float(np.degrees(yaw)), float(np.degrees(pitch)), float(np.degrees(roll))
 
 
-def aligned_crop(
-    image: Image.Image,
-    landmarks: Sequence[Sequence[float]],
-    template: np.ndarray = ALIGNED_LANDMARKS,
-    side: int = ALIGNED_SIDE,
-) -> Image.Image:
-    """Return the face turned, moved and scaled (not sheared) so that its landmarks lie nearest to those of a template.
+def aligned_crop(image: Image.Image, landmarks: Sequence[Sequence[float]]) -> Image.Image:
+    """Return the face turned, moved and scaled (not sheared) so that its landmarks lie nearest to ALIGNED_LANDMARKS.
 
     Args:
         image: the picture.
         landmarks: five (x, y), px of the picture.
-        template: where they are to lie, (5, 2), px of the crop.
-        side: px of the square crop.
 
     Returns:
-        RGB, (side, side); black where it reaches over the picture's edge. Pixels that fall together are averaged.
+        RGB, of ALIGNED_SIDE px each side; black where it reaches over the picture's edge. Pixels that fall together are averaged.
     """
     points = np.asarray(landmarks, np.float64)
     # From crop to picture, as complex numbers: p = a t + b in least squares.
-    ours, theirs = (values[:, 0] + 1j * values[:, 1] for values in (np.asarray(template, np.float64), points))
+    ours, theirs = (values[:, 0] + 1j * values[:, 1] for values in (ALIGNED_LANDMARKS, points))
     centred = ours - ours.mean()
     a = np.vdot(centred, theirs - theirs.mean()) / np.vdot(centred, centred).real
     b = theirs.mean() - a * ours.mean()
@@ -209,4 +202,5 @@ def aligned_crop(
         image = image.convert("RGB").reduce(reduced)
         a, b = a / reduced, b / reduced
     matrix = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
-    return image.convert("RGB").transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    size = ALIGNED_SIDE, ALIGNED_SIDE
+    return image.convert("RGB").transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TextIO
 
 from facediffuser.redaction import redacted
 
@@ -50,11 +49,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def log_json(logger: logging.Logger, stream: TextIO | None = None) -> None:
-    """Let a logger write JSON to a stream (default: stderr); a second call changes nothing."""
+def log_json(logger: logging.Logger) -> None:
+    """Let a logger write JSON to stderr; a second call changes nothing."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logger.handlers):
         return
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logger.addHandler(handler)
     if logger.getEffectiveLevel() > logging.INFO:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.storage import LocalStore
 from facediffuser.storage.reading import parse_json
 
@@ -317,7 +317,7 @@ def _check_tokenizer(folder: Path) -> None:
     try:
         ids = CLIPTokenizer.from_pretrained(folder)("a person").input_ids
     except Exception as error:  # tokenizers raises plain Exception for files it cannot use
-        raise InputError(f"{folder}: does not load as a CLIP tokenizer ({_reason(error)}); copy it again") from error
+        raise InputError(f"{folder}: does not load as a CLIP tokenizer ({first_line(error)}); copy it again") from error
     width = folder.parent / "text_encoder" / "config.json"
     if width.is_file() and max(ids) >= read_json(width).get("vocab_size", max(ids) + 1):
         raise InputError(f"{folder}: has more tokens than the text_encoder knows; give the tokenizer of this model")
@@ -338,7 +338,7 @@ def _check_scheduler(path: Path) -> None:
         levels = getattr(made, "alphas_cumprod", None)
         usable = levels is None or bool(((levels >= 0) & (levels <= 1)).all())
     except Exception as error:
-        raise InputError(f"{path}: cannot be used as a {kind.__name__} ({_reason(error)}); copy it again") from error
+        raise InputError(f"{path}: cannot be used as a {kind.__name__} ({first_line(error)}); copy it again") from error
     if not usable:
         raise InputError(f"{path}: its noise levels are not between 0 and 1; check the betas")
 
@@ -349,9 +349,8 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
 
     wanted = _shapes_of_configuration(folder, name)
     ignored = {key for key, needed in wanted.items() if not needed[1]}
-    optional = (
-        read_json(folder / "config.json").get("model_type") == "clip"
-    )  # a whole CLIP model, of which this is a part
+    # A whole CLIP model has more than its vision tower.
+    optional = read_json(folder / "config.json").get("model_type") == "clip"
     missing = {key for key in wanted if key not in ignored}
     for path in weight_files(folder, name, variant):
         for key, tensor in _tensors(path):
@@ -386,7 +385,7 @@ def _shapes_of_configuration(folder: Path, name: str) -> dict[str, tuple[tuple[i
         with torch.device("meta"):
             module = _module(folder, name, read_json(path))
     except Exception as error:  # a configuration may hold any value, and the libraries raise as it comes
-        raise InputError(f"{path}: makes no {name} ({_reason(error)}); copy it again") from error
+        raise InputError(f"{path}: makes no {name} ({first_line(error)}); copy it again") from error
     saved = module.state_dict()
     buffers = {key: value for key, value in module.named_buffers() if key not in saved}
     return {canonical_name(key): (tuple(value.shape), key in saved) for key, value in {**buffers, **saved}.items()}
@@ -427,13 +426,8 @@ def _tensors(path: Path):
         tensors = list(state.items())
     except Exception as error:  # torch.load raises many kinds for a broken or unsafe file
         raise InputError(
-            f"{path}: cannot be read as a checkpoint of tensors ({_reason(error)}); copy it again"
+            f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)}); copy it again"
         ) from error
     if not all(isinstance(tensor, torch.Tensor) for _, tensor in tensors):
         raise InputError(f"{path}: is no state_dict of tensors; copy it again")
     yield from tensors
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from facediffuser.digests import folder_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.model_check import check_component, check_component_files, read_json
 from facediffuser.storage import local_copy
 
@@ -70,12 +70,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     return _diffusers_folder(model, revision)
 
 
-def resolve_base(model: str, revision: str | None = None) -> Path:
+def resolve_base(model: str) -> Path:
     """Return the local folder of a base model.
 
     Args:
         model: as for `resolve_model`, but `miniature` is the miniature's base.
-        revision: of a model of the hub.
 
     Raises:
         InputError: the model cannot be had, or is no model folder.
@@ -84,42 +83,37 @@ def resolve_base(model: str, revision: str | None = None) -> Path:
         from facediffuser.shipped import base_folder
 
         return base_folder()
-    return _diffusers_folder(model, revision)
+    return _diffusers_folder(model, None)
 
 
-def resolve_image_encoder(model: str = IMAGE_ENCODER, revision: str | None = None) -> Path:
+def resolve_image_encoder(model: str = IMAGE_ENCODER) -> Path:
     """Return the local folder of a CLIP model or vision tower.
 
     Args:
         model: a transformers folder, an s3:// URL, or an id of the Hugging Face Hub.
-        revision: of a model of the hub.
 
     Raises:
         InputError: the model cannot be had.
     """
     if model == "miniature":
         return resolve_base(model) / "image_encoder"
-    folder = _local(model, revision, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
+    folder = _local(model, None, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
     if not (folder / "config.json").is_file():
         raise InputError(f"{model}: no config.json there; give a transformers folder of a CLIP model")
     return folder
 
 
-def load_image_encoder(folder: Path, dtype: "torch.dtype | None" = None) -> "CLIPVisionModelWithProjection":
-    """Return a CLIP vision tower with its projection.
-
-    Args:
-        folder: holds the vision tower alone or a whole CLIP model.
-        dtype: of its weights; float32 by default.
-    """
+def load_image_encoder(folder: Path) -> "CLIPVisionModelWithProjection":
+    """Return a CLIP vision tower with its projection, float32; `folder` holds it alone or a whole CLIP model."""
     import torch
     from transformers import CLIPVisionModelWithProjection
 
-    dtype = dtype or torch.float32
     kind = read_json(Path(folder) / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise InputError(f"{folder}: holds a model of type {kind}; give the folder of a CLIP model")
-    encoder, report = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     if report["missing_keys"]:
         raise InputError(f"{folder}: {sorted(report['missing_keys'])[0]} is missing; give the folder of a CLIP model")
     return encoder
@@ -146,8 +140,7 @@ def _local(model: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_UNWANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{model}: no such folder, and not to be had from the hub ({reason})") from error
+        raise InputError(f"{model}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.number_words import counted
 from facediffuser.storage import Store
 
-# What Pillow may take a file for, whatever its name says. Its other readers do not belong on files of strangers: the one
+# What Pillow may take a file for, whatever its name says. Its other readers are not for untrusted files: the one
 # for EPS starts Ghostscript, which runs the file as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # The names that are read as pictures, by every command; anything else is counted and named.
@@ -26,7 +26,6 @@ MOST_FILE_BYTES = 1 << 30
 # Of several files read at once, together; decoded they may take ten times as much.
 MOST_BATCH_BYTES = 1 << 28
 MOST_MEGAPIXELS = 100.0
-SHOWN_NAMES = 5
 ORIENTATION_TAG = 0x0112
 # CLIP's own normalisation of RGB values in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -97,11 +96,10 @@ def left_out_line(names: Iterable[str]) -> str:
 
 
 def first_names(names: Iterable[str]) -> str:
-    """Return the first names of files in their order, on one line, with `...` where there are more."""
-    names = sorted(names)
+    """Return the first names of files in their order, on one line, and how many more there are."""
     # Names of files may hold anything: newlines, and bytes that are no text.
-    shown = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in names[:SHOWN_NAMES]]
-    return ", ".join(shown) + (", ..." if len(names) > SHOWN_NAMES else "")
+    shown = [name if name.isprintable() else name.encode("unicode_escape").decode() for name in sorted(names)]
+    return first_few(shown)
 
 
 def batches_of_files(items: Sequence[Item], count: int, bytes_of: Callable[[Item], int]) -> list[list[Item]]:

@@ -17,13 +17,13 @@ import logging
 import platform
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from facediffuser import __version__
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.storage.reading import parse_json
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ SOFTWARE = ("libraries", "code")
 HARDWARE = ("hardware", "driver")
 # Settings that are provenance: the last digits of a model's output on a CPU depend on them, and nothing else.
 THREAD_SETTINGS = ("threads", "cpus_per_worker")
-SHOWN_DIFFERENCES = 4
 
 Document = Mapping[str, Any]
 
@@ -107,9 +106,8 @@ def differences(there: Document, here: Document, prefix: str = "") -> list[str]:
 
 
 def shown(found: Sequence[str]) -> str:
-    """Return differences in one phrase: the first few, and how many more there are."""
-    more = f"; {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-    return "; ".join(found[:SHOWN_DIFFERENCES]) + more
+    """Return differences in one phrase: the first four, and how many more there are."""
+    return first_few(found, 4, "; ")
 
 
 def other_run_error(url: str, found: Sequence[str], how: str) -> InputError:
@@ -188,6 +186,15 @@ def check_provenance(url: str, recorded: Sequence[Document], here: Document, exa
     if exact:
         raise InputError(f"{line}; use what it was made with, or leave --exact out")
     logger.warning("%s; the last bits of what is made now may differ", line)
+
+
+def different_provenances(each: Iterable[Document]) -> list[Document]:
+    """Return the different ones of some provenances, in the order in which they first come; empty ones are left out."""
+    found: list[Document] = []
+    for one in each:
+        if one and one not in found:
+            found.append(one)
+    return found
 
 
 def count_provenances(each: Sequence[Document | None], noun: str) -> list[dict[str, Any]]:

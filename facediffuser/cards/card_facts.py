@@ -69,10 +69,26 @@ class Card:
         return self.survey.subjects
 
 
+def shared_values(card: Card) -> dict[str, Any]:
+    """Return what the templates of README and page have in common, by name."""
+    survey = card.survey
+    return {
+        "card": card,
+        "sheet_note": sheet_line(card),
+        "added": added_lines(card),
+        "certificates": certificate_tables(card),
+        "flags": flag_lines(survey),
+        "face_facts": face_lines(survey),
+        "thresholds": [(words, _percent(share)) for words, share in survey.faces.kept] if survey.faces else [],
+        "failures": survey.failures.most_common(10),
+    }
+
+
 def summary(card: Card) -> list[tuple[str, str]]:
     """Return the card's facts as (name, value) lines: counts, sizes, sampling settings."""
     survey, settings = card.survey, card.survey.settings
     methods = sorted({row.method for row in card.table})
+    size = f"{survey.bytes / 1e9:.1f} GB" if survey.bytes >= 1e9 else f"{survey.bytes / 1e6:.1f} MB"
     sizes = [f"{width} × {height}" for width in settings.get("width", []) for height in settings.get("height", [])]
     facts = [
         ("images", f"{card.rows - card.failed:,}"),
@@ -81,7 +97,7 @@ def summary(card: Card) -> list[tuple[str, str]]:
         ("prompts", f"{survey.prompts:,}"),
         ("method", ", ".join(methods) or "–"),
         ("image size, px", ", ".join(sizes[:4]) or "–"),
-        ("files (shards)", f"{survey.files:,} ({_megabytes(survey.bytes)})"),
+        ("files (shards)", f"{survey.files:,} ({size})"),
         ("rows of a shard", _range(survey.shard_rows)),
     ]
     for name, label in (
@@ -197,11 +213,6 @@ def face_lines(survey: Survey) -> list[tuple[str, str]]:
     return lines
 
 
-def threshold_lines(survey: Survey) -> list[tuple[str, str]]:
-    """Return (threshold, share of the images that reach it) lines."""
-    return [(words, _percent(share)) for words, share in survey.faces.kept] if survey.faces else []
-
-
 def flag_lines(survey: Survey) -> list[tuple[str, str]]:
     """Return what was found of copies as (check, result) lines."""
     return [
@@ -241,7 +252,3 @@ def _percent(share: float) -> str:
 
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

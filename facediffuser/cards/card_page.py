@@ -12,12 +12,7 @@ from facediffuser.cards.card_facts import (
     FLAG_TITLES,
     RIGHTS,
     Card,
-    added_lines,
-    certificate_tables,
-    face_lines,
-    flag_lines,
-    sheet_line,
-    threshold_lines,
+    shared_values,
 )
 from facediffuser.cards.rendering import render
 from facediffuser.cards.survey import FLAGS, LocatedRow
@@ -44,12 +39,11 @@ def card_page(
     styles = {name: f"ref{number}" for number, name in enumerate(sorted(card.references))}
     return render(
         "card_page.html.j2",
-        card=card,
+        **shared_values(card),
         references=[
             {"style": style, "picture": _small(card.references[name], REFERENCE)} for name, style in styles.items()
         ],
         sheet=_data_url(pictures["card/contact_sheet.png"], "png"),
-        sheet_note=sheet_line(card),
         histograms=_data_url(pictures["card/score_histograms.png"], "png"),
         plane=_data_url(pictures["card/ip_pc_plane.png"], "png"),
         faces=[
@@ -57,22 +51,16 @@ def card_page(
             for key, words in FACE_PICTURES
             if key in pictures
         ],
-        face_facts=face_lines(card.survey),
-        thresholds=threshold_lines(card.survey),
         columns=column_lines(card.survey.schema) if card.survey.schema is not None else [],
         facts=facts,
         scores=_score_table(card.table),
         best=_tiles(card.survey.best, card, styles),
         worst=_tiles(card.survey.worst, card, styles),
-        added=added_lines(card),
-        certificates=certificate_tables(card),
-        flags=flag_lines(card.survey),
         flagged_images=[
             {"title": FLAG_TITLES[name], "tiles": _tiles(flagged.shown, card, styles, *FLAGS[name])}
             for name, flagged in card.survey.flags.items()
             if flagged.shown
         ],
-        failures=card.survey.failures.most_common(10),
         settings=settings,
         rights=RIGHTS,
     )

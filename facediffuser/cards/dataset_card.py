@@ -13,14 +13,10 @@ from facediffuser.cards.card_facts import (
     POSE,
     RIGHTS,
     Card,
-    added_lines,
-    certificate_tables,
-    face_lines,
-    flag_lines,
     run_lines,
+    shared_values,
     sheet_line,
     summary,
-    threshold_lines,
 )
 from facediffuser.cards.card_page import card_page
 from facediffuser.cards.contact_sheet import SheetRow, Tile, contact_sheet
@@ -64,8 +60,7 @@ def write_card(store: Store) -> list[ScoreRow]:
         InputError: there is no dataset.
     """
     survey = survey_dataset(store)
-    shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst
-    shown += survey.named
+    shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst + survey.named
     shown += [located for flagged in survey.flags.values() for located in flagged.shown]
     card = Card(
         name=store.url.rstrip("/").rsplit("/", 1)[-1],
@@ -134,23 +129,16 @@ def readme(card: Card, facts: list[tuple[str, str]], settings: list[tuple[str, s
     }
     return render(
         "dataset_readme.md.j2",
-        card=card,
+        **shared_values(card),
         front_matter=front_matter,
         facts=facts,
-        sheet_note=sheet_line(card),
         scores=markdown(card.table),
-        added=added_lines(card),
-        certificates=certificate_tables(card),
-        flags=flag_lines(card.survey),
         face_pictures=[
             (Markdown(key), words)
             for key, words in FACE_PICTURES
             if (card.survey.named if key == NAMED else card.survey.faces)
         ],
-        face_facts=face_lines(card.survey),
-        thresholds=threshold_lines(card.survey),
         columns=Markdown(markdown_table(("column", "type", "meaning"), column_lines(card.survey.schema))),
-        failures=card.survey.failures.most_common(10),
         settings=settings,
         rights=Markdown(RIGHTS),
     )

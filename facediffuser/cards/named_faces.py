@@ -14,26 +14,24 @@ SIDE, LINE, TEXT = 380, 3, 15
 GAP, COLUMNS = 22, 3
 
 
-def draw_faces(
-    image: Image.Image, faces: Sequence[Mapping[str, Any]], subject_ids: Sequence[str], side: int = SIDE
-) -> Image.Image:
+def draw_faces(image: Image.Image, faces: Sequence[Mapping[str, Any]], subject_ids: Sequence[str]) -> Image.Image:
     """Return an image with a box and a line of text for each face.
 
     Args:
         image: the picture, of any size.
         faces: as the column `faces` holds them.
         subject_ids: whom it should show; each has a colour of its own, by its place.
-        side: px of the longer side of the picture drawn.
 
     Returns:
-        RGB: the picture, and below it a line per subject: name, similarity to it, and to the nearest other subject.
+        RGB: the picture, its longer side of SIDE px, and below it a line per subject: name, similarity to it, and to the
+        nearest other subject.
     """
-    scale = side / max(image.size)
+    scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(subject_ids)}
     lines = [(colours[name], _line(name, faces)) for name in subject_ids]
     lines += [(UNASKED, "not asked for" + _like(face)) for face in faces if face["subject_id"] is None]
-    drawn = Image.new("RGB", (side, size[1] + 8 + (TEXT + 7) * len(lines)), GROUND)
+    drawn = Image.new("RGB", (SIDE, size[1] + 8 + (TEXT + 7) * len(lines)), GROUND)
     drawn.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (0, 0))
     draw = ImageDraw.Draw(drawn)
     for face in faces:
@@ -50,7 +48,7 @@ def draw_faces(
     for number, (colour, text) in enumerate(lines):
         y = size[1] + 8 + number * (TEXT + 7)
         draw.rectangle((0, y + 3, 10, y + 13), fill=colour)
-        draw.text((17, y), wrap(text, font(TEXT), side - 17, 1)[0], INK, font(TEXT))
+        draw.text((17, y), wrap(text, font(TEXT), SIDE - 17, 1)[0], INK, font(TEXT))
     return drawn
 
 

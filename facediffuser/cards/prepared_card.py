@@ -84,7 +84,7 @@ def _cell(row: dict[str, Any]) -> Image.Image:
         pixels = np.asarray(image).astype(np.float32)
         for index, subject in enumerate(row["subjects"]):
             inside = ids == subject["segment_id"]
-            # Its outline in full colour, a breath of it inside, so that the picture itself can be judged.
+            # Its outline in full colour, 12% of it inside, so that the picture itself can still be seen.
             opacity = np.where(binary_erosion(inside, border_value=1), 0.12, 0.9) * inside
             pixels += opacity[..., None] * (np.asarray(SUBJECTS[index % len(SUBJECTS)], np.float32) - pixels)
         image = Image.fromarray(pixels.astype(np.uint8))

@@ -1,6 +1,5 @@
 """One pass over a dataset's rows, without their images: scores, failures, and which images to show on the card."""
 
-import heapq
 import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facediffuser.dataset.added_columns import read_added_columns
-from facediffuser.dataset.reading import list_shards, open_parquet, read_footer, row_groups
+from facediffuser.dataset.reading import list_shards, open_parquet, row_groups, shard_schema
 from facediffuser.dataset.schema import FACES, IP_MARGIN
 from facediffuser.evaluation.face_facts import FaceCounts, FaceFacts
-from facediffuser.evaluation.score_sample import ScoreSample, rank
+from facediffuser.evaluation.score_sample import Highest, ScoreSample, rank
 from facediffuser.evaluation.tables import NO_CATEGORY, SCORE_COLUMNS, ScoreRow, ScoreSums
 from facediffuser.storage import Store
 
@@ -116,11 +115,11 @@ def survey_dataset(store: Store) -> Survey:
     infos = list_shards(store)
     rows, prompts, subjects = 0, set(), set()
     rows_of_file: Counter[str] = Counter()
-    schema = read_footer(store, infos[0].key).schema.to_arrow_schema()
+    schema = shard_schema(store, infos[0].key)
     failures: Counter[str] = Counter()
     settings: dict[str, set] = {}
     added = read_added_columns(store)
-    flags = {name: _FlagCounter(*columns) for name, columns in FLAGS.items() if name in added.schema.names}
+    flags = {name: _FlagCounter(similarity) for name, (similarity, _) in FLAGS.items() if name in added.schema.names}
     numbers = [name for name in added.schema.names if is_score(added.schema.field(name)) and name != IP_MARGIN]
     sums, sample, selection, extremes = ScoreSums(numbers), ScoreSample(), _SheetSelection(), _Extremes()
     counts, named = FaceCounts(), _NamedSelection()
@@ -163,7 +162,9 @@ def survey_dataset(store: Store) -> Survey:
         sample=sample,
         subjects=len(subjects),
         failures=failures,
-        settings={name: _first_values(values) for name, values in sorted(settings.items())},
+        settings={
+            name: sorted(values - {None}, key=repr)[:MAX_SETTING_VALUES] for name, values in sorted(settings.items())
+        },
         prompts=len(prompts),
         sheet=selection.result(),
         best=best,
@@ -200,11 +201,6 @@ def is_score(column: pa.Field) -> bool:
     checked = {name for flag, columns in FLAGS.items() for name in (flag, *columns)}
     kind = column.type
     return (pa.types.is_floating(kind) or pa.types.is_integer(kind)) and column.name not in checked
-
-
-def _first_values(values: set) -> list:
-    ordered = sorted((value for value in values if value is not None), key=repr)
-    return ordered[:MAX_SETTING_VALUES]
 
 
 def _count_faces(counts: FaceCounts, rows: pa.Table, faces: pa.Table) -> None:
@@ -267,26 +263,22 @@ class _NamedSelection:
     """Keeps images with faces: of those with most subjects the ones with the highest and the lowest margin."""
 
     def __init__(self):
-        self.high: list[tuple] = []
-        self.low: list[tuple] = []
+        self.high, self.low = Highest[LocatedRow](NAMED_EACH), Highest[LocatedRow](NAMED_EACH)
 
     def add(self, located: LocatedRow, faces: pa.Table, row: int) -> None:
         margin, there = faces[IP_MARGIN][row].as_py(), faces[FACES][row].as_py()
         if margin is None or there is None:
             return
         people, name = len(located.subject_ids), located.values["sample_id"]
-        for heap, value in ((self.high, margin), (self.low, -margin)):
+        for kept, value in ((self.high, margin), (self.low, -margin)):
             key = (people, value, name)
-            if len(heap) >= NAMED_EACH and key <= heap[0][0]:
-                continue
-            own = [{field: value for field, value in face.items() if field != "embedding"} for face in there]
-            shown = replace(located, values=located.values | {FACES: own, IP_MARGIN: margin})
-            (heapq.heappush if len(heap) < NAMED_EACH else heapq.heapreplace)(heap, (key, shown))
+            if kept.takes(key):
+                own = [{field: value for field, value in face.items() if field != "embedding"} for face in there]
+                kept.add(key, replace(located, values=located.values | {FACES: own, IP_MARGIN: margin}))
 
     def result(self) -> list[LocatedRow]:
-        high = [shown for _, shown in sorted(self.high, key=lambda item: item[0], reverse=True)]
+        high, low = self.high.items(), self.low.items()[::-1]
         there = {shown.values["sample_id"] for shown in high}
-        low = [shown for _, shown in sorted(self.low, key=lambda item: item[0])]
         return high + [shown for shown in low if shown.values["sample_id"] not in there]
 
 
@@ -298,8 +290,7 @@ class _Extremes:
 
     def __init__(self):
         self.count = 0
-        self.high: list[tuple] = []
-        self.low: list[tuple] = []
+        self.high, self.low = Highest[LocatedRow](EXTREMES), Highest[LocatedRow](EXTREMES)
 
     def add(self, located: LocatedRow) -> None:
         ip, pc = located.values["ip"], located.values["pc"]
@@ -308,38 +299,27 @@ class _Extremes:
         self.count += 1
         name = located.values["sample_id"]
         backwards = (*(-ord(letter) for letter in name), 1)  # the 1 puts a name behind those that begin with it
-        for heap, key in ((self.high, (ip, pc, name)), (self.low, (-ip, -pc, backwards))):
-            if len(heap) < EXTREMES:
-                heapq.heappush(heap, (key, located))
-            elif key > heap[0][0]:
-                heapq.heapreplace(heap, (key, located))
+        self.high.add((ip, pc, name), located)
+        self.low.add((-ip, -pc, backwards), located)
 
     def result(self) -> tuple[list[LocatedRow], list[LocatedRow]]:
-        high, low = (
-            [item[1] for item in sorted(heap, key=lambda item: item[0], reverse=True)] for heap in (self.high, self.low)
-        )
-        return high[: -(-self.count // 2)], low[: self.count // 2]
+        return self.high.items()[: -(-self.count // 2)], self.low.items()[: self.count // 2]
 
 
 class _FlagCounter:
     """Counts the rows on which a flag is raised and keeps those most alike; the id decides between equals."""
 
-    def __init__(self, similarity: str, similar_to: str | None):
+    def __init__(self, similarity: str):
         self.similarity = similarity
         self.count = self.checked = 0
-        self.highest: list[tuple] = []
+        self.highest = Highest[LocatedRow](EXTREMES)
 
     def add(self, located: LocatedRow, raised: bool | None) -> None:
         self.checked += raised is not None
         if not raised:
             return
         self.count += 1
-        item = ((located.values[self.similarity], located.values["sample_id"]), located)
-        if len(self.highest) < EXTREMES:
-            heapq.heappush(self.highest, item)
-        elif item[0] > self.highest[0][0]:
-            heapq.heapreplace(self.highest, item)
+        self.highest.add((located.values[self.similarity], located.values["sample_id"]), located)
 
     def result(self) -> Flagged:
-        shown = [item[1] for item in sorted(self.highest, key=lambda item: item[0], reverse=True)]
-        return Flagged(self.count, self.checked, shown)
+        return Flagged(self.count, self.checked, self.highest.items())

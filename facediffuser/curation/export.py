@@ -23,7 +23,7 @@ from facediffuser.curation.selection import (
 )
 from facediffuser.dataset.added_columns import read_added_columns
 from facediffuser.dataset.extension import read_references
-from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, read_sound_manifest, require_objects
+from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, object_entry, read_sound_manifest, require_objects
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.storage import Store, open_store
@@ -100,7 +100,7 @@ def _recorded_fingerprint(output: Store) -> str | None:
     return None
 
 
-def export_stage(settings: ExportSettings, pool: WorkerPool | None = None) -> Stage:
+def export_stage(settings: ExportSettings) -> Stage:
     """Return the stage that exports a subset of a dataset; its result is the manifest of the export, a dict."""
     export = open_export(settings)
     output = export.output
@@ -110,24 +110,21 @@ def export_stage(settings: ExportSettings, pool: WorkerPool | None = None) -> St
     people = read_references(export.store)["subject_id"].to_pylist()
     sides = split_subjects(people, settings.test_share, settings.seed)
     condition = Condition(settings.where, schema_of(export.store, export.manifest))
-    if finished:
-        selection = Selection([])
-    else:
+    selection = Selection([])
+    if not finished:
         both = settings.to in FACE_FORMATS
         selection = select_rows(export.store, export.manifest, condition, sides, settings.rows_per_file, both)
-    every = [Unit(_part_key(chunk), chunk.count, chunk) for chunk in selection.chunks]
+    every = [
+        Unit(f"{PARTS_PREFIX}{chunk.split}-{chunk.number:06d}.json", chunk.count, chunk) for chunk in selection.chunks
+    ]
     there = {info.key for info in output.list(PARTS_PREFIX)}
     units = [unit for unit in every if unit.key not in there]
     return Stage(
         "Export", "images", export.identity, units,
         functools.partial(ExportWorker, settings, sides, export.scorers),
-        functools.partial(_finish, export, settings, selection, [unit.key for unit in every]),
-        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool or WorkerPool(settings.workers),
+        functools.partial(_finish, export, sides, selection, [unit.key for unit in every]),
+        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), WorkerPool(settings.workers),
     )  # fmt: skip
-
-
-def _part_key(chunk: Chunk) -> str:
-    return f"{PARTS_PREFIX}{chunk.split}-{chunk.number:06d}.json"
 
 
 class ExportWorker:
@@ -165,7 +162,7 @@ class ExportWorker:
         objects = []
         for key, data in WRITERS[self.settings.to](chunk, samples()):
             self.output.put(key, data)
-            objects.append({"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+            objects.append(object_entry(key, data).model_dump())
         found = {"objects": objects, "counts": counts}
         if self.settings.to in FOLDER_FORMATS:
             found["facts"] = lines
@@ -193,7 +190,7 @@ def _finite(value: Any) -> Any:
 
 
 def _finish(
-    export: Export, settings: ExportSettings, selection: Selection, keys: list[str], results: Results
+    export: Export, sides: dict[str, str], selection: Selection, keys: list[str], results: Results
 ) -> dict[str, Any]:
     output = export.output
     if not output.exists(MANIFEST_KEY):
@@ -214,23 +211,17 @@ def _finish(
                 data = metadata_lines(facts, split)
                 key = f"{split}/metadata.jsonl"
                 output.put(key, data)
-                objects.append({"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+                objects.append(object_entry(key, data).model_dump())
         left_out = {"failed": selection.failed, "condition": selection.unlike, "both_sides": selection.mixed}
         document = {
             "fingerprint": export.fingerprint,
             "identity": export.identity,
             "counts": counts,
             "left_out": left_out,
-            "subjects": _subjects_by_side(export, settings),
+            "subjects": {side: [name for name in sorted(sides) if sides[name] == side] for side in (TRAIN, TEST)},
             "objects": objects,
         }
         output.put(MANIFEST_KEY, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     for info in output.list(PARTS_PREFIX):
         output.delete(info.key)
     return parse_json(output.get(MANIFEST_KEY))
-
-
-def _subjects_by_side(export: Export, settings: ExportSettings) -> dict[str, list[str]]:
-    people = sorted(set(read_references(export.store)["subject_id"].to_pylist()))
-    sides = split_subjects(people, settings.test_share, settings.seed)
-    return {side: [name for name in people if sides[name] == side] for side in (TRAIN, TEST)}

@@ -4,11 +4,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from facediffuser.curation.export_formats import Sample
+from facediffuser.dataset.extension import read_references
 from facediffuser.faces import aligned_crop
 from facediffuser.pictures import stored_picture
+from facediffuser.scoring.matching import cosine_scores, match_greedily
 from facediffuser.storage import Store
 
 FACES = "faces"
@@ -20,20 +20,17 @@ class FaceCrops:
 
     Args:
         store: the dataset.
-        scorers: what finds and knows faces where the rows do not say, None: rows that do not say are refused.
+        scorers: what finds and knows faces where the rows do not say; None: such rows give no crops.
     """
 
     def __init__(self, store: Store, scorers: Any = None):
-        self.store, self.identity = store, scorers.identity if scorers else None
-        self._references: dict[str, np.ndarray] = {}
-        if self.identity is not None:
-            from facediffuser.dataset.extension import read_references
-            from facediffuser.scoring.identity import subject_embedding
+        self.identity = self.gallery = None
+        if scorers is not None:
+            # With torch, which is not needed where the rows say where their faces are.
+            from facediffuser.scoring.face_labels import gallery_of
 
-            rows = read_references(store).select(["subject_id", "identity"]).to_pylist()
-            for name in sorted({row["subject_id"] for row in rows}):
-                own = [row["identity"] for row in rows if row["subject_id"] == name]
-                self._references[name] = subject_embedding(np.array(own, np.float32))
+            self.identity = scorers.identity
+            self.gallery = gallery_of(read_references(store).select(["subject_id", "identity"]).to_pylist())
 
     def __call__(self, row: dict[str, Any], wanted: Sequence[str]) -> list[Sample]:
         """Return a crop, PNG of 112 px, of each wanted subject whose face is found in a row's image."""
@@ -56,15 +53,13 @@ class FaceCrops:
                 for face in row[FACES]
                 if face["subject_id"] is not None and face["landmarks"] is not None
             ]
-        if self.identity is None:
+        if self.identity is None or self.gallery is None:
             return []
-        from facediffuser.scoring.matching import cosine_scores, match_greedily
-
         found = self.identity.embed_faces([image])[0]
         if not found.faces:
             return []
         names = row["subject_ids"]
-        scores = cosine_scores(found.vectors, np.stack([self._references[name] for name in names]))
+        scores = cosine_scores(found.vectors, self.gallery.vectors[[self.gallery.places[name] for name in names]])
         chosen = match_greedily(scores)
         return [
             (name, found.faces[face].landmarks, {"similarity": float(scores[face, place])})

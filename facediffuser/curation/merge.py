@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import pyarrow as pa
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.cards.dataset_card import write_card
 from facediffuser.curation.curation_settings import MergeSettings
-from facediffuser.dataset.added_columns import ADDED_PREFIX, KEY, read_added_columns, write_added_columns
+from facediffuser.dataset.added_columns import ADDED_PREFIX, AddedColumns, read_added_columns, write_added_columns
 from facediffuser.dataset.certificate import certified_part, renamed_key
 from facediffuser.dataset.extension import (
     SampleIds,
     add_references,
+    encode_references_of_parts,
     output_state,
     part_name,
     planned_ids,
@@ -27,12 +28,12 @@ from facediffuser.dataset.manifest import (
     Manifest,
     ObjectEntry,
     Part,
+    ShardEntry,
     build_manifest,
     object_entry,
     read_sound_manifest,
 )
-from facediffuser.dataset.references import encode_references
-from facediffuser.dataset.schema import SUBJECTS_KEY, schema_of_run, with_marks
+from facediffuser.dataset.schema import SUBJECTS_KEY, schema_of_run
 from facediffuser.dataset.seal import seal
 from facediffuser.dataset.spending import write_spent
 from facediffuser.errors import InputError
@@ -62,24 +63,20 @@ class Source:
         units = []
         listed = {entry.key: entry for entry in self.manifest.objects}
         for part, new in self.renamed():
-            for key, entry in zip(
-                new.layout.part_keys(), [listed[key] for key in part.layout.part_keys()], strict=True
-            ):
-                units.append(Unit(key, 0, (self.store.url, entry.key, entry.bytes, entry.sha256)))
-            for entry in self.manifest.objects:
-                if certified_part(entry.key) == part.name:
-                    key = renamed_key(entry.key, new.name)
-                    units.append(Unit(key, 0, (self.store.url, entry.key, entry.bytes, entry.sha256)))
-            for one, two in zip(part.shards, new.shards, strict=True):
-                units.append(Unit(two.key, one.rows, (self.store.url, one.key, one.bytes, one.sha256)))
+            keys = dict(zip(part.layout.part_keys(), new.layout.part_keys(), strict=True))
+            keys |= {key: renamed_key(key, new.name) for key in listed if certified_part(key) == part.name}
+            units += [self._copy(listed[key], new_key) for key, new_key in keys.items()]
+            units += [self._copy(one, two.key, one.rows) for one, two in zip(part.shards, new.shards, strict=True)]
         return units
+
+    def _copy(self, entry: ObjectEntry | ShardEntry, key: str, rows: int = 0) -> Unit:
+        return Unit(key, rows, (self.store.url, entry.key, entry.bytes, entry.sha256))
 
 
 def _renamed(part: Part, name: str) -> Part:
-    fields = {field: getattr(part, field) for field in Part.model_fields} | {"name": name}
-    layout = Part(**fields).layout
+    layout = part.as_part(name=name).layout
     shards = [entry.model_copy(update={"key": layout.shard_key(n)}) for n, entry in enumerate(part.shards)]
-    return Part(**fields | {"shards": shards})
+    return part.as_part(name=name, shards=shards)
 
 
 def open_sources(urls: Sequence[str]) -> list[Source]:
@@ -225,12 +222,8 @@ def _require_copied(store: Store, units: Sequence[Unit]) -> None:
             raise _damaged(unit)
 
 
-def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stage:
+def merge_stage(settings: MergeSettings) -> Stage:
     """Return the stage that merges datasets; its result is the manifest of the merged one.
-
-    Args:
-        settings: the datasets and the output.
-        pool: the workers; None for the number in the settings.
 
     Raises:
         InputError: see `open_sources`, `require_mergeable`, `require_output`.
@@ -244,10 +237,10 @@ def merge_stage(settings: MergeSettings, pool: WorkerPool | None = None) -> Stag
     there = {info.key: info.size for info in store.list()}
     every = [unit for source in sources for unit in source.copies()]
     units = [unit for unit in every if there.get(unit.key) != unit.data[2]]
-    finish: Callable[[Results], Manifest] = functools.partial(_finish, sources, store)
     return Stage(
-        "Merge", "images", identity, units, functools.partial(CopyWorker, settings.output), finish,
-        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool or WorkerPool(settings.workers),
+        "Merge", "images", identity, units, functools.partial(CopyWorker, settings.output),
+        functools.partial(_finish, sources, store),
+        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), WorkerPool(settings.workers),
     )  # fmt: skip
 
 
@@ -255,15 +248,12 @@ def _finish(sources: Sequence[Source], store: Store, results: Results) -> Manife
     _require_copied(store, [unit for source in sources for unit in source.copies()])
     parts = [new for source in sources for _, new in source.renamed()]
     references = functools.reduce(add_references, (read_references(source.store) for source in sources))
-    marked = with_marks(references.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)
-    subjects = encode_references(references, marked, [part.fingerprint for part in parts])
+    subjects = encode_references_of_parts(references, parts)
     store.put(SUBJECTS_KEY, subjects)
     written = []
     for name, table in merged_columns(sources).items():
-        marks = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        scorers = {key.removeprefix("facediffuser_scorer_"): value for key, value in marks.items()}
-        assert KEY in table.column_names
-        written.append(write_added_columns(store, name, table, scorers))
+        added = AddedColumns({name: table}, ())
+        written.append(write_added_columns(store, name, table, added.digests(), added.licences()))
     plans = [
         ObjectEntry(key=unit.key, bytes=unit.data[2], sha256=unit.data[3])
         for source in sources

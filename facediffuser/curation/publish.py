@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
@@ -50,7 +50,7 @@ def listed_objects(settings: PublishSettings) -> tuple[Manifest, list[Listed]]:
     return manifest, [(entry.key, entry.bytes, entry.sha256) for entry in entries]
 
 
-def publish_stage(settings: PublishSettings, pool: WorkerPool | None = None) -> Stage:
+def publish_stage(settings: PublishSettings) -> Stage:
     """Return the stage that publishes a dataset; its result is the URL of its page.
 
     The units are commits of some objects each; the manifest and the card are committed last. Objects that the hub has
@@ -66,11 +66,11 @@ def publish_stage(settings: PublishSettings, pool: WorkerPool | None = None) -> 
     missing = [one for one in objects if there.get(one[0]) != one[2] and one[0] != README_KEY]
     units = [Unit(f"commit {number}", len(some), some) for number, some in enumerate(_commits(missing))]
     gone = sorted(key for key in there if key not in {one[0] for one in objects} and key.startswith(_OURS))
-    finish: Callable[[Results], str] = functools.partial(_finish, settings, repository, gone)
     finished = len(objects) - sum(unit.rows for unit in units)
     return Stage(
         "Publish", "objects", {"publish": manifest.digest, "to": repository}, units,
-        functools.partial(CommitWorker, settings, repository), finish, finished, pool or WorkerPool(1),
+        functools.partial(CommitWorker, settings, repository),
+        functools.partial(_finish, settings, repository, gone), finished, WorkerPool(1),
     )  # fmt: skip
 
 

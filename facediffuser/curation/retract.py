@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.cards.dataset_card import write_card
@@ -23,6 +21,8 @@ from facediffuser.dataset.manifest import (
     Part,
     Retraction,
     ShardEntry,
+    begun_parts,
+    entry_of_shard,
     manifest_problems,
     object_entry,
     parse_manifest,
@@ -31,7 +31,7 @@ from facediffuser.dataset.manifest import (
     write_manifest,
 )
 from facediffuser.dataset.mentions import mentioned, subjects_of_sample, text_columns, without_mentions
-from facediffuser.dataset.plan import Layout, encode_groups, part_names
+from facediffuser.dataset.plan import Layout, encode_groups
 from facediffuser.dataset.reading import READERS, open_parquet, readable_parquet
 from facediffuser.dataset.references import ROWS_PER_GROUP
 from facediffuser.dataset.schema import SUBJECTS_KEY
@@ -62,8 +62,7 @@ def begin_retraction(store: Store, subject: str) -> tuple[Manifest, bool]:
             raise InputError(f"{store.url}: another subject is being taken out, and that was interrupted; run "
                              "`facediffuser retract` with that one first")  # fmt: skip
         return manifest, True
-    begun = set(part_names(info.key for info in store.list("plan/"))) - {part.name for part in manifest.parts}
-    if begun:
+    if begun_parts(store, manifest):
         raise InputError(f"{store.url}: rows are being added to it; finish that with `facediffuser generate --extend`")
     known = read_references(store)["subject_id"].unique().to_pylist()
     if subject not in known:
@@ -96,7 +95,7 @@ def _mark(manifest: Manifest, subject: str) -> str:
     return hashlib.sha256(f"{manifest.fingerprint}\0{subject}".encode()).hexdigest()
 
 
-def retract_stage(settings: RetractSettings, pool: WorkerPool | None = None) -> Stage:
+def retract_stage(settings: RetractSettings) -> Stage:
     """Return the stage that takes a subject out of a dataset; its result is the manifest of what remains.
 
     The manifest is marked first: until the end nothing else changes the dataset. Run again after an interruption it
@@ -114,7 +113,7 @@ def retract_stage(settings: RetractSettings, pool: WorkerPool | None = None) -> 
     worker = functools.partial(RetractWorker, settings.url, settings.subject, resumes)
     finish = functools.partial(_finish, store, manifest, settings.subject, resumes)
     identity = {"retract": manifest.fingerprint}
-    return Stage("Retract", "images", identity, units, worker, finish, pool=pool or WorkerPool(settings.workers))
+    return Stage("Retract", "images", identity, units, worker, finish, pool=WorkerPool(settings.workers))
 
 
 class RetractWorker:
@@ -133,19 +132,16 @@ class RetractWorker:
         keep = rows_without(table["subject_ids"], self.subject)
         others = [name for name in names if mentioned(table[name].filter(keep), self.subject)]
         if pc.all(keep).as_py() is not False and not others:
-            if not self.resumes or self._as_listed(unit):
+            data = self.store.get(unit.key) if self.resumes else b""
+            if not self.resumes or hashlib.sha256(data).hexdigest() == unit.data["sha256"]:
                 return {"removed": 0}
-            data = self.store.get(unit.key)
         else:
             with open_parquet(self.store, unit.key) as file:
                 kept = file.read().filter(keep)
             data = encode_table(_scrubbed(kept, others, self.subject))
             self.store.put(unit.key, data)
-        return {"removed": unit.rows - _entry(unit.key, data).rows, "entry": _entry(unit.key, data).model_dump()}
-
-    def _as_listed(self, unit: Unit) -> bool:
-        data = self.store.get(unit.key)
-        return hashlib.sha256(data).hexdigest() == unit.data["sha256"]
+        entry = entry_of_shard(unit.key, data)
+        return {"removed": unit.rows - entry.rows, "entry": entry.model_dump()}
 
 
 def rows_without(subject_ids: pa.ChunkedArray, subject: str) -> pa.ChunkedArray:
@@ -160,12 +156,6 @@ def _scrubbed(table: pa.Table, columns: list[str], subject: str) -> pa.Table:
         values = [without_mentions(value, subject) for value in table[name].to_pylist()]
         table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
     return table
-
-
-def _entry(key: str, data: bytes) -> ShardEntry:
-    status = pq.read_table(io.BytesIO(data), columns=["status"])["status"].to_pylist()
-    digest, ok = hashlib.sha256(data).hexdigest(), status.count("ok")
-    return ShardEntry(key=key, rows=len(status), ok=ok, failed=len(status) - ok, bytes=len(data), sha256=digest)
 
 
 # --- what is beside the shards ----------------------------------------------------------------------------------------
@@ -215,8 +205,7 @@ def _without_rows(part: Part, changed: Mapping[str, dict[str, Any]]) -> Part:
     ]
     rows = [entry.rows for entry in shards]
     kept = rows if part.kept or rows != [entry.rows for entry in part.shards] else []
-    fields = {name: getattr(part, name) for name in Part.model_fields}
-    return Part(**fields | {"shards": shards, "rows": sum(rows), "kept": kept})
+    return part.as_part(shards=shards, rows=sum(rows), kept=kept)
 
 
 def _rewrite_plan(store: Store, before: Layout, after: Layout, subject: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from facediffuser.dataset.encoding import parquet_bytes
-from facediffuser.dataset.reading import list_shards, open_parquet, read_footer
+from facediffuser.dataset.reading import open_parquet, shard_schema
 from facediffuser.dataset.schema import DATASET_SCHEMA, hugging_face_features
 from facediffuser.errors import InputError
 from facediffuser.runs import canonical_json
@@ -109,7 +109,7 @@ def require_new_columns(columns: Mapping[str, Sequence[str]], store: Store | Non
     """
     taken = {name: "every dataset" for name in DATASET_SCHEMA.names}
     if store and set(taken) & {name for names in columns.values() for name in names}:
-        taken = dict.fromkeys(_own_columns(store), "the dataset")
+        taken = dict.fromkeys(shard_schema(store).names, "the dataset")
     for url, table in (read_added_columns(store) if store else AddedColumns({})).tables.items():
         if url.rpartition("/")[2].removesuffix(".parquet") not in columns:
             taken |= {name: url for name in table.column_names if name != KEY}
@@ -131,13 +131,8 @@ def read_added_columns(store: Store) -> AddedColumns:
             tables[store.url_of(key)] = file.read()
     # A dataset of an earlier version may have had columns of this one added.
     names = {name for table in tables.values() for name in table.column_names} - {KEY}
-    own = _own_columns(store) if names & set(DATASET_SCHEMA.names) else DATASET_SCHEMA.names
+    own = shard_schema(store).names if names & set(DATASET_SCHEMA.names) else DATASET_SCHEMA.names
     return AddedColumns(tables, own)
-
-
-def _own_columns(store: Store) -> list[str]:
-    """The columns of a dataset's shards."""
-    return read_footer(store, list_shards(store)[0].key).schema.to_arrow_schema().names
 
 
 def write_added_columns(

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from facediffuser.dataset.encoding import column_paths, parquet_bytes
 from facediffuser.dataset.plan import Layout
-from facediffuser.dataset.reading import open_parquet
+from facediffuser.dataset.reading import row_groups
 from facediffuser.dataset.schema import IMAGE
 from facediffuser.errors import InputError
 from facediffuser.storage import Store
@@ -74,12 +74,10 @@ def choose_sample(store: Store, layout: Layout) -> list[tuple[int, int]]:
 
     def hashed() -> Iterator[tuple[bytes, int, int]]:
         for part in range(layout.parts):
-            with open_parquet(store, layout.part_key(part)) as file:
-                for group in range(file.num_row_groups):
-                    names = file.read_row_group(group, columns=["sample_id"])["sample_id"].to_pylist()
-                    for place, name in enumerate(names):
-                        digest = hashlib.blake2b(f"certificate\0{name}".encode(), digest_size=16).digest()
-                        yield digest, part * layout.shards_per_part + group, place
+            for _, group, rows in row_groups(store, [layout.part_key(part)], ["sample_id"]):
+                for place, name in enumerate(rows["sample_id"].to_pylist()):
+                    digest = hashlib.blake2b(f"certificate\0{name}".encode(), digest_size=16).digest()
+                    yield digest, part * layout.shards_per_part + group, place
 
     chosen = heapq.nsmallest(sample_size(layout.rows), hashed())
     return sorted((shard, place) for _, shard, place in chosen)

@@ -1,4 +1,4 @@
-"""What the people of a dataset agreed to: optional columns of subjects.csv, kept in subjects.parquet and told on the card."""
+"""What the people of a dataset agreed to: optional columns of subjects.csv, kept in subjects.parquet and shown on the card."""
 
 import datetime
 from collections import Counter
@@ -9,11 +9,10 @@ import pyarrow as pa
 from facediffuser.dataset.inputs import TERMS, Subject
 from facediffuser.dataset.reading import open_parquet
 from facediffuser.dataset.schema import SUBJECTS_KEY, SUBJECTS_SCHEMA
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.number_words import counted
 from facediffuser.storage import Store
 
-SHOWN_NAMES = 5
 SHOWN_VALUES = 4
 
 
@@ -40,8 +39,8 @@ def require_consent(subjects: Sequence[Subject], url: str, today: datetime.date 
     expired = [subject.subject_id for subject in subjects if (dict(subject.terms).get("expires") or day) < day]
     for names, what in ((without, "no consent"), (expired, f"a consent that expired before {day}")):
         if names:
-            raise InputError(f"{url}: {counted(len(names), 'subject')} with {what} in subjects.csv ({_names(names)}); add it, "
-                             "or take them out of the folder")  # fmt: skip
+            raise InputError(f"{url}: {counted(len(names), 'subject')} with {what} in subjects.csv ({first_few(names)}); add "
+                             "it, or take them out of the folder")  # fmt: skip
 
 
 def recorded_terms(store: Store) -> dict[str, dict[str, str | None]]:
@@ -86,9 +85,3 @@ def consent_facts(store: Store) -> list[tuple[str, str]]:
 
 def _today() -> datetime.date:
     return datetime.datetime.now(datetime.UTC).date()
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (
-        f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    )

@@ -1,7 +1,7 @@
 """Rows added to a finished dataset: which of a plan's rows are new, and parts that were begun and are not finished."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,22 @@ from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     Manifest,
     Part,
+    begun_parts,
     build_part,
     read_sound_manifest,
     shard_entry,
 )
-from facediffuser.dataset.other_run import conflicting_prompts, recorded_subjects, run_of_output, subject_differences
+from facediffuser.dataset.other_run import (
+    class_words,
+    conflicting_prompts,
+    recorded_subjects,
+    run_of_output,
+    subject_differences,
+)
 from facediffuser.dataset.plan import Layout, Plan, part_names
-from facediffuser.dataset.reading import open_parquet, read_footer
-from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY
+from facediffuser.dataset.reading import open_parquet, read_footer, row_groups
+from facediffuser.dataset.references import encode_references
+from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, with_marks
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.errors import InputError
 from facediffuser.runs import Run, differences, identity_of, other_run_error
@@ -57,10 +65,8 @@ def _digests(ids: Iterable[str]) -> np.ndarray:
 def planned_ids(store: Store, names: Iterable[str]) -> Iterator[str]:
     """Yield the sample ids of the plans of some parts, part by part; memory holds one row group at a time."""
     for name in names:
-        for key in plan_keys(store, name):
-            with open_parquet(store, key) as file:
-                for group in range(file.num_row_groups):
-                    yield from file.read_row_group(group, columns=["sample_id"])["sample_id"].to_pylist()
+        for _, _, rows in row_groups(store, plan_keys(store, name), ["sample_id"]):
+            yield from rows["sample_id"].to_pylist()
 
 
 def plan_keys(store: Store, name: str) -> list[str]:
@@ -99,8 +105,8 @@ class NewRows:
         if count:
             yield pa.concat_tables(waiting).combine_chunks()
 
-    def _filtered(self, rows: int = 10_000) -> Iterator[pa.Table]:
-        for table in self.plan.tables(rows):
+    def _filtered(self) -> Iterator[pa.Table]:
+        for table in self.plan.tables(10_000):
             there = self.known.contain(table["sample_id"].to_pylist())
             if not there.all():
                 yield table.filter(pa.array(~there))
@@ -135,10 +141,7 @@ def output_state(store: Store) -> OutputState:
         InputError: its manifest is damaged.
     """
     manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
-    listed = {part.name for part in manifest.parts} if manifest else set()
-    return OutputState(
-        manifest, [name for name in part_names(info.key for info in store.list("plan/")) if name not in listed]
-    )
+    return OutputState(manifest, begun_parts(store, manifest))
 
 
 def last_run(store: Store, there: OutputState) -> Run | None:
@@ -249,9 +252,7 @@ def require_extendable(
         [subject for subject in plan.subjects if subject.subject_id in both],
         references,
     )
-    words = {subject.subject_id: subject.class_word for subject in plan.subjects}
-    words |= {row["subject_id"]: row["class_word"] for row in recorded}
-    found += conflicting_prompts(store, plan, words)
+    found += conflicting_prompts(store, plan, class_words(plan, recorded))
     if found:
         raise other_run_error(store.url, found, "--extend adds subjects, prompts and images per prompt and leaves all "
                               "else as it is; repeat that run's options or give another output")  # fmt: skip
@@ -268,6 +269,12 @@ def add_references(there: pa.Table, here: pa.Table) -> pa.Table:
     names = zip(here["subject_id"].to_pylist(), here["reference"].to_pylist(), strict=True)
     new = here.filter(pa.array([name not in known for name in names], pa.bool_()))
     return pa.concat_tables([there, new], promote_options="default").combine_chunks()
+
+
+def encode_references_of_parts(table: pa.Table, parts: Sequence[Part]) -> bytes:
+    """Return the bytes of subjects.parquet of a dataset of several parts; `table` has the references of all of them."""
+    schema = with_marks(table.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)
+    return encode_references(table, schema, [part.fingerprint for part in parts])
 
 
 def read_references(store: Store, key: str = SUBJECTS_KEY) -> pa.Table:

@@ -19,7 +19,7 @@ from facediffuser.dataset.input_tables import (
     require_text,
     shown_value,
 )
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.number_words import counted
 from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, ends_in_word, require_marked_words
@@ -38,7 +38,6 @@ SUBJECT_COLUMNS = ("subject_id", "class_word", *TERMS)
 MOST_SHOWN = 16
 # A text encoder reads about 300; more is a file of something else, which takes minutes to split into tokens.
 MOST_PROMPT_CHARACTERS = 100_000
-SHOWN_NAMES = 5
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SUBJECT_NAME = re.compile(r"subject(?:_([1-9][0-9]{0,8}))?")
 
@@ -189,8 +188,7 @@ def class_words_line(subjects: Sequence[Subject]) -> str:
         of_word.setdefault(person.class_word, []).append(person.subject_id)
     parts = []
     for word, names in sorted(of_word.items()):
-        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
-        parts.append(f"{word!r} for {len(names)} ({shown})")
+        parts.append(f"{word!r} for {len(names)} ({first_few(names)})")
     line = "class words: " + "; ".join(parts)
     if DEFAULT_CLASS_WORD in of_word:
         line += (

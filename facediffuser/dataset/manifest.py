@@ -1,15 +1,17 @@
 """The manifest: written last, it lists every object of a finished dataset with its sha256, and carries its own digest."""
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Self
 
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from facediffuser.dataset.plan import Layout, find_sample
-from facediffuser.dataset.reading import read_columns
+from facediffuser.dataset.plan import Layout, find_sample, part_names
+from facediffuser.dataset.reading import readable_parquet
 from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, run_schema_version
 from facediffuser.errors import InputError
 from facediffuser.number_words import counted
@@ -121,6 +123,10 @@ class Part(_Entry):
             )
         return self
 
+    def as_part(self, **changes: Any) -> "Part":
+        """Return the part, without what a manifest has beside it, with some fields changed; it is checked anew."""
+        return Part(**{name: getattr(self, name) for name in Part.model_fields} | changes)
+
     @property
     def failed(self) -> int:
         """How many of the rows failed."""
@@ -181,8 +187,8 @@ class Manifest(Part):
 
     def with_parts(self, parts: Sequence[Part]) -> "Manifest":
         """Return the manifest with other parts, and counts of them."""
-        first = {name: getattr(parts[0], name) for name in Part.model_fields}
-        return self.model_copy(update=first | {"more_parts": list(parts[1:]), "counts": count_parts(parts)})
+        changes = {"more_parts": list(parts[1:]), "counts": count_parts(parts)}
+        return self.model_copy(update=dict(parts[0].as_part()) | changes)
 
 
 def count_parts(parts: Sequence[Part]) -> Counts:
@@ -244,9 +250,8 @@ def build_manifest(
         objects: the entries of plans and references.
         retractions: those that were carried out.
     """
-    first = {name: getattr(parts[0], name) for name in Part.model_fields}
     return Manifest(
-        **first, schema_version=run_schema_version(parts[0].run), counts=count_parts(parts), objects=objects or [],
+        **dict(parts[0].as_part()), schema_version=run_schema_version(parts[0].run), counts=count_parts(parts), objects=objects or [],
         unlisted=list(UNLISTED), more_parts=list(parts[1:]), retractions=list(retractions),
     )  # fmt: skip
 
@@ -456,7 +461,18 @@ def shard_entry(store: Store, layout: Layout, shard: int, info: ObjectInfo) -> S
             return ShardEntry(key=info.key, **{name: stats[name] for name in ENTRY_NAMES})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass  # a worker ended between the shard and its stats: the shard tells the same
-    status = read_columns(store, info.key, ["status"])["status"].to_pylist()
-    ok = status.count("ok")
-    digest = hashlib.sha256(store.get(info.key)).hexdigest()
-    return ShardEntry(key=info.key, rows=len(status), ok=ok, failed=len(status) - ok, bytes=info.size, sha256=digest)
+    with readable_parquet(store, info.key):
+        return entry_of_shard(info.key, store.get(info.key))
+
+
+def entry_of_shard(key: str, data: bytes) -> ShardEntry:
+    """Return the entry of a shard whose Parquet is `data`; the provenance in its footer is not looked at."""
+    status = pq.read_table(io.BytesIO(data), columns=["status"])["status"].to_pylist()
+    digest, ok = hashlib.sha256(data).hexdigest(), status.count("ok")
+    return ShardEntry(key=key, rows=len(status), ok=ok, failed=len(status) - ok, bytes=len(data), sha256=digest)
+
+
+def begun_parts(store: Store, manifest: Manifest | None) -> list[str]:
+    """Return the names of the parts whose rows are being added: their plan is there, and no manifest lists them."""
+    listed = {part.name for part in manifest.parts} if manifest else set()
+    return [name for name in part_names(info.key for info in store.list("plan/")) if name not in listed]

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.dataset.schema import SUBJECTS_KEY, is_list
 from facediffuser.errors import InputError
 from facediffuser.number_words import counted
 from facediffuser.storage import Store
-from facediffuser.storage.base import OldVersion
 from facediffuser.storage.reading import parse_json
 
 READERS = 4
@@ -27,6 +26,8 @@ READERS = 4
 FREE_TEXT = ("prompt", "category", "class_word")
 _DATA_URL = re.compile(rb"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
 _WORD = r"[\w.\-]"
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
+_BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary)
 
 
 def subjects_of_sample(sample_id: str) -> list[str]:
@@ -47,19 +48,20 @@ class Search:
 
     def in_text(self, text: str) -> bool:
         """Return whether the id stands in a text as a word, also written as JSON, XML or HTML would write it."""
-        forms = {self.subject, html.escape(self.subject), json.dumps(self.subject)[1:-1]}
         return any(
             re.search(rf"(?<!{_WORD}){re.escape(form)}(?!\w|[.\-]\w)", text) is not None
-            for form in forms
+            for form in self._forms
             if form in text
         )
 
     def in_bytes(self, data: bytes) -> bool:
         """Return whether the id stands in bytes, whatever lies around it."""
-        forms = (self.subject, json.dumps(self.subject)[1:-1], html.escape(self.subject))
-        if not any(form.encode() in data for form in forms):
-            return False
-        return self.in_text(data.decode("utf-8", errors="replace"))
+        found = any(form.encode() in data for form in self._forms)
+        return found and self.in_text(data.decode("utf-8", errors="replace"))
+
+    @property
+    def _forms(self) -> set[str]:
+        return {self.subject, html.escape(self.subject), json.dumps(self.subject)[1:-1]}
 
     def in_value(self, value: Any, free: bool = False) -> bool:
         """Return whether a value of a column, or a part of it, names the subject.
@@ -116,17 +118,18 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def text_columns(schema: pa.Schema) -> list[str]:
     """Return the columns that can name a subject: those with text in them, pictures and free text left out."""
-    return [field.name for field in schema if field.name not in (*FREE_TEXT, "image") and _holds_text(field.type)]
+    return [
+        field.name for field in schema if field.name not in (*FREE_TEXT, "image") and _holds(field.type, *_TEXT_TYPES)
+    ]
 
 
-def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _holds_text(kind.value_type)
+def _holds(kind: pa.DataType, *types: Callable[[pa.DataType], bool]) -> bool:
+    """Return whether a type, or a part of it, is one of some types."""
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return _holds(kind.value_type, *types)
     if pa.types.is_struct(kind):
-        return any(_holds_text(kind.field(place).type) for place in range(kind.num_fields))
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        return any(_holds(field.type, *types) for field in kind)
+    return any(is_type(kind) for is_type in types)
 
 
 def without_mentions(value: Any, subject: str) -> Any:
@@ -205,12 +208,9 @@ def find_mentions(store: Store, subject: str) -> Absence:
     if versions is None:
         notes.append(f"{store.url}: the server does not say whether it keeps old versions of objects")
     for version in versions or ():
-        mentions += [f"{line} (old version {version.version})" for line in _in_version(version, search, words)]
+        lines = mentions_in(version.key, version.read(), search, words)
+        mentions += [f"{line} (old version {version.version})" for line in lines]
     return Absence(mentions, notes, len(infos) + len(versions or ()), sum(info.size for info in infos))
-
-
-def _in_version(version: OldVersion, search: Search, words: bool) -> list[str]:
-    return list(mentions_in(version.key, version.read(), search, words))
 
 
 def _is_a_word(store: Store, search: Search) -> bool:
@@ -297,26 +297,18 @@ def _in_parquet(data: bytes, search: Search, words: bool) -> Iterator[str]:
 
 
 def _rows_naming(column: pa.ChunkedArray, search: Search, free: bool) -> Iterable[bool]:
-    if not _holds_text(column.type) and not _holds_bytes(column.type):
+    if not _holds(column.type, *_TEXT_TYPES, *_BYTES_TYPES):
         return ()
     return (search.in_value(value, free) for value in column.to_pylist())
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(_holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
-    if pa.types.is_list(kind):
-        return _holds_bytes(kind.value_type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _in_document(value: bytes, search: Search) -> bool:
     """Whether a value of a footer, JSON or text, names the subject in one of its strings or names."""
     try:
-        leaves: Sequence[str] = list(_strings(parse_json(value)))
+        document = parse_json(value)
     except ValueError:
         return search.in_bytes(value)
-    return any(names_subject(text, search.subject) for text in leaves)
+    return any(names_subject(text, search.subject) for text in _strings(document))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Which run an output holds, and how it differs from the run at hand, named by its own plan and subjects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NoReturn
@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from facediffuser.dataset.inputs import Prompt, Subject
 from facediffuser.dataset.plan import Plan, part_names
-from facediffuser.dataset.reading import open_parquet, read_columns, readable_parquet
+from facediffuser.dataset.reading import read_columns, readable_parquet, row_groups
 from facediffuser.dataset.schema import FINGERPRINT_KEY, RUN_KEY, SUBJECTS_KEY
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.runs import Run, begin_or_resume, differences, has_fingerprint, identity_of, other_run_error
 from facediffuser.storage import Store
 from facediffuser.storage.reading import DamagedError, parse_json
@@ -154,9 +154,8 @@ def explain_differences(
     unlike = {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
     if plan is not None and unlike & {"plan", "subjects"}:
         recorded = recorded_subjects(store)
-        words = {subject.subject_id: subject.class_word for subject in plan.subjects}
-        words |= {row["subject_id"]: row["class_word"] for row in recorded}
-        found += prompt_differences(planned_prompts(store), plan, words) if "plan" in unlike else []
+        if "plan" in unlike:
+            found += prompt_differences(planned_prompts(store), plan, class_words(plan, recorded))
         found += subject_differences(recorded, plan.subjects, references)
     for name in sorted(unlike & DIGESTS):
         one, two = there.get(name) or {}, here.get(name) or {}
@@ -174,7 +173,8 @@ def explain_differences(
 def planned_prompts(store: Store) -> list[PlannedPrompt]:
     """Return the prompts of the plan in an output, in their order; memory holds one row group at a time."""
     found: dict[str, PlannedPrompt] = {}
-    for rows in _groups(store, ["prompt_id", "category", "prompt", "subject_ids"]):
+    keys = [info.key for info in store.list("plan/")]
+    for _, _, rows in row_groups(store, keys, ["prompt_id", "category", "prompt", "subject_ids"]):
         ids = rows["prompt_id"].to_pylist()
         new = {name: place for place, name in reversed(list(enumerate(ids))) if name not in found}
         for place in sorted(new.values()):
@@ -183,13 +183,6 @@ def planned_prompts(store: Store) -> list[PlannedPrompt]:
                 row["prompt_id"], row["category"], row["prompt"], tuple(row["subject_ids"])
             )
     return list(found.values())
-
-
-def _groups(store: Store, columns: list[str]) -> Iterator[pa.Table]:
-    for info in store.list("plan/"):
-        with open_parquet(store, info.key) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns)
 
 
 def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mapping[str, str]) -> list[str]:
@@ -207,10 +200,10 @@ def prompt_differences(there: Sequence[PlannedPrompt], plan: Plan, words: Mappin
             break
     else:
         return []
-    sides = [] if one is None else [f"{one.prompt_id} {_shown(one.text)}{_in_category(one.category)} there"]
+    sides = [] if one is None else [f"{one.prompt_id} {_shown(one.text, one.category)} there"]
     if two is not None:
         text = two.text([subject.class_word for subject in plan.subjects[: two.subjects]])
-        sides.append(f"{two.prompt_id} {_shown(text)}{_in_category(two.category)} here")
+        sides.append(f"{two.prompt_id} {_shown(text, two.category)} here")
     only = "the first only" if one is None or two is None else f"number {number}, the first that differs,"
     return [f"prompts differ ({_counts(there, here)}): {only} is {', '.join(sides)}"]
 
@@ -237,21 +230,29 @@ def conflicting_prompts(store: Store, plan: Plan, words: Mapping[str, str]) -> l
         one = there.get(two.prompt_id)
         if one is not None and not _same_prompt(one, two, words):
             text = two.text([words[subject.subject_id] for subject in plan.subjects[: two.subjects]])
-            return [f"prompt {two.prompt_id} is {_shown(one.text)}{_in_category(one.category)} there, "
-                    f"{_shown(text)}{_in_category(two.category)} here"]  # fmt: skip
+            return [f"prompt {two.prompt_id} is {_shown(one.text, one.category)} there, "
+                    f"{_shown(text, two.category)} here"]  # fmt: skip
     return []
-
-
-def _in_category(category: str | None) -> str:
-    return f" of {category}" if category else ""
 
 
 def _counts(there: Sequence | Mapping, here: Sequence | Mapping) -> str:
     return f"{len(there)} there, {len(here)} here"
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}...")
+def _shown(text: str, category: str | None) -> str:
+    shown = repr(text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}...")
+    return f"{shown} of {category}" if category else shown
+
+
+def class_words(plan: Plan, recorded: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the class word of each subject, by id: as an output has it, else as a plan says.
+
+    Args:
+        plan: the plan of the run at hand.
+        recorded: what `recorded_subjects` returns of the output.
+    """
+    words = {subject.subject_id: subject.class_word for subject in plan.subjects}
+    return words | {row["subject_id"]: row["class_word"] for row in recorded}
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------
@@ -281,7 +282,9 @@ def subject_differences(
     found = []
     came, went = sorted(ours.keys() - words.keys()), sorted(words.keys() - ours.keys())
     if came or went:
-        sides = [f"{_names(names)} only {side}" for names, side in ((went, "there"), (came, "here")) if names]
+        sides = [
+            f"{first_few(names, SHOWN_NAMES)} only {side}" for names, side in ((went, "there"), (came, "here")) if names
+        ]
         found.append(f"subjects differ ({_counts(words, ours)}): {', '.join(sides)}")
     for name in sorted(words.keys() & ours.keys()):
         if words[name] != ours[name]:
@@ -294,10 +297,5 @@ def subject_differences(
     gone, new = sorted(pictures.keys() - mine.keys()), sorted(mine.keys() - pictures.keys())
     changed = sorted(key for key in pictures.keys() & mine.keys() if mine[key] and pictures[key] != mine[key])
     kinds = ((gone, "only there"), (new, "only here"), (changed, "with another content"))
-    parts = [f"{_names(names)} {what}" for names, what in kinds if names]
+    parts = [f"{first_few(names, SHOWN_NAMES)} {what}" for names, what in kinds if names]
     return found + ([f"reference pictures differ: {', '.join(parts)}"] if parts else [])
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more

@@ -20,6 +20,7 @@ from facediffuser.dataset.schema import (
     RUN_KEY,
     SUBJECTS_KEY,
     SUBJECTS_SCHEMA,
+    is_list,
 )
 from facediffuser.errors import InputError
 from facediffuser.storage import ObjectInfo, Store, open_store
@@ -149,8 +150,7 @@ def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
     if types.is_dictionary(found):
         return _alike(found.value_type, wanted)
     if types.is_list(wanted):
-        listed = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
-        return listed and _alike(found.value_type, wanted.value_type)
+        return is_list(found) and _alike(found.value_type, wanted.value_type)
     if types.is_struct(wanted):
         return types.is_struct(found) and all(
             found.get_field_index(part.name) >= 0 and _alike(found.field(part.name).type, part.type) for part in wanted
@@ -218,6 +218,11 @@ def count_rows(store: Store) -> int:
         InputError: there is no shard.
     """
     return sum(read_footer(store, info.key).num_rows for info in list_shards(store))
+
+
+def shard_schema(store: Store, key: str | None = None) -> pa.Schema:
+    """Return the columns of a dataset's shards, with the marks of their run; `key` is a shard's, by default the first's."""
+    return read_footer(store, key or list_shards(store)[0].key).schema.to_arrow_schema()
 
 
 def read_footer(store: Store, key: str) -> pq.FileMetaData:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facediffuser.dataset.schema import is_list
+
 STATUS = ("ok", "failed")
 # Parts of a face that may be unknown: it is nobody's, or there is nobody else.
 UNKNOWN_OF_FACE = ("subject_id", "similarity", "other_subject_id", "other_similarity")
@@ -43,7 +45,7 @@ def _inside(values: pa.Array, name: str) -> Iterator[str]:
     kind = values.type
     if isinstance(values, pa.DictionaryArray):
         return
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         elements = values.flatten()
         if elements.null_count:
             yield "lists with nulls in them"

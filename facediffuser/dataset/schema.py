@@ -16,7 +16,7 @@ SUBJECTS_KEY = "subjects.parquet"
 FINGERPRINT_KEY = b"facediffuser_fingerprint"
 RUN_KEY = b"facediffuser_run"
 SCHEMA_KEY = b"facediffuser_dataset_schema"
-# What the media are (synthetic), as opposed to COMPUTED_WITH_KEY, which tells libraries, threads and hardware.
+# What the media are (synthetic), as opposed to COMPUTED_WITH_KEY: libraries, threads and hardware.
 PROVENANCE_KEY = b"facediffuser_provenance"
 COMPUTED_WITH_KEY = b"facediffuser_computed_with"
 # IPTC's word for media made wholly by a trained model.
@@ -76,6 +76,11 @@ SUBJECTS_SCHEMA = pa.schema(
         pa.field("identity", FLOATS),
     ]
 )
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a type is a list of any kind: of any length, of a fixed one, or with long offsets."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def face_type(embedding_size: int = 0) -> pa.DataType:

@@ -53,17 +53,15 @@ def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Sta
     }
     # Not in a folder of their own, which would be left behind, empty.
     prefix = f"{UNFINISHED_PREFIX}{fingerprint_of(identity)[:16]}-"
-    units, finished = [], 0
-    for info in shards:
-        unit = Unit(f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
-        if store.exists(unit.key):
-            finished += unit.rows
-        else:
-            units.append(unit)
-    keys = [f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow" for info in shards]
+    every = [
+        Unit(f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
+        for info in shards
+    ]
+    units = [unit for unit in every if not store.exists(unit.key)]
     return Stage(
         "Score", "images", identity, units, functools.partial(ColumnWorker, settings),
-        functools.partial(_finish, store, scorers, keys), finished, pool or WorkerPool(),
+        functools.partial(_finish, store, scorers, [unit.key for unit in every]),
+        sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool or WorkerPool(),
     )  # fmt: skip
 
 

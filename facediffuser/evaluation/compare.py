@@ -86,19 +86,8 @@ def paired_values(rows: pa.Table, metrics: Sequence[str] = METRICS) -> dict[tupl
 
 def as_arrow(found: list[Difference]) -> pa.Table:
     """Return the differences as an Arrow table, a row for each."""
-    records = [
-        {
-            "method": item.method,
-            "other": item.other,
-            "subjects": item.subjects,
-            "metric": item.metric,
-            "mean": item.interval.mean,
-            "low": item.interval.low,
-            "high": item.interval.high,
-            "n": item.interval.n,
-        }
-        for item in found
-    ]
+    fields = (vars(item) | vars(item.interval) for item in found)
+    records = [{name: values[name] for name in DIFFERENCE_SCHEMA.names} for values in fields]
     return pa.Table.from_pylist(records, schema=DIFFERENCE_SCHEMA)
 
 

@@ -18,11 +18,12 @@ from facediffuser.evaluation import compare, tables
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.image_sources import SCORED_SCHEMA, dataset_source, folder_source, name_and_url
 from facediffuser.evaluation.plots import method_plane
+from facediffuser.evaluation.row_scorers import PictureScorer, score_dataset_rows
 from facediffuser.markup import code_span
 from facediffuser.number_words import counted
 from facediffuser.pictures import rgb_picture
 from facediffuser.prompts import without_markers
-from facediffuser.scoring.columns import load_columns, score_rows, short_name
+from facediffuser.scoring.columns import load_columns, short_name
 from facediffuser.scoring.scorers import ImageScore, Scorers, load_scorers
 from facediffuser.storage import Store, open_store
 
@@ -68,7 +69,8 @@ class Evaluator:
         self.total = sum(source.count for source in self.sources)
         # Last, as it takes longest; before any image, so that a missing file of weights is reported at the start.
         needed, device = any(source.references for source in self.sources), pick_device(settings.device)
-        self.others = load_columns(settings.add, device)
+        others = load_columns(settings.add, device)
+        self.others = {name: PictureScorer(name, scorer) for name, scorer in others.items()}
         require_new_columns({short_name(name): scorer.columns.names for name, scorer in self.others.items()})
         self.scorers = load_scorers(settings.scorers, device) if needed else None
         self.recorded = self._recorded_digests()
@@ -88,7 +90,7 @@ class Evaluator:
                 if references is not None and self.scorers is not None:
                     batch = _scored(batch, self.scorers, references)
                 if self.others:
-                    values = score_rows(self.others, batch, _row_picture, pictures)
+                    values = score_dataset_rows(self.others, batch, _row_picture, pictures)
                     batch = [row | extra for row, extra in zip(batch, values, strict=True)]
                 batch = [_failed_unless_finite(row) for row in batch]
                 rows.append(pa.Table.from_pylist(batch, schema=schema))

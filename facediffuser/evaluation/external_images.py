@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from facediffuser.dataset.input_tables import Row, csv_rows, normalised, require_text
 from facediffuser.dataset.inputs import Prompt, Subject, parse_template
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.number_words import counted
-from facediffuser.pictures import EXTENSIONS, SHOWN_NAMES, is_picture_name, left_out_line
+from facediffuser.pictures import EXTENSIONS, is_picture_name, left_out_line
 from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.storage import Store
 
@@ -131,10 +131,8 @@ def from_index(
         raise InputError(f"{index_name}: no lines below the first; list the images")
     unlisted = sorted(set(keys) - {image.key for image in found})
     if unlisted:
-        shown = ", ".join(unlisted[:SHOWN_NAMES]) + (", ..." if len(unlisted) > SHOWN_NAMES else "")
-        logger.warning(
-            "%s: %s not listed in %s, left out: %s", store.url, counted(len(unlisted), "image"), index_name, shown
-        )
+        logger.warning("%s: %s not listed in %s, left out: %s", store.url, counted(len(unlisted), "image"), index_name,
+                       first_few(unlisted))  # fmt: skip
     return found
 
 

@@ -1,15 +1,15 @@
 """What the column `faces` says of a whole dataset, in one pass: identity, pose, size, and what a threshold would keep."""
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from facediffuser.dataset.schema import FACES, IP_MARGIN
-from facediffuser.evaluation.score_sample import rank
+from facediffuser.evaluation.score_sample import Highest, rank
 
 COSINES = np.linspace(-1, 1, 101)
 MARGINS = np.linspace(-2, 2, 201)
@@ -74,7 +74,7 @@ class FaceCounts:
         self.margins, self.sizes = np.zeros(200, np.int64), np.zeros(len(SIZES) - 1, np.int64)
         self.angles = {name: np.zeros(36, np.int64) for name in ("yaw", "pitch", "roll")}
         self.kept: dict[str, int] = {}
-        self.people: dict[str, list[tuple[bytes, str, np.ndarray]]] = {}
+        self.people: dict[str, Highest[tuple[str, np.ndarray]]] = {}
         self.ranks: dict[str, bytes] = {}
 
     def add(self, rows: pa.Table) -> None:
@@ -129,17 +129,15 @@ class FaceCounts:
                     if own >= self.ranks[last]:
                         continue
                     del self.people[last], self.ranks[last]
-                self.people[name], self.ranks[name] = [], own
-            kept = self.people[name]
-            # The heap's first is the one that goes: ranks are turned over.
-            item = (bytes(255 - byte for byte in rank(sample_ids[place])), sample_ids[place])
-            if len(kept) >= FACES_EACH and item <= kept[0][:2]:
-                continue
-            vector = vectors[int(place)].values.to_numpy(zero_copy_only=False).astype(np.float32)
-            (heapq.heappush if len(kept) < FACES_EACH else heapq.heapreplace)(kept, (*item, vector))
+                self.people[name], self.ranks[name] = Highest(FACES_EACH), own
+            # Turned over: the lowest ranks are the highest keys.
+            key = (bytes(255 - byte for byte in rank(sample_ids[place])), sample_ids[place])
+            if self.people[name].takes(key):
+                vector = vectors[int(place)].values.to_numpy(zero_copy_only=False).astype(np.float32)
+                self.people[name].add(key, (sample_ids[place], vector))
 
     def facts(self) -> FaceFacts | None:
-        """Return what was found, None when no row had faces to tell of."""
+        """Return what was found, None when no row had faces."""
         if not self.images:
             return None
         return FaceFacts(
@@ -150,12 +148,15 @@ class FaceCounts:
         )  # fmt: skip
 
     def _pairs(self) -> PairFacts | None:
-        held = [(name, *item) for name, items in sorted(self.people.items()) for item in sorted(items, key=_by_id)]
+        held = [
+            (name, *item)
+            for name, kept in sorted(self.people.items())
+            for item in sorted(kept.items(), key=itemgetter(0))
+        ]
         if not held:
             return None
-        vectors = np.stack([item[3] for item in held])
-        owners = np.unique([item[0] for item in held], return_inverse=True)[1]
-        images = np.unique([item[2] for item in held], return_inverse=True)[1]
+        vectors = np.stack([vector for _, _, vector in held])
+        owners, images = (np.unique([item[place] for item in held], return_inverse=True)[1] for place in (0, 1))
         first, second = np.triu_indices(len(held), 1)
         cosines = (vectors @ vectors.T)[first, second]
         same, other_image = owners[first] == owners[second], images[first] != images[second]
@@ -182,10 +183,6 @@ def equal_error_rate(same: np.ndarray, different: np.ndarray) -> tuple[float, fl
     taken = 1 - np.searchsorted(different, thresholds) / len(different)
     best = int(np.argmin(np.abs(missed - taken)))
     return float((missed[best] + taken[best]) / 2), float(thresholds[best])
-
-
-def _by_id(item: tuple) -> str:
-    return item[1]
 
 
 def _counts(values: pa.Array | pa.ChunkedArray, edges: np.ndarray) -> np.ndarray:

@@ -183,7 +183,7 @@ def folder_references(store: Store, subjects: Sequence[Subject], scorers: "Score
 
     return {
         subject.subject_id: subject_embedding(
-            scorers.embed_references(
+            scorers.identity.embed_references(
                 [open_picture(store, key)[0] for key in subject.references],
                 [store.url_of(key) for key in subject.references],
             )
@@ -208,7 +208,7 @@ def dataset_references(store: Store, scorers: "Scorers") -> dict[str, np.ndarray
             vector = np.asarray(row["identity"], np.float32)
         else:
             name = f"{store.url_of('subjects.parquet')}: {row['reference']}"
-            vector = scorers.embed_references([stored_picture(row["image"]["bytes"], name)], [name])[0]
+            vector = scorers.identity.embed_references([stored_picture(row["image"]["bytes"], name)], [name])[0]
         vectors.setdefault(row["subject_id"], []).append(vector)
     return {name: subject_embedding(np.stack(found)) for name, found in vectors.items()}
 

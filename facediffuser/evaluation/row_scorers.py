@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.dataset.added_columns import read_added_columns
-from facediffuser.dataset.reading import list_shards, read_columns, read_footer
+from facediffuser.dataset.reading import read_columns, shard_schema
 from facediffuser.dataset.schema import FACES, SUBJECTS_KEY, face_fields
 from facediffuser.errors import InputError
 from facediffuser.evaluation.copies import recorded_scorers
@@ -44,7 +44,7 @@ class DatasetScorer(Protocol):
     reads_faces: bool
 
     def score_rows(
-        self, rows: Sequence[Row], images: Sequence[Image.Image], references: Mapping[str, list[Image.Image]]
+        self, rows: Sequence[Row], images: Sequence[Image.Image], references: Mapping[str, Sequence[Image.Image]]
     ) -> pa.Table:
         """Return a table of `columns`, a row per row.
 
@@ -81,7 +81,7 @@ class FaceColumns:
 
         name = settings.scorers or recorded_scorers(store)
         self.identity, digests = load_identity_scorer(name, device)
-        recorded = recorded_digests(read_footer(store, list_shards(store)[0].key).schema.to_arrow_schema())
+        recorded = recorded_digests(shard_schema(store))
         for part, digest in digests.items():
             if recorded.get(part, digest) != digest:
                 raise InputError(
@@ -156,7 +156,7 @@ def check_row_scorers(settings: ScoreSettings, store: Store) -> None:
         if name not in OF_DATASETS:
             find_scorer(name)
             continue
-        names = names or read_footer(store, list_shards(store)[0].key).schema.to_arrow_schema().names
+        names = names or shard_schema(store).names
         if name == FACES and FACES in names:
             raise InputError(f"{store.url}: has the column faces; leave it out of --add")
         if not store.exists(SUBJECTS_KEY):
@@ -193,7 +193,7 @@ def score_dataset_rows(
     scorers: Mapping[str, DatasetScorer],
     rows: Sequence[Row],
     open_image: Callable[[Row], Image.Image],
-    references: Mapping[str, list[Image.Image]],
+    references: Mapping[str, Sequence[Image.Image]],
 ) -> list[Row]:
     """Return the values of all scorers' columns for each row.
 

@@ -1,18 +1,44 @@
-"""IP and PC of a dataset's rows for its plots: counts and means of all, the values of a fair sample."""
+"""What is kept of a dataset's rows for plots and cards: counts and means of all, a fair sample, the highest."""
 
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 LIMIT = 50_000
 
+Item = TypeVar("Item")
+
 
 def rank(text: str) -> bytes:
     """Return 8 bytes by which texts are chosen: as good as random, and the same whatever order they come in."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+class Highest(Generic[Item]):
+    """Keeps the items with the highest keys, `most` of them; no two keys are equal."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._heap: list[tuple[Any, Item]] = []
+
+    def takes(self, key: Any) -> bool:
+        """Return whether an item with this key would be kept."""
+        return len(self._heap) < self.most or key > self._heap[0][0]
+
+    def add(self, key: Any, item: Item) -> None:
+        """Take an item."""
+        if self.takes(key):
+            (heapq.heappush if len(self._heap) < self.most else heapq.heapreplace)(self._heap, (key, item))
+
+    def items(self) -> list[Item]:
+        """Return the items kept, the highest first."""
+        return [item for _, item in sorted(self._heap, key=itemgetter(0), reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -89,9 +115,7 @@ class ScoreSample:
         groups = {}
         for name, parts in members.items():
             chosen = np.isin(codes, parts)
-            count, sums = (
-                sum(self.counts[code] for code in parts),
-                sum((self.sums[code] for code in parts), np.zeros(2)),
-            )
+            count = sum(self.counts[code] for code in parts)
+            sums = sum((self.sums[code] for code in parts), np.zeros(2))
             groups[name] = Scores(ip[chosen], pc[chosen], count, float(sums[0]), float(sums[1]))
         return groups

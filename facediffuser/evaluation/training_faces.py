@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from facediffuser.dataset.reading import DATA_PREFIX, open_parquet, read_footer
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few
 from facediffuser.number_words import counted
 from facediffuser.pictures import (
-    SHOWN_NAMES,
     batches_of_files,
     is_picture_name,
     left_out_line,
@@ -127,5 +126,5 @@ def _photographs(store: Store, keys: list[str], identity: "IdentityScorer") -> I
             for (key, picture), faces in zip(pictures.items(), found, strict=True)
         ]
     if unusable:
-        shown = "; ".join(unusable[:SHOWN_NAMES]) + ("; ..." if len(unusable) > SHOWN_NAMES else "")
-        logger.warning("%s: %d of %s left out: %s", store.url, len(unusable), counted(len(keys), "picture"), shown)
+        logger.warning("%s: %d of %s left out: %s", store.url, len(unusable), counted(len(keys), "picture"),
+                       first_few(unusable, separator="; "))  # fmt: skip

@@ -42,11 +42,11 @@ def _joined(
     words: list[str], looks: list[str], outfits: list[Outfit], keep: np.ndarray, style: str, scene: str
 ) -> Caption:
     text, spans = style, []
-    for number, (word, told, outfit) in enumerate(zip(words, looks, outfits, strict=True)):
+    for number, (word, look, outfit) in enumerate(zip(words, looks, outfits, strict=True)):
         text += " and " if number else ""
         phrase = with_article(word)
         spans.append((len(text), len(text) + len(phrase)))
-        text += phrase + told + outfit_phrase(outfit, keep[number])
+        text += phrase + look + outfit_phrase(outfit, keep[number])
     return Caption(text + scene, tuple(spans))
 
 
@@ -85,7 +85,7 @@ def write_world_captions(
             _joined(words, looks, outfits, keep, style, scene),
         )
     one = slice(framed, framed + 1)
-    alone = [_joined(words[one], told, outfits[one], keep[one], style, scene) for told in ([""], looks[one])]
+    alone = [_joined(words[one], shown, outfits[one], keep[one], style, scene) for shown in ([""], looks[one])]
     empty = ((0, 0),) * framed, ((0, 0),) * (1 - framed)
     first, second = (Caption(caption.text, empty[0] + caption.spans + empty[1]) for caption in alone)
     return first, second

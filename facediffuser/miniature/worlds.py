@@ -4,7 +4,7 @@
 says where each share comes from; the shares were written down before any model was trained on these worlds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -162,14 +162,14 @@ def world_poses(world: World, people: list[Identity], rng: np.random.Generator) 
     if not world.close_up:
         poses = [sample_pose(rng, place, len(people)) for place in range(len(people))]
         if len(poses) == 1:
-            poses[0] = _moved(poses[0], poses[0].x + rng.uniform(-0.15, 0.15), rng.uniform(0.42, 0.58))
+            poses[0] = replace(poses[0], x=poses[0].x + rng.uniform(-0.15, 0.15), scale=rng.uniform(0.42, 0.58))
         return poses
     if len(people) < 2:
         return [_aligned(who, rng) for who in people]
     framed = int(rng.integers(2))
     poses = [_aligned(who, rng) for who in people]
     side = 1.0 if framed == 0 else -1.0
-    poses[1 - framed] = _moved(poses[1 - framed], side * rng.uniform(1.0, 1.25), rng.uniform(0.6, 0.72))
+    poses[1 - framed] = replace(poses[1 - framed], x=side * rng.uniform(1.0, 1.25), scale=rng.uniform(0.6, 0.72))
     return poses
 
 
@@ -188,10 +188,6 @@ def _aligned(who: Identity, rng: np.random.Generator) -> Pose:
         light=rng.uniform(-0.4, 0.4),
         shoulders=1.45,
     )
-
-
-def _moved(pose: Pose, x: float, scale: float) -> Pose:
-    return Pose(x, pose.y, scale, pose.tilt, pose.yaw, pose.gaze, pose.light, pose.shoulders)
 
 
 def blur_background(canvas: Canvas, world: World, rng: np.random.Generator) -> None:

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from facediffuser.batch_stage import ThisMachine
+from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.devices import pick_device
 from facediffuser.engine_options import choose_engine
+from facediffuser.errors import first_line
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.job import GenerationJob, prepare
 from facediffuser.generation.shard_generator import ShardGenerator
 from facediffuser.number_words import counted
+from facediffuser.pictures import stored_picture
 from facediffuser.preprocess.segmenter import Segmenter
 from facediffuser.rehearsal.random_data import write_people, write_prepared
 from facediffuser.rehearsal.random_models import (
@@ -137,9 +139,7 @@ def rehearse(
                     run(measured)
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     measured.items = 0
-                    measured.note = (
-                        f"does not fit: {str(error).splitlines()[0][:120] if str(error) else 'out of memory'}"
-                    )
+                    measured.note = f"does not fit: {first_line(error)}"
             rehearsed.stages.append(measured)
             say(measured)
     return rehearsed
@@ -154,7 +154,7 @@ class _Stages:
         self.side = FULL_PX if self.full else MINIATURE_PX
         people = write_people(root / "people", MOST_PEOPLE, self.side)
         files = sorted(people.rglob("*.png"))
-        pictures = [Image.fromarray(_pixels(path)) for path in files]
+        pictures = [stored_picture(path.read_bytes(), path.name) for path in files]
         self.people, self.pictures = people, [pictures[n % len(pictures)] for n in range(settings.try_pictures)]
         self._base: str | None = None
         self._data: str | None = None
@@ -243,8 +243,8 @@ class _Stages:
         job = _prepared(chosen, self._gpu, self.device)
         generator = ShardGenerator(job)
         layout = job.layout
-        first = _first_rows(job)
-        generator.rows(first)  # compiled and warm before the clock runs
+        # Compiled and warm before the clock runs.
+        generator.rows(read_shard_rows(job.store(), layout, 0, job.fingerprint)[: job.batch_size])
         made = self._timed(one, lambda: [generator(shard) for shard in range(layout.shards)], layout.rows)
         failed = sum(stats["failed"] for stats in made)
         one.note = f"{engine} ({why}), {job.batch_size} at once, {failed} failed"
@@ -277,20 +277,6 @@ def _prepared(settings: GenerateSettings, gpu: bool, device: str) -> GenerationJ
     prepared = prepare(settings, ThisMachine(int(gpu), torch.get_num_threads(), memory))
     prepared.write()
     return prepared.job
-
-
-def _first_rows(job: GenerationJob) -> list[dict[str, Any]]:
-    from facediffuser.dataset.plan import read_shard_rows
-
-    return read_shard_rows(job.store(), job.layout, 0, job.fingerprint)[: job.batch_size]
-
-
-def _pixels(path: Path):
-    import numpy as np
-
-    from facediffuser.pictures import stored_picture
-
-    return np.asarray(stored_picture(path.read_bytes(), path.name).convert("RGB"))
 
 
 @contextmanager

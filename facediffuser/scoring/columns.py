@@ -9,9 +9,9 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +20,6 @@ from PIL import Image
 from facediffuser.errors import InputError
 from facediffuser.extras import require_extra
 from facediffuser.number_words import counted
-from facediffuser.prompts import without_markers
 from facediffuser.scoring.files import scorer_file
 from facediffuser.scoring.sharpness import laplacian_variance
 
@@ -154,34 +153,6 @@ def _finite(values: pa.ChunkedArray, scorer: str, column: str) -> pa.ChunkedArra
     return pc.if_else(finite, values, pa.scalar(None, values.type))
 
 
-def score_rows(
-    scorers: Mapping[str, ColumnScorer],
-    rows: Sequence[Mapping[str, Any]],
-    open_image: Callable[[Mapping[str, Any]], Image.Image],
-    references: Mapping[str, Sequence[Image.Image]],
-) -> list[dict[str, Any]]:
-    """Return the values of all scorers' columns for each row, an empty dict for a row without an image.
-
-    Args:
-        scorers: the scorers by name.
-        rows: dataset rows with subject_ids, prompt and image.
-        open_image: decodes a row's image.
-        references: the reference pictures by subject id.
-
-    Raises:
-        ValueError: a scorer returned other rows or columns than it declares.
-    """
-    indices = [index for index, row in enumerate(rows) if row["image"] and row["image"]["bytes"]]
-    table = column_scores(
-        scorers,
-        [open_image(rows[index]) for index in indices],
-        [[references.get(name, []) for name in rows[index]["subject_ids"]] for index in indices],
-        [without_markers(rows[index]["prompt"]) for index in indices],
-    )
-    values = dict(zip(indices, table.to_pylist(), strict=True))
-    return [values.get(index, {}) for index in range(len(rows))]
-
-
 def short_name(name: str) -> str:
     """Return a scorer's name as a file may be called: `module:Class` becomes `Class`, `name:FILE` `name-file`."""
     own, argument = split_name(name)
@@ -241,9 +212,7 @@ def _load_scorer(name: str, device: str) -> ColumnScorer:
         raise InputError(f"scorer {name!r}: cannot be imported ({error}); check module:Class") from error
     try:
         scorer = scorer_class(device, argument) if argument else scorer_class(device)
-    except InputError:
-        raise
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.extras import require_extra
 from facediffuser.storage import local_copy
 
@@ -40,5 +40,19 @@ def onnx_session(path: Path, device: str) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors have no common base but Exception
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{path}: not a model that ONNX Runtime loads ({reason}); give another") from None
+        raise InputError(f"{path}: not a model that ONNX Runtime loads ({first_line(error)}); give another") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file by name: safetensors, or a checkpoint of torch, which is read with weights_only.
+
+    Raises:
+        Exception: whatever the libraries raise at a damaged file.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)

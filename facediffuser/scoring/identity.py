@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from facediffuser.digests import files_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_few, first_line
 from facediffuser.faces import Face, crop_square, face_crop_box
 from facediffuser.model_check import require_finite
 from facediffuser.scoring.face_detector import FaceDetector
+from facediffuser.scoring.files import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +127,8 @@ def require_faces(without: Sequence[str]) -> None:
     if len(without) == 1:
         raise InputError(f"{without[0]}: no face found; give a picture with one visible face")
     if without:
-        more = f" and {len(without) - SHOWN_FACELESS} more" if len(without) > SHOWN_FACELESS else ""
-        raise InputError(
-            f"{', '.join(without[:SHOWN_FACELESS])}{more}: no face found; give pictures with one visible face each"
-        )
+        named = first_few(without, SHOWN_FACELESS)
+        raise InputError(f"{named}: no face found; give pictures with one visible face each")
 
 
 def face_crop(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
@@ -243,17 +242,13 @@ def load_facenet(weights: Path, device: str | torch.device) -> tuple[IdentitySco
 
     network = InceptionResnetV1(pretrained=None)
     try:
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
         # The training classifier's weights are in the published file; embeddings do not use them.
-        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("logits.")})
+        state = {name: value for name, value in read_state(weights).items() if not name.startswith("logits.")}
+        network.load_state_dict(state)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{weights}: not InceptionResnetV1's weights ({reason}); give {FACENET_FILE}") from error
+        raise InputError(
+            f"{weights}: not InceptionResnetV1's weights ({first_line(error)}); give {FACENET_FILE}"
+        ) from error
     require_finite(network, weights)
     detector = FaceDetector(device, min_side=0)
     return IdentityScorer(detector, network, FACENET_CROP, facenet_normalise, device), files_digest([weights])
@@ -290,8 +285,9 @@ def _load_miniature(folder: Path, device: str | torch.device) -> tuple[IdentityS
     try:
         network = load_identity_embedder(folder)
     except Exception as error:  # a damaged file makes the libraries raise as it comes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{weights}: not the identity embedder's weights ({reason}); copy it again") from error
+        raise InputError(
+            f"{weights}: not the identity embedder's weights ({first_line(error)}); copy it again"
+        ) from error
     require_finite(network, weights)
     detector = FaceDetector(device, min_side=MINIATURE_MIN_SIDE)
     scorer = IdentityScorer(detector, network, MINIATURE_CROP, miniature_normalise, device, square_face_crop)

@@ -10,9 +10,9 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.digests import files_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.extras import require_extra
-from facediffuser.scoring.files import scorer_file
+from facediffuser.scoring.files import read_state, scorer_file
 
 
 class NsfwScorer:
@@ -83,21 +83,15 @@ class AestheticScorer:
 
 def _linear_layers(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """The weights (out, in) and offsets (out,) of the layers of a state dict, in the order of the numbers in their names."""
-    import torch
-
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_state(file)
         weights = {name.removesuffix("weight"): value for name, value in state.items() if name.endswith("weight")}
         order = sorted(weights, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
         layers = [(weights[name].double().numpy(), state[f"{name}bias"].double().numpy()) for name in order]
     except Exception as error:  # torch.load raises many kinds for a broken or unsafe file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{file}: not a state dict of linear layers ({reason}); give an aesthetic head") from None
+        raise InputError(
+            f"{file}: not a state dict of linear layers ({first_line(error)}); give an aesthetic head"
+        ) from None
     shapes = [matrix.shape for matrix, _ in layers]
     fits = all(len(shape) == 2 for shape in shapes) and all(
         a[0] == b[1] for a, b in zip(shapes, shapes[1:], strict=False)
@@ -107,6 +101,4 @@ def _linear_layers(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         raise InputError(f"{file}: holds values that are not finite; give a whole aesthetic head")
     if not layers or not fits or shapes[-1][0] != 1:
         raise InputError(f"{file}: not linear layers that end in one number ({shapes}); give an aesthetic head")
-    if not all(np.isfinite(values).all() for layer in layers for values in layer):
-        raise InputError(f"{file}: has values that are not finite; give an aesthetic head")
     return layers

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from facediffuser.digests import files_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.model_check import require_finite
 from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 
@@ -138,8 +138,9 @@ def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file makes the libraries raise as it comes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder}: not a CLIP model with tokenizer ({reason}); give the whole folder") from error
+        raise InputError(
+            f"{folder}: not a CLIP model with tokenizer ({first_line(error)}); give the whole folder"
+        ) from error
     if info["missing_keys"]:
         # transformers draws what a file lacks at random, with a warning.
         raise InputError(f"{weights[0]}: {sorted(info['missing_keys'])[0]} is missing; copy it again")
@@ -148,11 +149,8 @@ def load_prompt(folder: Path, device: str | torch.device) -> tuple[PromptScorer,
     return PromptScorer(model, tokenizer, device), files_digest([*text, weights[0]])
 
 
-def published_clip(model: str = PAPER_CLIP) -> Path:
-    """Return the local folder of a CLIP model of the Hugging Face Hub, downloaded when it is missing.
-
-    Args:
-        model: its id on the hub.
+def published_clip() -> Path:
+    """Return the local folder of PAPER_CLIP of the Hugging Face Hub, downloaded when it is missing.
 
     Raises:
         InputError: it is not in the cache and cannot be downloaded.
@@ -163,10 +161,10 @@ def published_clip(model: str = PAPER_CLIP) -> Path:
     # Only what is read: such a repository holds the same weights for several frameworks.
     patterns = [*TEXT_FILES, "special_tokens_map.json", "model.safetensors"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(PAPER_CLIP, allow_patterns=patterns))
     except (OSError, ValueError, HTTPError) as error:
         raise InputError(
-            f"{model}: not in the cache of huggingface_hub and cannot be downloaded; fetch it once with "
+            f"{PAPER_CLIP}: not in the cache of huggingface_hub and cannot be downloaded; fetch it once with "
             "`hf download`, or give --scorers a folder with identity/ and prompt/"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Further judges of identity: dlib's face network, and any recogniser in ONNX. Neither is the paper's IP."""
+"""Further measures of identity: dlib's face network, and any recogniser in ONNX. Neither is the paper's IP."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from facediffuser.digests import files_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.extras import require_extra
 from facediffuser.faces import Face, aligned_crop
 from facediffuser.scoring.face_detector import FaceDetector
@@ -120,9 +120,8 @@ class OnnxFaceScorer:
             found = np.asarray(self.session.run(None, {self.entry: crops})[0], np.float32)
             fits = found.size > 0 and found.shape[0] == len(crops) and bool(np.isfinite(found).all())
         except Exception as error:  # onnxruntime's errors have no common base but Exception
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InputError(
-                f"{path}: does not run on crops ({reason}); give a recogniser of (n, 3, 112, 112)"
+                f"{path}: does not run on crops ({first_line(error)}); give a recogniser of (n, 3, 112, 112)"
             ) from None
         if not fits:
             raise InputError(

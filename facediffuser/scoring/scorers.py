@@ -72,21 +72,6 @@ class Scorers:
     prompt: PromptScorer
     digests: dict[str, str]
 
-    def embed_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
-        """Return the embedding of each reference picture's largest face.
-
-        Args:
-            images: k pictures.
-            names: their names, for messages.
-
-        Returns:
-            The unit vectors (k, d), float32.
-
-        Raises:
-            InputError: no face is found in a picture, which is named.
-        """
-        return self.identity.embed_references(images, names)
-
     def score(
         self,
         images: Sequence[Image.Image],

@@ -48,9 +48,8 @@ class CloudStore(BucketStore):
                 raise InputError(
                     f"{self.url}: obstore is not installed; run: pip install 'facediffuser[stores]'"
                 ) from None
-            kind = stores.GCSStore if self.scheme == "gs" else stores.AzureStore
+            kind, prefix = (stores.GCSStore, "GOOGLE_") if self.scheme == "gs" else (stores.AzureStore, "AZURE_")
             self._require_credential_files()
-            prefix = "GOOGLE_" if self.scheme == "gs" else "AZURE_"
             for name, value in os.environ.items():
                 # The client panics at a token with a line's end.
                 if name.startswith(prefix) and not value.isprintable():
@@ -59,9 +58,8 @@ class CloudStore(BucketStore):
                 with self._translated_errors(""):
                     self._cached = kind(self.bucket)
             except StorageError:  # nothing was asked yet: the environment, or the name, cannot be used
-                names = "GOOGLE_*" if self.scheme == "gs" else "AZURE_*"
-                raise InputError(f"{self.url}: the client refuses the bucket's name or one of the environment's {names}; "
-                                 "correct it") from None  # fmt: skip
+                raise InputError(f"{self.url}: the client refuses the bucket's name or one of the environment's "
+                                 f"{prefix}*; correct it") from None  # fmt: skip
         return self._cached
 
     def _require_credential_files(self) -> None:

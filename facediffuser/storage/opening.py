@@ -26,24 +26,21 @@ def open_store(url: str | Path) -> Store:
     """
     text = str(url)
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
-    if scheme == "s3":
-        bucket, _, prefix = text[len("s3://") :].partition("/")
-        if "@" in bucket or has_credentials(text):
-            raise InputError("an s3:// URL cannot carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        if not bucket:
-            raise InputError(f"{text}: no bucket named; give s3://bucket/prefix")
-        from facediffuser.storage.s3 import S3Store
-
-        return S3Store(bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
-    if scheme in ("gs", "az"):
+    if scheme in ("s3", "gs", "az"):
         bucket, _, prefix = text[len(f"{scheme}://") :].partition("/")
         if "@" in bucket or has_credentials(text):
-            raise InputError(f"a {scheme}:// URL cannot carry credentials; the environment holds them")
+            fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if scheme == "s3" else "the environment holds them"
+            raise InputError(f"a URL of {scheme}:// cannot carry credentials; {fix}")
         if not bucket:
             raise InputError(f"{text}: no bucket named; give {scheme}://bucket/prefix")
+        prefix = safe_key(prefix.strip("/")) if prefix.strip("/") else ""
+        if scheme == "s3":
+            from facediffuser.storage.s3 import S3Store
+
+            return S3Store(bucket, prefix)
         from facediffuser.storage.cloud import CloudStore
 
-        return CloudStore(scheme, bucket, safe_key(prefix.strip("/")) if prefix.strip("/") else "")
+        return CloudStore(scheme, bucket, prefix)
     if scheme == "hf":
         if has_credentials(text):
             raise InputError("an hf:// URL cannot carry credentials; log in with `hf auth login` or set HF_TOKEN")

@@ -23,7 +23,7 @@ from facediffuser.scoring.scorers import load_scorers
 def known(scorers, people):
     """The reference embedding of each of the three people."""
     pictures = [beside(face) for face in people.values()]
-    return dict(zip(people, scorers.embed_references(pictures, list(people)), strict=True))
+    return dict(zip(people, scorers.identity.embed_references(pictures, list(people)), strict=True))
 
 
 def score(scorers, known, picture: Image.Image, *subjects: str):
@@ -71,18 +71,18 @@ def test_a_small_face_in_the_background_does_not_take_the_subjects_place(scorers
 def test_a_reference_is_its_largest_face(scorers, known, people):
     picture = beside(people["ada"], size=320)
     picture.paste(people["bob"].resize((45, 58), Image.Resampling.LANCZOS), (10, 10))
-    vector = scorers.embed_references([picture], ["two.png"])[0]
+    vector = scorers.identity.embed_references([picture], ["two.png"])[0]
     assert vector @ known["ada"] > 0.98
 
 
 def test_a_reference_without_a_face_is_named(scorers, people):
     with pytest.raises(InputError, match=r"^ada/2\.png: no face found; give a picture with one visible face$"):
-        scorers.embed_references([beside(people["ada"]), beside()], ["ada/1.png", "ada/2.png"])
+        scorers.identity.embed_references([beside(people["ada"]), beside()], ["ada/1.png", "ada/2.png"])
 
 
 def test_a_real_photograph_stays_itself_when_turned_darkened_or_made_smaller(scorers, photograph):
     """With the face crop MTCNN gives; how much a turn may cost depends on the network, so the order is tested."""
-    reference = scorers.embed_references([photograph], ["astronaut"])
+    reference = scorers.identity.embed_references([photograph], ["astronaut"])
     changed = {
         "itself": photograph,
         "darkened": ImageEnhance.Brightness(photograph).enhance(0.6),
