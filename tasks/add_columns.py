@@ -16,16 +16,15 @@ from facediffuser.evaluation.training_faces import count_training, training_face
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
 from facediffuser.tasks.chosen_driver import chosen_driver
-from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.retrying import RETRIES
 
 
 @task(name="add-columns", cache_policy=None, **RETRIES)
-def add_scores(settings: ScoreSettings, driver: Driver | None = None) -> list[str]:
+def add_scores(settings: ScoreSettings) -> list[str]:
     """Write the columns of other scorers beside the shards; return the keys of the files."""
     check_score(settings)
-    driver = driver or chosen_driver()
+    driver = chosen_driver()
     gpu = driver.gpus > 0 and settings.device != "cpu"
     # Without GPUs the workers share the cores.
     cpus = 1 if gpu else max(1, driver.cpus // (settings.workers or 1))

@@ -19,7 +19,13 @@ from facediffuser.dataset.certificate import (
     summary_bytes,
     summary_key,
 )
-from facediffuser.dataset.extension import UNFINISHED_REFERENCES, add_references, finished_part, read_references
+from facediffuser.dataset.extension import (
+    UNFINISHED_REFERENCES,
+    add_references,
+    encode_references_of_parts,
+    finished_part,
+    read_references,
+)
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
@@ -35,8 +41,8 @@ from facediffuser.dataset.manifest import (
 from facediffuser.dataset.other_run import require_same_run
 from facediffuser.dataset.plan import MOST_SHARDS, Layout, part_names
 from facediffuser.dataset.reading import read_columns
-from facediffuser.dataset.references import encode_references, references_marks
-from facediffuser.dataset.schema import SUBJECTS_KEY, with_marks
+from facediffuser.dataset.references import references_marks
+from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.seal import KEPT_ENTRIES, seal
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent, write_spent
@@ -50,7 +56,7 @@ from facediffuser.generation.generate_stage import ShardWorker, denoising_share,
 from facediffuser.generation.job import GenerationJob, Prepared, prepare
 from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.number_words import counted
-from facediffuser.runs import HARDWARE, Run, provenance_differences, shown
+from facediffuser.runs import HARDWARE, Document, Run, different_provenances, provenance_differences, shown
 from facediffuser.storage import Store, lasting_name
 from facediffuser.storage.reading import parse_json, read_json_object
 from facediffuser.tasks.chosen_driver import chosen_driver
@@ -82,9 +88,9 @@ class CertificateError(RunError):
 
 
 @task(name="plan-dataset", cache_policy=None, persist_result=False, **RETRIES)
-def plan_dataset(settings: GenerateSettings, driver: Driver | None = None) -> Prepared:
+def plan_dataset(settings: GenerateSettings) -> Prepared:
     """Check the input and, unless it is a dry run, write the plan and the references."""
-    driver = driver or chosen_driver()
+    driver = chosen_driver()
     prepared = prepare(settings, driver)
     if prepared.free_shard_size:
         prepared = _with_measured_shards(settings, prepared, driver)
@@ -108,10 +114,10 @@ def _inputs(prepared: Prepared) -> str:
 
 
 @task(name="estimate-run", cache_policy=None, persist_result=False, **RETRIES)
-def estimate_run(settings: GenerateSettings, prepared: Prepared, driver: Driver | None = None) -> dict[str, Any]:
+def estimate_run(settings: GenerateSettings, prepared: Prepared) -> dict[str, Any]:
     """Return what a run would take, from a dataset's rate or from one batch that a worker generates in memory."""
     job = prepared.job
-    driver = driver or chosen_driver()
+    driver = chosen_driver()
     rate = _rate(settings, prepared, driver, certified=job.exact_settings is not None)
     sample = sample_size(job.layout.rows) if job.exact_settings else 0
     workers = job.pool.at_once(driver.gpus, driver.cpus, job.layout.shards)
@@ -145,9 +151,7 @@ def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver, certif
 
 
 @task(name="generate-shards", cache_policy=None, persist_result=False, **RETRIES)
-def generate_shards(
-    job: GenerationJob, worker: type[ShardWorker] = ShardWorker, driver: Driver | None = None
-) -> dict[str, Any]:
+def generate_shards(job: GenerationJob, worker: type[ShardWorker] = ShardWorker) -> dict[str, Any]:
     """Generate the shards that are missing; return how many were there and generated, and what the workers spent.
 
     Raises:
@@ -158,7 +162,7 @@ def generate_shards(
     finished = finished_shards(store, layout, job.fingerprint)
     missing = [shard for shard in range(layout.shards) if shard not in finished]
     logger.info("%d of %s finished, %d to generate", len(finished), counted(layout.shards, "shard"), len(missing))
-    recorded = _different([one.marks.provenance for one in finished.values()])
+    recorded = different_provenances(one.marks.provenance for one in finished.values())
     if missing:
         job = job.with_recorded(recorded)
 
@@ -176,9 +180,7 @@ def generate_shards(
 
     if not layout.rows:
         return {"kept": 0, "made": 0, "seconds": 0.0, "busy": 0.0}
-    return (driver or chosen_driver()).run(
-        generate_stage(job, missing, finish, worker, _HardwareWarning(store.url, recorded))
-    )
+    return chosen_driver().run(generate_stage(job, missing, finish, worker, _HardwareWarning(store.url, recorded)))
 
 
 class _HardwareWarning:
@@ -187,7 +189,7 @@ class _HardwareWarning:
     Other software is warned of when a run is resumed; which hardware the workers have is known only from their shards.
     """
 
-    def __init__(self, url: str, recorded: list[dict[str, Any]]):
+    def __init__(self, url: str, recorded: list[Document]):
         self.url, self.warned = url, False
         self.first = next((one for one in recorded if "hardware" in one), None)
 
@@ -203,10 +205,6 @@ class _HardwareWarning:
                            "lists them", self.url, shown(found))  # fmt: skip
 
 
-def _different(provenances: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for number, one in enumerate(provenances) if one and one not in provenances[:number]]
-
-
 def _manifest_before(store: Store) -> Manifest | None:
     """The manifest of a dataset that is finished once more; None where there is none, or a damaged one."""
     if not store.exists(MANIFEST_KEY):
@@ -219,9 +217,7 @@ def _manifest_before(store: Store) -> Manifest | None:
 
 
 @task(name="certify-dataset", cache_policy=None, persist_result=False, **RETRIES)
-def certify_dataset(
-    job: GenerationJob, worker: type[CertificateWorker] = CertificateWorker, driver: Driver | None = None
-) -> dict[str, Any] | None:
+def certify_dataset(job: GenerationJob, worker: type[CertificateWorker] = CertificateWorker) -> dict[str, Any] | None:
     """Make what is missing of the certificate of a run in fast mode; return what it says, None for a run in exact mode.
 
     Raises:
@@ -237,7 +233,7 @@ def certify_dataset(
     logger.info("certificate: %d of %s also made in exact mode; %d of %s finished", rows, counted(job.layout.rows, "row"),
                 len(parts) - len(missing), counted(len(parts), "part"))  # fmt: skip
     if missing:
-        (driver or chosen_driver()).run(certificate_stage(job, parts, missing, worker=worker))
+        chosen_driver().run(certificate_stage(job, parts, missing, worker=worker))
     names = [name for name in CERTIFICATE_SCHEMA.names if name not in ("image", "image_sha256")]
     found = [row for key in parts for row in read_columns(store, key, names).to_pylist()]
     fix = "remove it, and run the same command again"
@@ -272,12 +268,10 @@ def _other_parts(store: Store, name: str, before: Manifest | None) -> list[Part]
 def _keep_references(job: GenerationJob, parts: list[Part]) -> None:
     """Put the references of a part that was added together with those that are there."""
     store = job.store()
-    fingerprints = [part.fingerprint for part in parts]
-    if job.references_key == SUBJECTS_KEY or set(fingerprints) <= set(references_marks(store)):
+    if job.references_key == SUBJECTS_KEY or {part.fingerprint for part in parts} <= set(references_marks(store)):
         return
     table = add_references(read_references(store), read_references(store, job.references_key))
-    marked = with_marks(table.schema.remove_metadata(), parts[0].fingerprint, parts[0].run, synthetic=False)
-    store.put(SUBJECTS_KEY, encode_references(table, marked, fingerprints))
+    store.put(SUBJECTS_KEY, encode_references_of_parts(table, parts))
 
 
 def _spent(job: GenerationJob, store: Store, before: Manifest | None) -> Spent | None:

@@ -5,7 +5,6 @@ from prefect import task
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.storage import open_store
 from facediffuser.tasks.chosen_driver import chosen_driver
-from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.retrying import RETRIES
 from facediffuser.training import training_run as runs
 from facediffuser.training.latent_stage import latent_stage
@@ -14,7 +13,7 @@ from facediffuser.training.train_settings import TrainSettings
 
 
 @task(name="fill-latents-cache", cache_policy=None, persist_result=False, **RETRIES)
-def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) -> None:
+def fill_latents_cache(settings: TrainSettings) -> None:
     """Compute what the cache lacks for the models to train; an interrupted run is resumed part by part.
 
     Nothing is done for a model that is trained already, without the cache, and for a base that only the workers have.
@@ -26,7 +25,7 @@ def fill_latents_cache(settings: TrainSettings, driver: Driver | None = None) ->
     check_train(settings)
     if not settings.precompute or not is_local_model(settings.base):
         return
-    driver = driver or chosen_driver()
+    driver = chosen_driver()
     for role in settings.roles:
         role_settings = settings.for_role(role)
         done = runs.finished_step(open_store(role_settings.output))

@@ -22,16 +22,17 @@ from facediffuser.preprocess.parts import (
     require_parts_fit,
     run_identity,
     split_into_parts,
+    to_json,
 )
 from facediffuser.preprocess.photo_stages import Job
-from facediffuser.preprocess.prepared_manifest import build_manifest, recorded_provenance, write_manifest
+from facediffuser.preprocess.prepared_manifest import build_manifest, recorded_provenance
 from facediffuser.preprocess.preprocess_check import require_apart
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-from facediffuser.preprocess.preprocess_stage import Parts, PartWorker, check_stage, prepare_stage
+from facediffuser.preprocess.preprocess_stage import CheckWorker, Parts, PartWorker, part_stage
 from facediffuser.preprocess.required_models import require_models
 from facediffuser.preprocess.sources import FOLDER, Listing, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
-from facediffuser.runs import check_provenance, software
+from facediffuser.runs import check_provenance, different_provenances, software
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.reading import parse_json
 from facediffuser.tasks.chosen_driver import chosen_driver
@@ -44,14 +45,11 @@ BETWEEN_SPLITS = "between the splits: near-identical to pictures of train and of
 
 
 @task(name="prepare-photographs", cache_policy=None, persist_result=False, **RETRIES)
-def prepare_photographs(
-    settings: PreprocessSettings, driver: Driver | None = None, worker: type[PartWorker] = PartWorker
-) -> dict[str, Any]:
+def prepare_photographs(settings: PreprocessSettings, worker: type[PartWorker] = PartWorker) -> dict[str, Any]:
     """Prepare a source of photographs; run again with the same settings it keeps the parts that are finished.
 
     Args:
         settings: the settings.
-        driver: runs the stages; None: Ray.
         worker: prepares the parts.
 
     Returns:
@@ -81,12 +79,11 @@ def prepare_photographs(
         return _result(store, parse_json(store.get(MANIFEST)), started, {}, 0)
     parts = dict(enumerate(split_into_parts(listing.records, settings.part_size)))
     summaries = finished_parts(store, there, run.fingerprint, len(parts))
-    recorded = [recorded_provenance(run, summary) for summary in summaries.values()]
-    recorded = [one for number, one in enumerate(recorded) if one and one not in recorded[:number]]
+    recorded = different_provenances(recorded_provenance(run, summary) for summary in summaries.values())
     check_provenance(store.url, recorded, {**software(), "threads": settings.cpus_per_worker}, settings.exact)
     required = tuple(recorded) if settings.exact else ()
     job = Job(settings, listing.format, run.fingerprint, models=models, required=required)
-    driver = driver or chosen_driver()
+    driver = chosen_driver()
     if not listing.has_splits and len(summaries) < len(parts):
         parts = _with_splits(store, there, job, listing, parts, earlier, driver)
     missing = {part: records for part, records in parts.items() if part not in summaries}
@@ -100,10 +97,10 @@ def prepare_photographs(
         every = summaries | made
         manifest = build_manifest(run, listing, [every[part] for part in sorted(every)])
         write_card(store, manifest)
-        write_manifest(store, manifest)
+        store.put(MANIFEST, to_json(manifest))
         return _result(store, manifest, started, dict(results.totals.get("seconds", {})), len(summaries))
 
-    return driver.run(prepare_stage(job, run.document, listing, missing, driver.gpus > 0, finish, worker))
+    return driver.run(part_stage(worker, job, run.document, listing, missing, driver.gpus > 0, finish))
 
 
 def _earlier(settings: PreprocessSettings, listing: Listing) -> dict[str, str]:
@@ -131,7 +128,7 @@ def _with_splits(
         return checked | _finished_checks(store, results.counts, job, missing)
 
     identity = {"fingerprint": job.fingerprint}
-    hashes = driver.run(check_stage(job, identity, listing, missing, driver.gpus > 0, finish))
+    hashes = driver.run(part_stage(CheckWorker, job, identity, listing, missing, driver.gpus > 0, finish))
     every = [value for part in sorted(parts) for value in hashes[part]]
     usable = [index for index, value in enumerate(every) if value is not None]
     groups = near_duplicates([bytes.fromhex(every[index]) for index in usable], job.settings.near_duplicate_bits)

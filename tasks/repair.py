@@ -17,7 +17,7 @@ from facediffuser.generation.certify import certificate_parts, certificate_stage
 from facediffuser.generation.generate_check import check_repair
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.generation.generate_stage import replacement_stage
-from facediffuser.generation.job import Listed
+from facediffuser.generation.job import GenerationJob, Listed
 from facediffuser.generation.repair import job_of_dataset, restore_plan_part, sort_damage
 from facediffuser.storage import open_store
 from facediffuser.tasks.chosen_driver import chosen_driver
@@ -37,9 +37,7 @@ def find_damage(settings: RepairSettings) -> tuple[Manifest, list[Problem]]:
 
 
 @task(name="repair-damage", cache_policy=None, persist_result=False, **RETRIES)
-def repair_damage(
-    settings: RepairSettings, manifest: Manifest, problems: list[Problem], driver: Driver | None = None
-) -> list[str]:
+def repair_damage(settings: RepairSettings, manifest: Manifest, problems: list[Problem]) -> list[str]:
     """Restore what is damaged, and only that; return what is still wrong, one line each."""
     store = open_store(settings.url)
     damage = sort_damage(store, manifest, problems)
@@ -62,7 +60,7 @@ def repair_damage(
     for number in sorted({number for number, _ in damage.shards}):
         part, shards = manifest.parts[number], [shard for of, shard in damage.shards if of == number]
         wanted = {shard: {"listed": _listed(part, shard), "changed": settings.accept} for shard in shards}
-        made = replace_shards(settings, part, wanted, "Repair", driver)
+        made = replace_shards(settings, part, wanted, "Repair")
         changed = {shard: stats for shard, stats in made.items() if stats["sha256"] != part.shards[shard].sha256}
         if settings.accept and changed:
             manifest = update_manifest(settings.url, manifest, {number: changed})
@@ -75,7 +73,7 @@ def repair_damage(
                             "where it was made, or keep the new bytes with --accept")  # fmt: skip
     if damage.certificate:
         broken = {manifest.parts[number].name for number, _ in damage.shards} if left else set()
-        left += repair_certificates(settings, manifest, damage.certificate, broken, driver)
+        left += repair_certificates(settings, manifest, damage.certificate, broken)
         manifest = read_manifest(store)
     if damage.card:
         rewrite_card(store)
@@ -83,7 +81,7 @@ def repair_damage(
 
 
 def repair_certificates(
-    settings: RepairSettings, manifest: Manifest, keys: Sequence[str], broken: Collection[str], driver: Driver | None
+    settings: RepairSettings, manifest: Manifest, keys: Sequence[str], broken: Collection[str]
 ) -> list[str]:
     """Make objects of certificates again; return what is still wrong, one line each.
 
@@ -92,7 +90,6 @@ def repair_certificates(
         manifest: its manifest.
         keys: the objects.
         broken: the names of the dataset's parts whose shards could not all be repaired.
-        driver: runs the stage; None: Ray.
     """
     store, left, accepted = open_store(settings.url), [], []
     listed = {entry.key: entry.sha256 for entry in manifest.objects}
@@ -107,7 +104,9 @@ def repair_certificates(
         elif pictures and part.name in broken:
             left += [f"{key}: can be made again once the shards are whole" for key in pictures]
         elif pictures:
-            _certify_again(settings, part, pictures, driver or chosen_driver())
+            driver = chosen_driver()
+            job = _job(settings, part, driver)
+            driver.run(certificate_stage(job, certificate_parts(job), pictures))
         for key in own:
             made = hashlib.sha256(store.get(key)).hexdigest() if store.exists(key) else None
             if made is None or made == listed[key] or (key in pictures and part.kept):
@@ -122,16 +121,15 @@ def repair_certificates(
     return left
 
 
-def _certify_again(settings: RepairSettings, part: Part, keys: Sequence[str], driver: Driver) -> None:
-    job = job_of_dataset(
+def _job(settings: RepairSettings | RetrySettings, part: Part, driver: Driver) -> GenerationJob:
+    return job_of_dataset(
         open_store(settings.url), part, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
         settings.exact,
     )  # fmt: skip
-    driver.run(certificate_stage(job, certificate_parts(job), keys))
 
 
 @task(name="retry-failed-rows", cache_policy=None, persist_result=False, **RETRIES)
-def retry_failed_rows(settings: RetrySettings, driver: Driver | None = None) -> Manifest:
+def retry_failed_rows(settings: RetrySettings) -> Manifest:
     """Generate the shards that hold failed rows once more; those with fewer failed rows now take their place."""
     check_repair(settings)
     store = open_store(settings.url)
@@ -141,7 +139,7 @@ def retry_failed_rows(settings: RetrySettings, driver: Driver | None = None) -> 
         failed = {shard: entry.failed for shard, entry in enumerate(part.shards) if entry.failed}
         if failed:
             wanted = {shard: {"fewer_failed_than": count} for shard, count in failed.items()}
-            made = replace_shards(settings, part, wanted, "Retry", driver)
+            made = replace_shards(settings, part, wanted, "Retry")
             replaced[number] = {shard: stats for shard, stats in made.items() if stats["put"]}
     return update_manifest(settings.url, manifest, replaced)
 
@@ -155,7 +153,6 @@ def replace_shards(
     part: Part,
     wanted: dict[int, dict[str, Any]],
     name: str,
-    driver: Driver | None,
 ) -> dict[int, dict[str, Any]]:
     """Generate shards of a finished dataset once more; return the stats of each.
 
@@ -164,14 +161,9 @@ def replace_shards(
         part: the part of the dataset that they belong to.
         wanted: the arguments of `ShardGenerator.replace` by shard.
         name: the stage's name in the progress.
-        driver: runs the stage; None: Ray.
     """
-    driver = driver or chosen_driver()
-    job = job_of_dataset(
-        open_store(settings.url), part, settings.models, settings.scorers, driver.gpus > 0, settings.workers,
-        settings.exact,
-    )  # fmt: skip
-    return driver.run(replacement_stage(job, name, wanted))
+    driver = chosen_driver()
+    return driver.run(replacement_stage(_job(settings, part, driver), name, wanted))
 
 
 def update_manifest(url: str, manifest: Manifest, replaced: dict[int, dict[int, dict[str, Any]]]) -> Manifest:

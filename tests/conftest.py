@@ -101,6 +101,16 @@ def without_ray():
     return lambda: driven_by(Travelled())
 
 
+@pytest.fixture(scope="module")
+def local_driver():
+    """Tasks do their stages in this process, one unit after another."""
+    from facediffuser.tasks.chosen_driver import driven_by
+    from facediffuser.tasks.local_driver import LocalDriver
+
+    with driven_by(LocalDriver()):
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     """One local Ray with two CPUs for the whole session."""

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from facediffuser.batch_stage import Counts, Results, Stage, Unit
+from facediffuser.batch_stage import Counts, Stage, Unit
 from facediffuser.dataset.certificate import (
     CERTIFICATE_PREFIX,
     CERTIFICATE_SCHEMA,
@@ -41,8 +41,7 @@ class CertificateWorker:
     """Makes parts of a certificate; `unit.data` holds the part's key and the (shard, place) of each of its rows."""
 
     def __init__(self, job: GenerationJob, pipeline=None, scorers=None):
-        if job.threads:
-            torch.set_num_threads(job.threads)
+        job.set_threads()
         assert job.exact_settings is not None  # a run in exact mode has no certificate
         self.job = job
         exact = exact_job(job)
@@ -184,7 +183,6 @@ def certificate_stage(
     job: GenerationJob,
     parts: dict[str, list[Place]],
     missing: Sequence[str],
-    finish: Callable[[Results], Any] = lambda results: results,
     worker: type[CertificateWorker] = CertificateWorker,
 ) -> Stage:
     """Return the stage that makes the missing parts of a certificate.
@@ -193,9 +191,8 @@ def certificate_stage(
         job: the run in fast mode.
         parts: the (shard, place) of the rows of each part, by its key.
         missing: the keys of the parts to make.
-        finish: called with the results of the parts; what it returns is the stage's result.
         worker: the class that makes a part.
     """
     units = [Unit(key, len(parts[key]), (key, parts[key])) for key in missing]
     finished = sum(len(places) for places in parts.values()) - sum(unit.rows for unit in units)
-    return Stage("Certify", "images", job.run, units, functools.partial(worker, job), finish, finished, job.pool)
+    return Stage("Certify", "images", job.run, units, functools.partial(worker, job), finished=finished, pool=job.pool)

@@ -58,10 +58,7 @@ class SampleWorker:
     """Generates a few rows in memory, as `rate_of_sample` does; its counts are their `Rate`."""
 
     def __init__(self, job: GenerationJob, rows: list[dict[str, Any]], references: pa.Table, certified: bool):
-        if job.threads:
-            import torch
-
-            torch.set_num_threads(job.threads)
+        job.set_threads()
         self.given = job, rows, references, certified
 
     def __call__(self, unit: Unit) -> Counts:

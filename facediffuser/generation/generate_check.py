@@ -24,21 +24,14 @@ from facediffuser.model_check import MODULES, check_component, check_model_files
 from facediffuser.modelfolder import resolve_model
 from facediffuser.number_words import counted
 from facediffuser.prompts import ids_and_places
+from facediffuser.runs import Run
 from facediffuser.schedulers import SCHEDULER_CLASSES, choose_scheduler
 from facediffuser.scoring.folder import require_scorers
 from facediffuser.storage import Store, open_store
 
 OURS = (
-    "plan/",
-    "data/",
-    "stats/",
-    "card/",
-    "scores/",
-    "certificate/",
-    "subjects.parquet",
-    "manifest.json",
-    "README.md",
-)
+    "plan/", "data/", "stats/", "card/", "scores/", "certificate/", "subjects.parquet", "manifest.json", "README.md",
+)  # fmt: skip
 _WITH_SUBJECTS = ("unet", "image_encoder", "subject_fuser")
 NEEDED_BY_METHOD = {
     "face-diffuser": ("unet_text", *_WITH_SUBJECTS),
@@ -69,6 +62,7 @@ class Checked:
 
     shard_size: rows of a shard: as given, as the run in the output has it, or a default.
     free_shard_size: whether it may be another: none was given, and no run has begun.
+    begun: the first run of the output, if any.
     """
 
     store: Store
@@ -77,6 +71,12 @@ class Checked:
     shard_size: int
     free_shard_size: bool
     there: OutputState
+    begun: Run | None
+
+    @property
+    def schema_version(self) -> str:
+        """The version of the schema that the run is to have: that of the run in the output, where one was begun."""
+        return _schema_version(self.begun)
 
 
 def check_generate(settings: GenerateSettings) -> Checked:
@@ -91,7 +91,8 @@ def check_generate(settings: GenerateSettings) -> Checked:
     store = open_store(settings.output)
     store.require_writable()
     require_empty_or_dataset(store)
-    model = model_facts(settings, _recorded_scheduler(store))
+    begun = run_of_output(store)
+    model = model_facts(settings, begun)
     subjects = read_subjects(settings.subjects)
     if settings.require_consent:
         require_consent(subjects, settings.subjects)
@@ -115,11 +116,10 @@ def check_generate(settings: GenerateSettings) -> Checked:
         ),
         settings.subject_sets,
     )  # fmt: skip
-    begun = run_of_output(store)
     begun_with = begun.document.get("settings", {}).get("shard_size") if begun else None
     shard_size = settings.shard_size or begun_with or DEFAULT_SHARD_SIZE
     _require_plan_fits(plan, shard_size)
-    known = settings_document(settings, plan, shard_size, model.exact_scheduler, schema_version_of_output(store))
+    known = settings_document(settings, plan, shard_size, model.exact_scheduler, _schema_version(begun))
     there = output_state(store)
     recorded = last_run(store, there) if settings.extend else None
     if recorded is not None:
@@ -129,7 +129,7 @@ def check_generate(settings: GenerateSettings) -> Checked:
         if there.manifest is not None and there.manifest.retractions:
             raise InputError(f"{store.url}: a subject was taken out of this dataset, so its first run is not repeated; "
                              "--extend adds to it")  # fmt: skip
-    return Checked(store, model, plan, shard_size, settings.shard_size is None and begun is None, there)
+    return Checked(store, model, plan, shard_size, settings.shard_size is None and begun is None, there, begun)
 
 
 def check_models(name: str) -> None:
@@ -166,13 +166,15 @@ def check_remake(settings: RemakeSettings) -> None:
     manifest = read_sound_manifest(store)
     _check_places(settings, manifest.made_from)
     for key in manifest.planned_keys():
-        if not store.exists(key):
-            raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
+        _require_object(store, key)
     part, shard, _ = find_row(store, manifest, settings.sample_id)
-    key = part.layout.shard_key(shard)
+    _require_object(store, part.layout.shard_key(shard))
+    read_footer(store, part.layout.shard_key(shard))
+
+
+def _require_object(store: Store, key: str) -> None:
     if not store.exists(key):
         raise InputError(f"{store.url_of(key)}: missing; let `facediffuser repair` make it again")
-    read_footer(store, key)
 
 
 def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, made_from: Mapping[str, str]) -> None:
@@ -184,10 +186,8 @@ def _check_places(settings: RepairSettings | RetrySettings | RemakeSettings, mad
         require_scorers(scorers)
 
 
-def schema_version_of_output(store: Store) -> str:
-    """Return the version of the schema that a run in the output is to have: its own, where one was begun there."""
-    run = run_of_output(store)
-    return run_schema_version(run.document) if run else SCHEMA_VERSION
+def _schema_version(begun: Run | None) -> str:
+    return run_schema_version(begun.document) if begun else SCHEMA_VERSION
 
 
 def settings_document(
@@ -248,12 +248,12 @@ def require_empty_or_dataset(store: Store) -> None:
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
-def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> ModelFacts:
+def model_facts(settings: GenerateSettings, begun: Run | None) -> ModelFacts:
     """Return what the model folder's configuration says.
 
     Args:
         settings: of the run.
-        begun_with: the scheduler of the run that the output holds. Where none is named and that is the model's own, it
+        begun: the run that the output holds, if any. Where no scheduler is named and that run's is the model's own, it
             is kept, however few the steps: the same command resumes a run that an earlier version began.
 
     Raises:
@@ -264,36 +264,31 @@ def model_facts(settings: GenerateSettings, begun_with: str | None = None) -> Mo
     if needs_subject and not (folder / "subject_fuser").is_dir():
         raise InputError(f"{settings.models}: no subject_fuser there; give a whole model folder or --method tdm")
     check_model_files(folder, NEEDED_BY_METHOD[settings.method])
-    unet = _config(folder, "unet_text" if settings.method == "tdm" else "unet")
-    cell = 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
+    unet = read_json(folder / ("unet_text" if settings.method == "tdm" else "unet") / "config.json")
+    cell = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
     sample = unet["sample_size"]
     rows, columns = (sample, sample) if isinstance(sample, int) else sample
     for name in ("height", "width"):
         value = getattr(settings, name)
         if value is not None and value % cell:
             raise InputError(f"--{name} {value}: this model makes multiples of {cell} px; give {value // cell * cell}")
-    own = _config(folder, "scheduler", "scheduler_config.json")["_class_name"]
+    own = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     fuser = folder / "subject_fuser" / "config.json"
     limit = read_json(fuser).get("max_subjects", 4) if needs_subject else None
     if limit is not None and (settings.subjects_per_image or 0) > limit:
         raise InputError(f"--subjects-per-image {settings.subjects_per_image}: this model takes up to {limit}")
-    keeps_own = settings.scheduler is None and begun_with == own
+    keeps_own = settings.scheduler is None and _recorded_scheduler(begun) == own
     exact = own if keeps_own else choose_scheduler(settings.scheduler, own, settings.steps)
     fewer = settings.sampled_steps < settings.steps
     scheduler = SCHEDULER_CLASSES[settings.fast_scheduler or FAST_SCHEDULER] if fewer else exact
     return ModelFacts(folder, rows * cell, columns * cell, scheduler, exact, limit)
 
 
-def _recorded_scheduler(store: Store) -> str | None:
-    run = run_of_output(store)
-    if run is None:
+def _recorded_scheduler(begun: Run | None) -> str | None:
+    if begun is None:
         return None
-    settings = run.document["settings"]
+    settings = begun.document["settings"]
     return settings.get("speed", {}).get("exact", settings).get("scheduler")
-
-
-def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    return read_json(folder / part / name)
 
 
 # --- the prompts ------------------------------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ class ShardWorker:
     """Generates the shards that are missing; `unit.data` is the shard's number. Returns the shard's stats."""
 
     def __init__(self, job: GenerationJob):
-        if job.threads:
-            import torch
-
-            torch.set_num_threads(job.threads)
+        job.set_threads()
         self.generator = self.load(job)
 
     def load(self, job: GenerationJob):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from facediffuser.batch_stage import Limits, Machines, ThisMachine, WorkerPool
 from facediffuser.dataset.extension import (
@@ -18,7 +19,7 @@ from facediffuser.dataset.extension import (
     references_key,
     require_extendable,
 )
-from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run, run_of_output
+from facediffuser.dataset.other_run import begin_or_resume_dataset, require_same_run
 from facediffuser.dataset.plan import Layout, Plan, Rows, write_plan
 from facediffuser.dataset.references import encode_references, references_digest, references_marks
 from facediffuser.dataset.schema import (
@@ -31,13 +32,13 @@ from facediffuser.dataset.schema import (
 from facediffuser.dataset.shards import read_marks, shard_mark
 from facediffuser.engine_options import COMPILED, EngineOptions, choose_engine
 from facediffuser.errors import InputError
-from facediffuser.generation.generate_check import Checked, check_generate, schema_version_of_output, settings_document
+from facediffuser.generation.generate_check import Checked, check_generate, settings_document
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.reference_pictures import prepare_references
 from facediffuser.means import Means
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import model_digests
-from facediffuser.runs import Run, check_provenance, fingerprint_of, provenance_of, software
+from facediffuser.runs import Document, Run, check_provenance, fingerprint_of, provenance_of, software
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import base_folder
 from facediffuser.storage import Store, open_store
@@ -93,7 +94,7 @@ class GenerationJob:
     max_loss: float = 1.0
     faster_options: tuple[str, ...] = ()
     exact: bool = False
-    required: tuple[dict[str, Any], ...] = ()
+    required: tuple[Document, ...] = ()
     compiled_code: str | None = None
     limits: Limits = Limits()
     references_key: str = SUBJECTS_KEY
@@ -140,7 +141,7 @@ class GenerationJob:
         marks = self.fingerprint, self.run, self.settings["provenance"]
         return with_marks(schema_of_run(self.run), *marks, computed_with=computed_with)
 
-    def with_recorded(self, recorded: Sequence[dict[str, Any]]) -> "GenerationJob":
+    def with_recorded(self, recorded: Sequence[Document]) -> "GenerationJob":
         """Return the job for an output whose shards have these provenances; another one here is warned of.
 
         Raises:
@@ -148,6 +149,11 @@ class GenerationJob:
         """
         check_provenance(self.output, recorded, {**software(), "threads": self.threads}, self.exact)
         return replace(self, required=tuple(recorded) if self.exact else ())
+
+    def set_threads(self) -> None:
+        """Let torch compute in this process with as many threads as the run does; on a GPU they are left as they are."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
 
     def store(self) -> Store:
         """The place of the dataset."""
@@ -231,16 +237,15 @@ def prepare(settings: GenerateSettings, machines: Machines | None = None) -> Pre
     check_model_folder(checked.model.folder)
     digests = model_digests(checked.model.folder)
     scorers_name = settings.scorers or default_scorers(settings.models, digests)
-    scorers = load_scorers(scorers_name, "cuda" if _has_cuda() and machines.gpus else "cpu")
+    scorers = load_scorers(scorers_name, "cuda" if torch.cuda.is_available() and machines.gpus else "cpu")
     references = prepare_references(
         open_store(settings.subjects), plan.subjects, scorers, settings.reference_crop, settings.reference_margin
     )
     gpu = machines.gpus > 0
     height, width = plan.row.height, plan.row.width
-    there = run_of_output(store)
-    begun = there.document["settings"] if there else {}
+    begun = checked.begun.document["settings"] if checked.begun else {}
     engine, why = choose_engine(
-        settings.engine, len(plan), height, width, gpu, begun.get("engine", "eager") if there else None
+        settings.engine, len(plan), height, width, gpu, begun.get("engine", "eager") if checked.begun else None
     )
     logger.info("engine: %s (%s)", engine, why)
     batch_size = settings.batch_size if isinstance(settings.batch_size, int) else begun.get("batch_size")
@@ -251,7 +256,7 @@ def prepare(settings: GenerateSettings, machines: Machines | None = None) -> Pre
     batch_size = min(batch_size or default_batch_size(height, width, gpu), checked.shard_size)
     identity = run_identity(
         settings, plan, checked.shard_size, digests, scorers.digests, references, batch_size, gpu,
-        checked.model.exact_scheduler, schema_version_of_output(store),
+        checked.model.exact_scheduler, checked.schema_version,
     )  # fmt: skip
     if engine == "compiled":
         # An eager run's document says nothing of engines, so that runs begun before there were any are the same.
@@ -261,7 +266,10 @@ def prepare(settings: GenerateSettings, machines: Machines | None = None) -> Pre
         }
     part = _part(settings, checked, identity, references)
     run = part.run
-    threads = None if gpu else settings.cpus_per_worker or _recorded_threads(store) or _threads(settings, machines.cpus)
+    threads = None
+    if not gpu:
+        recorded = _recorded_threads(store, checked.begun)
+        threads = settings.cpus_per_worker or recorded or _threads(settings, machines.cpus)
     job = GenerationJob(
         store.url, run.fingerprint, dict(run.document), part.layout, settings.models,
         scorers_name, threads, replace(settings.pool, cpus=threads or 1, gpu=gpu), settings.max_failed, settings.max_loss,
@@ -356,9 +364,8 @@ def run_identity(
     }
 
 
-def _recorded_threads(store: Store) -> int | None:
+def _recorded_threads(store: Store, run: Run | None) -> int | None:
     """The threads that the run in the output was computed with so far; None when it does not say."""
-    run = run_of_output(store)
     known = provenance_of(run.document) if run else {}
     shards = (info.key for info in store.list("data/")) if run and not known else ()
     marks = next((found for key in shards if (found := read_marks(store, key))), None)
@@ -401,16 +408,8 @@ def automatic_batch_size(height: int, width: int, gib: float, float32: bool = Fa
     return max(1, min(AUTO_MAX_BATCH, AUTO_BATCH_PIXELS // (height * width), fits))
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _threads(settings: GenerateSettings, cpus: int) -> int:
     """The threads of a worker without a GPU: its share of the cores; torch's number where those are not known."""
     if cpus:
         return max(1, cpus // (settings.workers or settings.max_workers or 1))
-    import torch
-
     return torch.get_num_threads()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.dataset.added_columns import ADDED_PREFIX
@@ -19,6 +20,7 @@ from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import RemakeSettings
 from facediffuser.generation.job import GenerationJob
+from facediffuser.generation.shard_generator import ShardGenerator
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.runs import differences
 from facediffuser.scoring.scorers import load_scorers
@@ -109,7 +111,7 @@ class Damage:
 
 
 def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Damage:
-    """Return the damage by what mends it.
+    """Return the damage sorted by what can repair it.
 
     Args:
         store: the dataset.
@@ -225,8 +227,6 @@ def remake(settings: RemakeSettings, gpu: bool, pipeline=None, scorers=None) -> 
     Raises:
         InputError: there is no such row, or models, scorers or files are others than the dataset's.
     """
-    from facediffuser.generation.shard_generator import ShardGenerator
-
     store = open_store(settings.dataset)
     manifest = read_sound_manifest(store)
     part, shard, place = find_row(store, manifest, settings.sample_id)
@@ -259,8 +259,6 @@ def _as_stored(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
 @contextmanager
 def threads_of(job: GenerationJob) -> Iterator[None]:
     """Compute with as many threads as the dataset was."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads or before)
     try:

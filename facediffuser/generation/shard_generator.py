@@ -29,6 +29,7 @@ from facediffuser.prompts import without_markers
 from facediffuser.runs import check_provenance, current_provenance
 from facediffuser.schedulers import set_scheduler
 from facediffuser.scoring.face_labels import label_faces
+from facediffuser.scoring.scorers import load_scorers
 from facediffuser.stage_timer import StageTimer
 from facediffuser.storage import open_store
 from facediffuser.storage.opening import default_cache
@@ -64,14 +65,10 @@ class ShardGenerator:
         self._code = _compiled_code(job, self.pipeline) if job.engine else None
         if self._code is not None:
             self._code.load()
-        if scorers is None:
-            from facediffuser.scoring.scorers import load_scorers
-
-            scorers = load_scorers(job.scorers, self.device)
-        self.scorers = scorers
+        self.scorers = scorers if scorers is not None else load_scorers(job.scorers, self.device)
         self.meter = energy_meter(self.device)
         self.cells: dict[str, torch.Tensor] | None = None
-        _require_same("models' scorers", dict(scorers.digests), job.run["scorers"])
+        _require_same("models' scorers", dict(self.scorers.digests), job.run["scorers"])
         self._means = {"means": job.means} if job.means != NONE else {}
         self.conditions = ConditionCache(
             self.pipeline,

@@ -16,6 +16,7 @@ from facediffuser.curation.curation_settings import ExportSettings, MergeSetting
 from facediffuser.flows.cli import exit_code
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.settings import Settings
+from facediffuser.tasks.chosen_driver import driven_by
 from facediffuser.tasks.curate import export_subset, merge_datasets, retract_subject
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.local_driver import LocalDriver
@@ -29,12 +30,12 @@ IMPORTED_LATE = (
 )  # fmt: skip
 
 
-def generate(settings: GenerateSettings, driver: LocalDriver) -> None:
+def generate(settings: GenerateSettings) -> None:
     """Run the stages of the flow `generate-dataset`."""
     resumes = True
     while resumes:
-        prepared = plan_dataset.fn(settings, driver)
-        generate_shards.fn(prepared.job, driver=driver)
+        prepared = plan_dataset.fn(settings)
+        generate_shards.fn(prepared.job)
         finish_dataset.fn(prepared.job)
         resumes = prepared.resumes
 
@@ -80,7 +81,8 @@ def _run(name: str, settings: str, log: str, environment: Mapping[str, str]) -> 
     logging.basicConfig(level=logging.INFO)
     model, run = COMMANDS[name]
     try:
-        run(model.model_validate_json(settings), LocalDriver())
+        with driven_by(LocalDriver()):
+            run(model.model_validate_json(settings))
     except Exception as error:
         code = exit_code(error)
         if code is None:

@@ -13,23 +13,24 @@ from hypothesis import strategies as st
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.tasks.add_columns import add_scores, flag_copies, update_card
-from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
 from facediffuser.tasks.score_images import score_and_tabulate
+
+pytestmark = pytest.mark.usefixtures("local_driver")
 
 
 def repair(given: RepairSettings) -> dict[str, list[str]]:
     manifest, problems = find_damage.fn(given)
-    left = repair_damage.fn(given, manifest, problems, LocalDriver()) if problems else []
+    left = repair_damage.fn(given, manifest, problems) if problems else []
     return {"found": list(map(str, problems)), "left": left}
 
 
 def retry(given: RetrySettings) -> dict[str, int]:
-    return retry_failed_rows.fn(given, LocalDriver()).counts.model_dump()
+    return retry_failed_rows.fn(given).counts.model_dump()
 
 
 def score(given: ScoreSettings) -> list[str]:
-    keys = add_scores.fn(given, LocalDriver())
+    keys = add_scores.fn(given)
     update_card.fn(given.url, keys)
     return keys
 

@@ -49,6 +49,8 @@ from facediffuser.tasks.generate import (
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage, update_manifest
 
+pytestmark = pytest.mark.usefixtures("local_driver")
+
 FAST = {
     "steps": 4, "fast_steps": 3, "guidance_every": 2, "unguided_subject": 0.5, "deep_every": 2, "images_per_prompt": 3,
     "scheduler": "pndm", "batch_size": 3,
@@ -57,9 +59,9 @@ FAST = {
 
 def run(settings):
     """Make a dataset in this process; return its job and what the flow's tasks returned."""
-    job = plan_dataset.fn(settings, LocalDriver()).job
-    generate_shards.fn(job, driver=LocalDriver())
-    certificate = certify_dataset.fn(job, driver=LocalDriver())
+    job = plan_dataset.fn(settings).job
+    generate_shards.fn(job)
+    certificate = certify_dataset.fn(job)
     return job, certificate, finish_dataset.fn(job, certificate)
 
 
@@ -95,7 +97,7 @@ def contents(store) -> dict[str, bytes]:
 
 def repair(url) -> list[str]:
     settings = RepairSettings(url=str(url))
-    return repair_damage.fn(settings, *find_damage.fn(settings), LocalDriver())
+    return repair_damage.fn(settings, *find_damage.fn(settings))
 
 
 def test_the_dataset_says_what_was_made_and_what_it_stands_for(certified):
@@ -119,7 +121,7 @@ def test_the_pairs_are_those_of_a_run_in_exact_mode(certified, world, tmp_path):
     others = {name: FAST[name] for name in ("steps", "scheduler")}
     exact = prepare(world.settings(tmp_path / "exact", images_per_prompt=1, **others))
     exact.write()
-    generate_shards.fn(exact.job, driver=LocalDriver())
+    generate_shards.fn(exact.job)
     files = sorted((tmp_path / "exact" / "data").glob("*.parquet"))
     rows = {row["sample_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
     pairs = [row for key in part_keys(18) for row in pq.read_table(f"{settings.output}/{key}").to_pylist()]
@@ -169,8 +171,8 @@ def test_an_interrupted_certificate_resumes_to_the_same_bytes(certified, copied)
             return super().__call__(unit)
 
     # The same command, on an output whose run is the same.
-    assert plan_dataset.fn(settings, LocalDriver()).job.fingerprint == job.fingerprint
-    finish_dataset.fn(job, certify_dataset.fn(job, Counted, LocalDriver()))
+    assert plan_dataset.fn(settings).job.fingerprint == job.fingerprint
+    finish_dataset.fn(job, certify_dataset.fn(job, Counted))
     assert made == [second]
     for key in (first, second):
         assert certified[1].store().get(key) == job.store().get(key)
@@ -208,9 +210,9 @@ def test_rows_that_are_added_have_a_certificate_of_their_own(copied, tmp_path):
     rows = [json.loads(line) for line in open(settings.prompts)]
     more = save_prompts(tmp_path / "more.jsonl", [*rows, {"prompt": "{subject} at night", "prompt_id": "night"}])
     settings = settings.model_copy(update={"prompts": str(more), "extend": True})
-    added = plan_dataset.fn(settings, LocalDriver()).job
-    generate_shards.fn(added, driver=LocalDriver())
-    certificate = certify_dataset.fn(added, driver=LocalDriver())
+    added = plan_dataset.fn(settings).job
+    generate_shards.fn(added)
+    certificate = certify_dataset.fn(added)
     [begun] = verify(settings.output)
     assert "rows are being added, and that is not finished" in begun
     finish_dataset.fn(added, certificate)
@@ -228,8 +230,8 @@ def test_rows_that_are_added_have_a_certificate_of_their_own(copied, tmp_path):
     for text in (readme, page):
         assert "data/shard-0*" in text and "data/shard-p0002-*" in text and "6 of 6 rows chosen by hash" in text
     # Repeated it adds nothing, and what is lost of the added part is made again.
-    again = plan_dataset.fn(settings, LocalDriver()).job
-    assert certify_dataset.fn(again, driver=LocalDriver()) is None
+    again = plan_dataset.fn(settings).job
+    assert certify_dataset.fn(again) is None
     added.store().delete(part_keys(6, name="p0002")[0])
     assert repair(settings.output) == [] and contents(added.store()) == after
     # Where the manifest is lost, it is written again of what lies there.
@@ -278,14 +280,14 @@ def test_the_keys_of_a_certificate_say_of_which_part_it_is():
 
 def test_a_certificate_that_fails_fails_the_run_in_one_line(copied):
     settings = copied[0].model_copy(update={"max_loss": 0.01})
-    job = plan_dataset.fn(settings, LocalDriver()).job
+    job = plan_dataset.fn(settings).job
     for key in part_keys(18):
         with job.store().open(key) as file:
             table = pq.read_table(file)
         rows = [row | {"fast_pc": row["exact_pc"] - 0.2} for row in table.to_pylist()]
         job.store().put(key, encode_rows(rows, table.schema))
     job.store().delete("manifest.json")  # it lists the parts as they were
-    certificate = certify_dataset.fn(job, driver=LocalDriver())
+    certificate = certify_dataset.fn(job)
     with pytest.raises(CertificateError) as raised:
         finish_dataset.fn(job, certificate)
     line = str(raised.value)
@@ -312,7 +314,7 @@ def test_a_certificate_on_s3_is_made_and_verified(world, s3_bucket, tmp_path):
 def test_a_run_in_exact_mode_has_neither_certificate_nor_another_identity(made):
     job, _ = made
     assert "speed" not in job.run["settings"]
-    assert certify_dataset.fn(job, driver=LocalDriver()) is None
+    assert certify_dataset.fn(job) is None
 
 
 @pytest.mark.parametrize("rows,expected", [(1, 1), (64, 64), (500, 64), (6_400, 64), (10_000, 100), (1_000_000, 1_000)])
@@ -406,7 +408,7 @@ def test_a_failure_names_the_options_that_were_given(world, tmp_path, given, opt
 def test_a_dry_run_counts_the_hours_of_the_certificate(certified, world, tmp_path):
     settings, job, _ = certified
     dry = world.settings(tmp_path / "dry", dry_run=True, **FAST)
-    found = estimate_run.fn(dry, plan_dataset.fn(dry, LocalDriver()), LocalDriver())
+    found = estimate_run.fn(dry, plan_dataset.fn(dry))
     assert 0 < found["certificate_hours"] < found["worker_hours"]
     # Of a dataset's own timings: both modes, a row.
     seconds = [json.loads(job.store().get(f"stats/certificate-000{n}-of-0002.json"))["seconds"] for n in range(2)]

@@ -18,8 +18,9 @@ from facediffuser.generation.job import prepare
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
-from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage
+
+pytestmark = pytest.mark.usefixtures("local_driver")
 
 MORE = [*PROMPTS, {"prompt": "{subject} at night", "prompt_id": "night"}]
 
@@ -29,8 +30,8 @@ def generate(settings) -> int:
     rounds = 0
     while True:
         rounds += 1
-        prepared = plan_dataset.fn(settings, LocalDriver())
-        generate_shards.fn(prepared.job, driver=LocalDriver())
+        prepared = plan_dataset.fn(settings)
+        generate_shards.fn(prepared.job)
         finish_dataset.fn(prepared.job)
         if not prepared.resumes:
             return rounds
@@ -137,7 +138,7 @@ def test_repeated_it_adds_nothing(extended):
 
 
 def test_an_interrupted_extension_is_finished_first_with_other_inputs_by_then(world, dataset, grown, tmp_path):
-    prepared = plan_dataset.fn(grown, LocalDriver())
+    prepared = plan_dataset.fn(grown)
     generator = prepared.job
     from facediffuser.generation.shard_generator import ShardGenerator
 
@@ -242,10 +243,10 @@ def test_damage_after_an_extension_is_repaired_in_every_part(extended):
     settings = RepairSettings(url=store.url)
     manifest, problems = find_damage.fn(settings)
     assert {problem.key for problem in problems} == {first, second}
-    assert repair_damage.fn(settings, manifest, problems, LocalDriver()) == []
+    assert repair_damage.fn(settings, manifest, problems) == []
     [plan] = parts[1].layout.part_keys()
     store.delete(plan)
-    assert repair_damage.fn(settings, *find_damage.fn(settings), LocalDriver()) == []
+    assert repair_damage.fn(settings, *find_damage.fn(settings)) == []
     after = contents(dataset)
     assert {key: after[key] for key in after if not key.startswith("stats/")} == {
         key: data for key, data in before.items() if not key.startswith("stats/")

@@ -25,8 +25,9 @@ from facediffuser.runs import canonical_json, fingerprint_of
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
-from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.repair import find_damage, repair_damage
+
+pytestmark = pytest.mark.usefixtures("local_driver")
 
 HERE = Path(__file__).parent
 SHARDS = ("data/shard-00000-of-00002.parquet", "data/shard-00001-of-00002.parquet")
@@ -64,8 +65,8 @@ def settings(world, output: Path, **others):
 
 
 def generate(given) -> dict:
-    prepared = plan_dataset.fn(given, LocalDriver())
-    result = generate_shards.fn(prepared.job, driver=LocalDriver())
+    prepared = plan_dataset.fn(given)
+    result = generate_shards.fn(prepared.job)
     finish_dataset.fn(prepared.job)
     return result
 
@@ -103,8 +104,8 @@ def test_other_hardware_is_warned_of_once_as_soon_as_a_shard_shows_it(world, tmp
     there = json.loads(table.schema.metadata[COMPUTED_WITH_KEY]) | {"hardware": "another CPU"}
     marks = table.schema.metadata | {COMPUTED_WITH_KEY: canonical_json(there).encode()}
     pq.write_table(table.replace_schema_metadata(marks), output / SHARDS[0])
-    prepared = plan_dataset.fn(settings(world, output), LocalDriver())
-    generate_shards.fn(prepared.job, driver=LocalDriver())
+    prepared = plan_dataset.fn(settings(world, output))
+    generate_shards.fn(prepared.job)
     assert caplog.text.count("different hardware (hardware another CPU there") == 1
 
 
@@ -135,6 +136,6 @@ def test_a_lost_shard_is_repaired_to_the_manifests_bytes_although_the_code_is_an
     monkeypatch.setattr("facediffuser.runs.__version__", "99.0")
     repair = RepairSettings(url=str(begun))
     with pytest.raises(InputError, match="leave --exact out"):
-        repair_damage.fn(RepairSettings(url=str(begun), exact=True), *find_damage.fn(repair), LocalDriver())
-    assert repair_damage.fn(repair, *find_damage.fn(repair), LocalDriver()) == []
+        repair_damage.fn(RepairSettings(url=str(begun), exact=True), *find_damage.fn(repair))
+    assert repair_damage.fn(repair, *find_damage.fn(repair)) == []
     assert (begun / SHARDS[1]).read_bytes() == lost and verify(str(begun)) == []

@@ -16,7 +16,8 @@ from facediffuser.generation.estimate import shard_size_for
 from facediffuser.generation.measured_rate import Rate
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
-from facediffuser.tasks.local_driver import LocalDriver
+
+pytestmark = pytest.mark.usefixtures("local_driver")
 
 GPU_SHARD = {"rows": 500, "seconds": {"total": 1800.0}, "joules": 900_000.0}
 CPU_SHARD = {"rows": 30, "seconds": {"total": 900.0}, "joules": None}
@@ -64,15 +65,15 @@ def test_cost_without_a_price_is_refused(world, tmp_path):
 
 def test_a_run_without_a_shard_size_measures_one_and_is_resumed_with_it(world, tmp_path):
     settings = world.settings(tmp_path / "out", shard_size=None, batch_size=1, gpu_hour_price=2.0)
-    prepared = plan_dataset.fn(settings, LocalDriver())
+    prepared = plan_dataset.fn(settings)
     size = prepared.job.layout.shard_size
     assert prepared.job.layout.rows > 8 and size > 1
-    again = plan_dataset.fn(settings, LocalDriver())
+    again = plan_dataset.fn(settings)
     assert (again.job.layout.shard_size, again.job.fingerprint) == (size, prepared.job.fingerprint)
     there = run_of_output(open_store(tmp_path / "out"))
     assert there and there.fingerprint == prepared.job.fingerprint
 
-    generate_shards.fn(prepared.job, driver=LocalDriver())
+    generate_shards.fn(prepared.job)
     finish_dataset.fn(prepared.job)
     store = open_store(tmp_path / "out")
     spent = read_spent(store)
@@ -81,9 +82,7 @@ def test_a_run_without_a_shard_size_measures_one_and_is_resumed_with_it(world, t
     assert "| CPU worker hours |" in store.get("README.md").decode()
     assert inspect(str(tmp_path / "out")).problems == []
     # Finished once more without a price it keeps the price it had.
-    finish_dataset.fn(
-        plan_dataset.fn(world.settings(tmp_path / "out", batch_size=1, shard_size=size), LocalDriver()).job
-    )
+    finish_dataset.fn(plan_dataset.fn(world.settings(tmp_path / "out", batch_size=1, shard_size=size)).job)
     assert json.loads(store.get("manifest.json"))["spent"]["hour_price"] == 2.0
 
 

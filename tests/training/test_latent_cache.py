@@ -8,11 +8,12 @@ from training.test_loop import weights
 
 from facediffuser.storage import open_store
 from facediffuser.tasks.latents import fill_latents_cache
-from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.training import latent_cache
 from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
+
+pytestmark = pytest.mark.usefixtures("local_driver")
 
 
 def test_latents_and_text_embeddings_are_computed_once_and_kept_as_parquet(settings, tmp_path, monkeypatch):
@@ -36,7 +37,7 @@ def test_the_stage_fills_the_cache_of_every_split_and_training_computes_nothing_
     monkeypatch.setattr(latent_cache, "PART_ROWS", 5)
     given = {"steps": 1, "validate_every": 1, "validation_images": 2}
     filled = settings("sdm", cache=str(tmp_path / "filled"), **given)
-    fill_latents_cache.fn(filled, LocalDriver())
+    fill_latents_cache.fn(filled)
     train_model(settings("sdm", cache=str(tmp_path / "trained"), output=str(tmp_path / "b"), **given), lambda n: None)
     parts, others = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.parquet")}
                      for root in (tmp_path / "filled", tmp_path / "trained"))  # fmt: skip
@@ -44,7 +45,7 @@ def test_the_stage_fills_the_cache_of_every_split_and_training_computes_nothing_
     [first, *_] = sorted((tmp_path / "filled").rglob("*.parquet"))
     first.unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "filled").rglob("*.parquet")}
-    fill_latents_cache.fn(filled, LocalDriver())
+    fill_latents_cache.fn(filled)
     assert first.exists() and {path: path.stat().st_mtime_ns for path in before} == before
     train_model(filled, lambda numbers: None)
     assert {path for path in (tmp_path / "filled").rglob("*.parquet")} == before.keys() | {first}
