@@ -31,6 +31,7 @@ from facediffuser.preprocess.segmenter import Segmenter
 from facediffuser.preprocess.source_files import Record
 from facediffuser.preprocess.sources import FASTCOMPOSER
 from facediffuser.preprocess.subject_segments import PhraseMatcher, Subject, match_subjects
+from facediffuser.runs import Document
 from facediffuser.scoring.face_detector import FaceDetector
 from facediffuser.storage import Store
 from facediffuser.storage.reading import parse_json
@@ -57,7 +58,7 @@ class Job:
     fingerprint: str
     device: str = "auto"
     models: dict[str, str] = field(default_factory=dict)
-    required: tuple[dict[str, Any], ...] = ()
+    required: tuple[Document, ...] = ()
 
 
 @dataclass

@@ -6,11 +6,10 @@ from typing import Any
 
 from facediffuser import __version__
 from facediffuser.number_words import counted
-from facediffuser.preprocess.parts import MANIFEST, REJECTED, to_json
+from facediffuser.preprocess.parts import REJECTED
 from facediffuser.preprocess.sources import Listing
 from facediffuser.preprocess.splits import TEST, TRAIN
 from facediffuser.runs import Run, count_provenances, provenance_of
-from facediffuser.storage import Store
 
 
 def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -53,8 +52,3 @@ def build_manifest(run: Run, listing: Listing, summaries: Sequence[dict[str, Any
 def recorded_provenance(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Return what a finished part was computed with; of an earlier version what its run document says, or nothing."""
     return summary.get("computed_with") or provenance_of(run.document)
-
-
-def write_manifest(store: Store, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json`: the mark that the prepared data is whole."""
-    store.put(MANIFEST, to_json(manifest))

@@ -17,6 +17,8 @@ Parts = dict[int, list[Record]]
 class PartWorker:
     """Prepares parts; `unit.data` is the part's number, its records, and their files' bytes where they are read."""
 
+    title, folder = "Preprocess", "parts"
+
     def __init__(self, job: Job):
         from facediffuser.preprocess.prepare import PartPreparer
 
@@ -27,56 +29,17 @@ class PartWorker:
 
 
 class CheckWorker(PartWorker):
-    """Checks the pictures of parts and keeps their perceptual hashes."""
+    """Checks the pictures of parts and keeps their perceptual hashes: for sources without splits of their own."""
+
+    title, folder = "Check", "checks"
 
     def __call__(self, unit: Unit) -> Counts:
         self.preparer.check(*unit.data)
         return {"pictures": unit.rows}
 
 
-def check_stage(
-    job: Job, identity: Mapping[str, Any], listing: Listing, parts: Parts, gpu: bool, finish: Callable[[Results], Any]
-) -> Stage:
-    """Return the stage that checks the pictures of parts (sources without splits of their own).
-
-    Args:
-        job: settings, models and source of the run.
-        identity: what decides the rows.
-        listing: the source's pictures.
-        parts: the records of the parts to do, by number.
-        gpu: whether a worker takes a GPU.
-        finish: called with the results of all parts; what it returns is the stage's result.
-    """
-    return _stage("Check", CheckWorker, "checks", job, identity, listing, parts, gpu, finish)
-
-
-def prepare_stage(
-    job: Job,
-    identity: Mapping[str, Any],
-    listing: Listing,
-    parts: Parts,
-    gpu: bool,
-    finish: Callable[[Results], Any],
-    worker: type[PartWorker] = PartWorker,
-) -> Stage:
-    """Return the stage that prepares parts.
-
-    Args:
-        job: settings, models and source of the run.
-        identity: what decides the rows.
-        listing: the source's pictures.
-        parts: the records of the parts to do, by number.
-        gpu: whether a worker takes a GPU.
-        finish: called with the results of all parts; what it returns is the stage's result.
-        worker: the class that prepares a part.
-    """
-    return _stage("Preprocess", worker, "parts", job, identity, listing, parts, gpu, finish)
-
-
-def _stage(
-    name: str,
+def part_stage(
     worker: type[PartWorker],
-    folder: str,
     job: Job,
     identity: Mapping[str, Any],
     listing: Listing,
@@ -84,10 +47,23 @@ def _stage(
     gpu: bool,
     finish: Callable[[Results], Any],
 ) -> Stage:
-    units = [Unit(part_name(folder, part, "json"), len(parts[part]), (part, parts[part])) for part in sorted(parts)]
+    """Return the stage that prepares parts, or checks them.
+
+    Args:
+        worker: the class that does a part; it says the stage's title and the folder of what it writes of a part.
+        job: settings, models and source of the run.
+        identity: what decides the rows.
+        listing: the source's pictures.
+        parts: the records of the parts to do, by number.
+        gpu: whether a worker takes a GPU.
+        finish: called with the results of all parts; what it returns is the stage's result.
+    """
+    units = [
+        Unit(part_name(worker.folder, part, "json"), len(parts[part]), (part, parts[part])) for part in sorted(parts)
+    ]
     read = functools.partial(read_parts, listing.url, listing.top, units) if listing.archive and units else None
     return Stage(
-        name, "pictures", identity, units, functools.partial(worker, job), finish,
+        worker.title, "pictures", identity, units, functools.partial(worker, job), finish,
         finished=len(listing.records) - sum(unit.rows for unit in units),
         pool=WorkerPool(job.settings.workers, cpus=job.settings.cpus_per_worker, gpu=gpu),
         read=read, describe=_describe,

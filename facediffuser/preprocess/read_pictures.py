@@ -1,4 +1,4 @@
-"""Reading one picture with suspicion: what cannot be used is rejected with its reason, what can becomes upright RGB."""
+"""Reading one untrusted picture: what cannot be used is rejected with its reason, what can becomes upright RGB."""
 
 import hashlib
 import io

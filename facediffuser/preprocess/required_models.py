@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from facediffuser.digests import folder_digest
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, first_line
 from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
 from facediffuser.preprocess.sources import FASTCOMPOSER, Listing
 from facediffuser.storage import local_copy, open_store
@@ -91,8 +91,7 @@ def _folder_and_config(option: str, name: str):
     except InputError as error:
         raise InputError(f"--{option} {name}: {error}") from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _missing(option, name, first) from error
+        raise _missing(option, name, first_line(error)) from error
 
 
 def _digest(option: str, name: str) -> str:

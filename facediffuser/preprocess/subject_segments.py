@@ -27,7 +27,7 @@ class Subject:
 
 
 class PhraseMatcher:
-    """CLIP's opinion on which phrase tells of which part of a picture (a transformers folder or a hub id)."""
+    """CLIP's similarity of phrases and parts of a picture; the model is a transformers folder or a hub id."""
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu"):
         from transformers import AutoProcessor, CLIPModel
@@ -53,7 +53,7 @@ def match_subjects(
 ) -> list[Subject]:
     """Return the subjects, from left to right in the caption: phrases tied to person segments one to one.
 
-    Greedily by the similarity of crop and phrase. One phrase and one segment need no opinion. Phrases or segments left
+    Greedily by the similarity of crop and phrase. One phrase and one segment need no comparison. Phrases or segments left
     over are no subjects.
 
     Args:

@@ -3,19 +3,18 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from operator import itemgetter
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from facediffuser.pictures import CLIP_MEAN, CLIP_STD
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD, stored_ids
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
-from facediffuser.training.conditioning import draw_condition_dropout, mark_caption
+from facediffuser.training.conditioning import draw_condition_dropout, mark_caption, subjects_in_caption
 from facediffuser.training.latent_cache import CaptionEmbeddings, pixels_of
 from facediffuser.training.recipe import NO_AUGMENTATION, Recipe
-from facediffuser.training.records import Records, decode_ids, square
+from facediffuser.training.records import Records, square
 
 TIMESTEPS = 1000
 
@@ -197,8 +196,7 @@ class Batches:
 
     def _conditions(self, row: int, record: dict, flip: bool, plain: bool):
         """Return the caption with markers and the kept subjects' references and areas, in the order of the markers."""
-        subjects = sorted({subject["end"]: subject for subject in record["subjects"]}.values(), key=itemgetter("end"))
-        subjects = subjects[: self.recipe.max_subjects] if self.reference_size else []
+        subjects = subjects_in_caption(record, self.recipe.max_subjects if self.reference_size else 0)
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         drop, keep = (0.0, 1.0) if plain else (self.recipe.caption_drop, self.recipe.subject_keep)
         kept = draw_condition_dropout(len(subjects), drop, keep, generator)
@@ -207,7 +205,7 @@ class Batches:
         subjects = [subjects[number] for number in kept.subjects]
         if not subjects:
             return record["caption"], [], []
-        ids = decode_ids(record["segmentation"])
+        ids = stored_ids(record["segmentation"])
         augment = self.plain if plain else self.augment
         pictures = [self._reference(row, record, subject, ids, plain) for subject in subjects]
         references = [_normalised(augment(picture), self.reference_size) for picture in pictures]
@@ -219,7 +217,7 @@ class Batches:
         if others:
             row = others[int(torch.randint(len(others), ()))]
             record = self.records.row(row)
-            subject, ids = record["subjects"][0], decode_ids(record["segmentation"])
+            subject, ids = record["subjects"][0], stored_ids(record["segmentation"])
         image = self.records.image(row)
         if self.recipe.reference_source == "face" and 0 <= subject["face_index"] < len(record["faces"]):
             face = record["faces"][subject["face_index"]]

@@ -1,7 +1,9 @@
 """Conditioning in training: random dropout of captions and of subjects' references, and markers in captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import torch
 
@@ -31,6 +33,11 @@ def draw_condition_dropout(
     if draws[0] < caption_drop:
         return ConditionDropout(False, ())
     return ConditionDropout(True, tuple(number for number, draw in enumerate(draws[1:]) if draw < subject_keep))
+
+
+def subjects_in_caption(row: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
+    """Return the subjects of a prepared row in the order of its caption, `most` at most; of two that end together one."""
+    return sorted({subject["end"]: subject for subject in row["subjects"]}.values(), key=itemgetter("end"))[:most]
 
 
 def mark_caption(caption: str, ends: Sequence[int]) -> str:

@@ -46,7 +46,7 @@ def _cached_inputs(settings: TrainSettings, parts: Parts, records: Records, work
     """Return the `moments` and `texts` arguments of Batches, read from the cache once it is complete."""
     cache, captions = latent_cache.open_cache(settings), records.captions()
     digests, share, resolution = parts.digests, (worker.rank, worker.count), settings.recipe().resolution
-    moments = latent_cache.moments_name(records, digests["vae"], resolution)
+    moments = latent_cache.moments_name(records.digest(), digests["vae"], resolution)
     texts = latent_cache.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"])
     with _on_device(parts.vae, worker.device) as vae:
         encode = partial(latent_cache.encode_pictures, records, vae=vae, resolution=resolution)

@@ -23,7 +23,7 @@ from facediffuser.modelfolder import (
 from facediffuser.subject import SubjectFuser
 from facediffuser.training.attention import AttentionMaps, record_cross_attention
 from facediffuser.training.batches import Batch
-from facediffuser.training.latent_cache import encode_moments
+from facediffuser.training.latent_cache import encode_moments, load_text_encoder, load_vae
 from facediffuser.training.recipe import Recipe
 from facediffuser.training.train_check import UNET, require_stable_diffusion, require_start
 from facediffuser.training.train_settings import TrainSettings
@@ -145,8 +145,7 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     digests = model_digests(base)
     start = _start_folder(settings, base, digests)
     unet = UNet2DConditionModel.from_pretrained(start / UNET[settings.role] if start else base / "unet").float()
-    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
+    text_encoder, vae = load_text_encoder(base), load_vae(base)
     eager = attention_implementation(recipe, torch.device(device), vae) == "eager"
     unet.set_attn_processor(AttnProcessor() if eager else AttnProcessor2_0())
     if recipe.gradient_checkpointing:

@@ -6,20 +6,23 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL
 from torchvision.transforms.v2 import functional as TF
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from facediffuser.errors import InputError
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.opening import default_cache
 from facediffuser.training.records import Records, square
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +65,11 @@ def open_cache(settings) -> Store:
         return open_store(settings.output).child("cache")
 
 
-def moments_name(records: Records, vae_digest: str, resolution: int) -> str:
-    """Return the cache key of the latents: it covers the pictures, the VAE's SHA-256 and the side in px."""
-    return array_of_pictures(records.digest(), vae_digest, resolution)
-
-
-def array_of_pictures(digest: str, vae_digest: str, resolution: int) -> str:
+def moments_name(digest: str, vae_digest: str, resolution: int) -> str:
     """Return the cache key of the latents of pictures.
 
     Args:
-        digest: that of the pictures, see `Records.digest`.
+        digest: that of the pictures, see `pictures_digest`.
         vae_digest: the VAE's SHA-256.
         resolution: the side of the pictures in px.
     """
@@ -180,8 +178,22 @@ def part_key(name: str, part: int) -> str:
     return f"{name}/part-{part:05d}.parquet"
 
 
+def load_vae(base: Path) -> "AutoencoderKL":
+    """Return the frozen autoencoder of a base model, float32."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
+
+
+def load_text_encoder(base: Path) -> "CLIPTextModel":
+    """Return the frozen text encoder of a base model, float32."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
+
+
 @torch.no_grad()
-def encode_pictures(records: Records, rows: range, vae: AutoencoderKL, resolution: int) -> np.ndarray:
+def encode_pictures(records: Records, rows: range, vae: "AutoencoderKL", resolution: int) -> np.ndarray:
     """Return mean and log variance of the latents of pictures and of their mirror images.
 
     Args:
@@ -206,7 +218,7 @@ def pixels_of(records: Records, row: int, resolution: int) -> torch.Tensor:
     return square(TF.to_image(records.image(row)), resolution).float() / 127.5 - 1
 
 
-def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def encode_moments(vae: "AutoencoderKL", pixels: torch.Tensor) -> torch.Tensor:
     """Return mean and log variance of the latents of pixels (b, 3, H, W) in [-1, 1]: (b, 2c, h, w), mean first."""
     distribution = vae.encode(pixels).latent_dist
     return torch.cat([distribution.mean, distribution.logvar], 1)
@@ -214,7 +226,7 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_captions(
-    captions: Sequence[str], rows: range, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
+    captions: Sequence[str], rows: range, tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel"
 ) -> np.ndarray:
     """Return the text embeddings of `captions[row]` for m rows.
 

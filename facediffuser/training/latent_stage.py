@@ -4,16 +4,18 @@ A base model that is on the workers' machines only is not looked at here: then t
 """
 
 import functools
-import hashlib
 import math
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from facediffuser.batch_stage import Counts, Stage, Unit, WorkerPool
 from facediffuser.modelfolder import model_digests, resolve_base
 from facediffuser.storage import open_store
+from facediffuser.training import latent_cache
+from facediffuser.training.records import Records, distinct_captions, pictures_digest
 from facediffuser.training.train_settings import TrainSettings
 
 PICTURES, CAPTIONS = "pictures", "captions"
@@ -26,34 +28,24 @@ def latent_stage(settings: TrainSettings, pool: WorkerPool) -> Stage:
         settings: settings of a single role; the base is on this machine.
         pool: the workers.
     """
-    from facediffuser.training import latent_cache
-
     cache, digests = latent_cache.open_cache(settings), model_digests(resolve_base(settings.base))
     resolution = settings.recipe().resolution
-    units: list[Unit] = []
-    finished = 0
+    every: list[Unit] = []
     identity: dict[str, Any] = {}
     for split in _splits(settings):
-        digest, count, captions = _described(settings.data, split)
-        arrays = {
-            PICTURES: (latent_cache.array_of_pictures(digest, digests["vae"], resolution), count),
-            CAPTIONS: (
-                latent_cache.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"]),
-                len(captions),
-            ),
-        }
-        for kind, (name, rows) in arrays.items():
+        table = _described(settings.data, split)
+        captions = distinct_captions(table)
+        moments = latent_cache.moments_name(pictures_digest(table), digests["vae"], resolution)
+        texts = latent_cache.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"])
+        for kind, name, rows in ((PICTURES, moments, len(table)), (CAPTIONS, texts, len(captions))):
             identity[f"{split} {kind}"] = name
             for part in range(math.ceil(rows / latent_cache.PART_ROWS)):
                 span = latent_cache.part_rows(part, rows)
-                unit = Unit(latent_cache.part_key(name, part), len(span), (split, kind, name, rows, part))
-                if cache.exists(unit.key):
-                    finished += unit.rows
-                else:
-                    units.append(unit)
+                every.append(Unit(latent_cache.part_key(name, part), len(span), (split, kind, name, rows, part)))
+    units = [unit for unit in every if not cache.exists(unit.key)]
     return Stage(
         f"Latents {settings.role}", "rows", identity, units, functools.partial(LatentWorker, settings, pool.cpus),
-        finished=finished, pool=pool,
+        finished=sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool=pool,
     )  # fmt: skip
 
 
@@ -63,35 +55,27 @@ def _splits(settings: TrainSettings) -> tuple[str, ...]:
     return ("train", "test") if test else ("train",)
 
 
-def _described(url: str, split: str) -> tuple[str, int, list[str]]:
-    """The digest, the number and the captions of a split's rows, read without its pictures."""
+def _described(url: str, split: str) -> pa.Table:
+    """The pictures' digests and the captions of a split's rows, read without the pictures."""
     store = open_store(url)
     keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
     tables = []
     for key in keys:
         with store.open(key) as source:
             tables.append(pq.read_table(source, columns=["image_sha256", "caption"]))
-    table = pa.concat_tables(tables)
-    digest = hashlib.sha256()
-    for value in table["image_sha256"]:
-        digest.update(str(value.as_py()).encode())
-    return digest.hexdigest(), len(table), sorted({"", *table["caption"].to_pylist()})
+    return pa.concat_tables(tables)
 
 
 class LatentWorker:
     """Computes parts of the cache; loads the frozen encoders and the rows of a split when they are first needed."""
 
     def __init__(self, settings: TrainSettings, threads: int):
-        import torch
-
         torch.set_num_threads(threads)
         self.settings, self.base = settings, resolve_base(settings.base)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.records = functools.cache(self._load_records)
+        self.records = functools.cache(functools.partial(Records, settings.data))
 
     def __call__(self, unit: Unit) -> Counts:
-        from facediffuser.training import latent_cache
-
         split, kind, name, rows, part = unit.data
         records = self.records(split)
         if kind == PICTURES:
@@ -107,25 +91,15 @@ class LatentWorker:
         latent_cache.write_part(latent_cache.open_cache(self.settings), name, rows, part, compute)
         return {"rows": unit.rows}
 
-    def _load_records(self, split: str):
-        from facediffuser.training.records import Records
-
-        return Records(self.settings.data, split)
-
     @functools.cached_property
     def vae(self):
-        """The frozen autoencoder, float32."""
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL.from_pretrained(self.base / "vae").float().eval().requires_grad_(False).to(self.device)
+        """The frozen autoencoder."""
+        return latent_cache.load_vae(self.base).to(self.device)
 
     @functools.cached_property
     def text_encoder(self):
-        """The frozen text encoder, float32."""
-        from transformers import CLIPTextModel
-
-        encoder = CLIPTextModel.from_pretrained(self.base / "text_encoder")
-        return encoder.float().eval().requires_grad_(False).to(self.device)
+        """The frozen text encoder."""
+        return latent_cache.load_text_encoder(self.base).to(self.device)
 
     @functools.cached_property
     def tokenizer(self):

@@ -4,7 +4,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from facediffuser.picture_grid import fit, picture_grid, png_bytes
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
-from facediffuser.training.conditioning import mark_caption
+from facediffuser.training.conditioning import mark_caption, subjects_in_caption
 from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import Parts
 from facediffuser.training.losses import noise_loss
@@ -154,8 +153,7 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
     prompts, references = [], []
     for number in range(count):
         row = records.row(number)
-        subjects = sorted({subject["end"]: subject for subject in row["subjects"]}.values(), key=itemgetter("end"))
-        subjects = subjects[: recipe.max_subjects] if role == "sdm" else []
+        subjects = subjects_in_caption(row, recipe.max_subjects if role == "sdm" else 0)
         prompts.append(mark_caption(row["caption"], [subject["end"] for subject in subjects]))
         references.append([_reference(records, number, row, subject) for subject in subjects])
     pipeline = _pipeline(parts, role)

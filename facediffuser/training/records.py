@@ -2,7 +2,6 @@
 
 import hashlib
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import stored_ids, stored_picture
+from facediffuser.pictures import stored_picture
 from facediffuser.storage import open_store
 from facediffuser.storage.reading import reading
 from facediffuser.training.train_check import FIX, require_prepared
@@ -62,7 +61,7 @@ class Records:
 
     def image(self, index: int) -> Image.Image:
         """Return the decoded picture of a row, RGB."""
-        return decode(self.table["image"][index]["bytes"].as_py())
+        return stored_picture(self.table["image"][index]["bytes"].as_py())
 
     def other_pictures(self) -> dict[int, list[int]]:
         """Return, for each row that shows one known person alone, the other rows that show that person alone."""
@@ -76,24 +75,21 @@ class Records:
 
     def captions(self) -> list[str]:
         """Return the distinct captions and the empty one, sorted."""
-        return sorted({"", *self.table["caption"].to_pylist()})
+        return distinct_captions(self.table)
 
     def digest(self) -> str:
         """Return the sha256 over the pictures' digests in row order."""
-        digest = hashlib.sha256()
-        for value in self.table["image_sha256"]:
-            digest.update(str(value.as_py()).encode())
-        return digest.hexdigest()
+        return pictures_digest(self.table)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Return an encoded picture as RGB."""
-    return stored_picture(data)
+def distinct_captions(rows: pa.Table) -> list[str]:
+    """Return the distinct captions of prepared rows and the empty one, sorted."""
+    return sorted({"", *rows["caption"].to_pylist()})
 
 
-def decode_ids(data: bytes) -> np.ndarray:
-    """Return a segmentation PNG as an (h, w) integer array of segment ids."""
-    return stored_ids(data)
+def pictures_digest(rows: pa.Table) -> str:
+    """Return the sha256 over the pictures' digests of prepared rows, in their order."""
+    return hashlib.sha256("".join(map(str, rows["image_sha256"].to_pylist())).encode()).hexdigest()
 
 
 def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _require_files(url: str, store: Store) -> None:
     for key, size in sizes.items():
         if key.startswith(("train/", "test/")) and found.get(key) != size:
             what = "missing" if key not in found else f"{found[key]} bytes, the manifest says {size}"
-            raise InputError(f"{url}/{key}: {what}; copy it again or run `facediffuser preprocess` again")
+            raise InputError(f"{url}/{key}: {what}; {FIX}")
 
 
 def data_fingerprint(url: str) -> str | None:

@@ -95,7 +95,7 @@ class TrainSettings(_overrides(Recipe), Exact, Workers, Seeded, RunSettings):  #
     def recipe(self) -> Recipe:
         """Return the preset's recipe with what was given in place of its own; for a single role."""
         if self.role == "both":
-            raise ValueError("role both: a recipe is of one role; take `of(role)` first")
+            raise ValueError("role both: a recipe is of one role; take `for_role` first")
         preset = PRESETS[self.chosen_preset(self.role), self.role]
         given = {name: value for name in Recipe.model_fields if (value := getattr(self, name)) is not None}
         if "augmentation" in given and isinstance(given["augmentation"], Augmentation):

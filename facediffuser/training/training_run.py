@@ -18,6 +18,7 @@ from facediffuser.errors import InputError
 from facediffuser.modelfolder import save_component
 from facediffuser.runs import check_provenance, differences, other_run_error, software
 from facediffuser.storage import Store
+from facediffuser.storage.output import put_folder
 from facediffuser.storage.reading import read_json_object
 from facediffuser.training.train_settings import TrainSettings
 
@@ -210,9 +211,8 @@ def save_final(store: Store, parts: "dict[str, nn.Module]", record: dict[str, An
     with tempfile.TemporaryDirectory(prefix="facediffuser-final-") as folder:
         for name, part in parts.items():
             save_component(part, Path(folder) / name)
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            store.put(f"final/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    store.put(DONE, json.dumps(record, indent=1).encode())
+        (Path(folder) / "training.json").write_text(json.dumps(record, indent=1))
+        put_folder(store.child("final"), Path(folder), "training.json")
 
 
 def finished_step(store: Store) -> int | None:

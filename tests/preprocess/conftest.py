@@ -10,6 +10,7 @@ import torch
 from facediffuser.miniature.render import render_set
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.preprocess_stage import PartWorker
+from facediffuser.tasks.chosen_driver import driven_by
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.preprocess import prepare_photographs
 
@@ -45,7 +46,8 @@ def prepare(source: Path | str, output: Path | str, driver=None, worker=PartWork
     """Run the task with parts of 8 pictures and, unless given otherwise, without models and without Ray."""
     chosen = {"part_size": 8, "captioner": "none", "segmenter": "none", "matcher": "none", **settings}
     given = PreprocessSettings(source=str(source), output=str(output), **chosen)
-    return prepare_photographs.fn(given, driver or LocalDriver(), worker)
+    with driven_by(driver or LocalDriver()):
+        return prepare_photographs.fn(given, worker)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
