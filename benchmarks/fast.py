@@ -338,7 +338,7 @@ def compile_full_size(images: int, bench: EngineBench) -> None:
 
 
 def _sampler(pipe: FaceDiffuserPipeline, conditions: tuple[torch.Tensor, ...], way: Way) -> Callable[[bool], Any]:
-    """Return what makes images in a way: all its steps or, if told so, a few in which every function and shape is met."""
+    """Return what makes images in a way: all its steps or, where asked, a few in which every function and shape is met."""
     null, text, fused, noise = conditions
 
     def sample(few: bool) -> None:

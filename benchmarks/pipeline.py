@@ -130,8 +130,8 @@ def memory(args: argparse.Namespace) -> None:
             started = time.perf_counter()
             _run_free(f"{folder}/dataset", args.rows[0], args, lambda stage: peaks.update({stage: _peak_mib()}))
             seconds = time.perf_counter() - started
-        told = "".join(f"{peaks[stage]:>10.0f}" for stage in ("start", "plan", "shards", "finish"))
-        print(f"{args.rows[0]:>10,}{seconds:>10.0f}{told}", flush=True)
+        shown = "".join(f"{peaks[stage]:>10.0f}" for stage in ("start", "plan", "shards", "finish"))
+        print(f"{args.rows[0]:>10,}{seconds:>10.0f}{shown}", flush=True)
         return
     print(f"the driver's highest memory (MiB) after each stage; {args.workers} workers; {_machine()}")
     print(f"{'rows':>10}{'seconds':>10}{'start':>10}{'plan':>10}{'shards':>10}{'finish':>10}", flush=True)

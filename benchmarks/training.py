@@ -70,7 +70,7 @@ def plain(settings: TrainSettings, device: str) -> Step:
 
 
 def _all_places(references: torch.Tensor, count: int) -> torch.Tensor:
-    """The references, then zeros where no subject is: the image encoder is run on them, nobody reads what it says."""
+    """The references, then zeros where no subject is: the image encoder is run on them, its output is not used."""
     return torch.cat([references, references.new_zeros(count - len(references), *references.shape[1:])])
 
 

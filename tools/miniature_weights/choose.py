@@ -7,7 +7,6 @@ geometric mean of IP and PC, over one person and over pairs, is highest: no othe
 has every candidate's means beside the choice, and what they were measured on; `miniature claim --choice` reads it.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,14 @@ import numpy as np
 from facediffuser.devices import pick_device
 from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.scoring.scorers import load_scorers
-from tools.miniature_weights.methods import unseen_people
+from tools.miniature_weights.command_line import command_parser
+from tools.miniature_weights.methods import load_pipeline, unseen_people
 from tools.miniature_weights.scored import (
     CLAIM,
     STEPS,
     Prompt,
     Sampler,
     kept_rows,
-    load_pipeline,
     made_prompt,
     score_images,
 )
@@ -117,9 +116,7 @@ def choice_of(lines: Sequence[dict[str, Any]], steps: int, made_from: dict[str, 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.choose", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("choose", __doc__)
     parser.add_argument("file", type=Path, help="the JSON to write")
     parser.add_argument("--models", default="miniature", help="model folder (default: the shipped one)")
     parser.add_argument("--people", type=int, default=8)

@@ -6,11 +6,9 @@ The people, prompts and methods of `facediffuser miniature claim`, with one refe
 table.csv and scores.parquet; the scores of each method are kept in FOLDER/kept, so that the same command goes on where it stopped.
 """
 
-import argparse
-import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,19 @@ import pyarrow.parquet as pq
 
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.claim import checks_by_set, claim_checks, markdown, sets_markdown
-from facediffuser.evaluation.tables import ScoreRow, paper_markdown, score_table
 from facediffuser.evaluation.tables import markdown as table_markdown
+from facediffuser.evaluation.tables import paper_markdown, score_table
 from facediffuser.miniature.detector_gate import gate_markdown, rendered_gate
 from facediffuser.modelfolder import resolve_model
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.settings import Method
-from tools.miniature_weights.methods import Unseen, unseen_people
-from tools.miniature_weights.scored import CLAIM, Sampler, as_table, kept_rows, load_pipeline, score_images, suite
+from tools.miniature_weights.command_line import command_parser, write_csv
+from tools.miniature_weights.methods import Unseen, load_pipeline, unseen_people
+from tools.miniature_weights.scored import CLAIM, METHODS, Sampler, as_table, kept_rows, score_images, suite
 
 FIRST_PERSON = 80_000_000
 """The claim's people."""
 SET_SIZE = 15
-METHODS: tuple[Method, ...] = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 SUITES = ("miniature-30", "miniature-pairs-8")
 
 
@@ -80,10 +78,7 @@ def write_claim(output: Path, rows: Sequence[dict[str, Any]], people: int, sampl
     images = as_table(rows)
     table = score_table(images)
     pq.write_table(images, output / "scores.parquet")
-    with open(output / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ScoreRow)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
+    write_csv(output / "table.csv", [asdict(row) for row in table])
     parts = [
         f"{len(rows)} images of {people} people, {sampler.steps} steps, guidance {sampler.guidance}, window "
         f"{sampler.window[0]} to {sampler.window[1]}.\n",
@@ -116,9 +111,7 @@ def chosen_sampler(choice: Path | None) -> Sampler:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.claim_here", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("claim_here", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", default="miniature", help="model folder (default: the shipped one)")
     parser.add_argument("--people", type=int, default=45)

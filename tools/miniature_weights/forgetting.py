@@ -7,8 +7,6 @@ method from the models of that share. Writes forgetting.csv and forgetting.png i
 in FOLDER/points, so that the same command goes on where it stopped. The trainings need --keep-every in the same ratio.
 """
 
-import argparse
-import csv
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from facediffuser.devices import pick_device
-from facediffuser.evaluation.tables import OVERALL, ScoreRow, score_table
+from facediffuser.evaluation.tables import OVERALL, score_table
 from facediffuser.modelfolder import resolve_base
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.scoring.scorers import Scorers, load_scorers
 from facediffuser.settings import Method
 from tools.miniature_weights.checkpoint_models import checkpoint_steps, paired_steps, run_settings, write_models
-from tools.miniature_weights.methods import Unseen, unseen_people
+from tools.miniature_weights.command_line import command_parser, write_csv
+from tools.miniature_weights.methods import Unseen, load_pipeline, unseen_people
 from tools.miniature_weights.scored import (
     CLAIM,
+    METHODS,
     Prompt,
     Sampler,
     as_table,
     kept_rows,
-    load_pipeline,
     score_images,
     suite,
 )
@@ -39,9 +38,7 @@ FIRST_PERSON = 86_000_000
 """Nobody of the claim, of the choice of windows, or of a training."""
 
 TDM, PLAIN = "TDM", "SDM, plain text"
-METHODS: tuple[Method, ...] = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 PLAIN_CURVES = (TDM, PLAIN)
-COLUMNS = ("share", "tdm_step", "sdm_step", "curve", "subjects", "category", "metric", "mean", "low", "high", "n")
 
 
 def measure_point(
@@ -118,21 +115,9 @@ def measure(
 
 def point_rows(rows: Sequence[dict[str, Any]], share: float, tdm_step: int, sdm_step: int) -> list[dict[str, Any]]:
     """Return the CSV's rows of one point from its scored images."""
-    return [_csv_row(share, tdm_step, sdm_step, row) for row in score_table(as_table(rows))]
-
-
-def _csv_row(share: float, tdm_step: int, sdm_step: int, row: ScoreRow) -> dict[str, Any]:
-    fields = asdict(row)
-    return {"share": share, "tdm_step": tdm_step, "sdm_step": sdm_step, "curve": fields.pop("method")} | fields
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows with COLUMNS."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    point = {"share": share, "tdm_step": tdm_step, "sdm_step": sdm_step}
+    found = (asdict(row) for row in score_table(as_table(rows)))
+    return [point | {"curve": fields.pop("method")} | fields for fields in found]
 
 
 def plot(rows: Sequence[dict[str, Any]]):
@@ -170,9 +155,7 @@ def plot(rows: Sequence[dict[str, Any]]):
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.forgetting", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("forgetting", __doc__)
     parser.add_argument("folder", type=Path, help="where forgetting.csv and forgetting.png go")
     parser.add_argument("--tdm", required=True, help="folder or s3:// URL of the TDM's training")
     parser.add_argument("--sdm", required=True, help="folder or s3:// URL of the SDM's training")

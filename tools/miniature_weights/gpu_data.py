@@ -44,11 +44,12 @@ def prepare(source: Path, output: Path, cores: int, stages: Path | None = None) 
         finished_parts,
         run_identity,
         split_into_parts,
+        to_json,
     )
     from facediffuser.preprocess.photo_stages import Job
-    from facediffuser.preprocess.prepared_manifest import build_manifest, write_manifest
+    from facediffuser.preprocess.prepared_manifest import build_manifest
     from facediffuser.preprocess.preprocess_settings import PreprocessSettings
-    from facediffuser.preprocess.preprocess_stage import prepare_stage
+    from facediffuser.preprocess.preprocess_stage import PartWorker, part_stage
     from facediffuser.preprocess.required_models import require_models
     from facediffuser.preprocess.sources import list_source
     from facediffuser.storage import open_store
@@ -73,9 +74,9 @@ def prepare(source: Path, output: Path, cores: int, stages: Path | None = None) 
     def finish(results: Results) -> None:
         made = {one["part"]: {k: v for k, v in one.items() if k != "seconds"} for one in results.counts.values()}
         every = done | made
-        write_manifest(store, build_manifest(run, listing, [every[part] for part in sorted(every)]))
+        store.put(MANIFEST, to_json(build_manifest(run, listing, [every[part] for part in sorted(every)])))
 
-    stage, results = prepare_stage(job, run.document, listing, missing, False, finish), Results()
+    stage, results = part_stage(PartWorker, job, run.document, listing, missing, False, finish), Results()
     # New processes, not forked ones: torch has threads here, and on a GPU machine a CUDA context.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cores, mp_context=context) as pool:

@@ -221,7 +221,8 @@ class Measuring:
         return new
 
     def _write_forgetting(self, out: Path) -> None:
-        from tools.miniature_weights.forgetting import TDM, plot, point_rows, write_csv
+        from tools.miniature_weights.command_line import write_csv
+        from tools.miniature_weights.forgetting import TDM, plot, point_rows
 
         there = [units for units, tasks in sorted(self.points.items()) if self.tasks.made(tasks) == tasks]
         if not there or not self._changed(f"forgetting {there} {self.units}"):

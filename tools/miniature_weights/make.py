@@ -6,7 +6,6 @@ comes last, from two trainings on the base: `... make models --output DIR --tdm 
 DIR lacks of its links.
 """
 
-import argparse
 import json
 import logging
 import shutil
@@ -21,6 +20,7 @@ from facediffuser.modelfolder import assemble
 from facediffuser.scoring.miniature_embedder import save_identity_embedder
 from facediffuser.subject import SubjectFuser
 from tools.miniature_weights.base import new_scheduler, save_fp16, train_base
+from tools.miniature_weights.command_line import command_parser
 from tools.miniature_weights.photo_stream import PhotoSet, load_photos
 from tools.miniature_weights.tokenizer import make_tokenizer
 from tools.miniature_weights.train_scorers import train_clip, train_identity_embedder, train_prompt_scorer
@@ -178,9 +178,7 @@ def _texts(photos: PhotoSet) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.make", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("make", __doc__)
     parser.add_argument("part", choices=[*BUDGETS, "all", "models", "links"])
     parser.add_argument("--output", type=Path, required=True, help="folder for base/, scorers/ and models/")
     parser.add_argument("--tdm", help="models: folder or s3:// URL of the TDM's training")

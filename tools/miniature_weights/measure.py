@@ -112,7 +112,7 @@ def measure_base(count: int = 64, steps: int = 25, guidance: float = 2.5) -> dic
 
 
 def caption_similarity(photographs: Sequence[np.ndarray], images: Sequence[np.ndarray]) -> dict[str, float]:
-    """The identity scorer's cosine of each image to the person whose looks it was told, and to the next one; 0 for no face."""
+    """The identity scorer's cosine of each image to the person whose looks its prompt describes, and to the next one; 0 for no face."""
     scorer = load_scorers("miniature", "cpu").identity
 
     def vectors(pictures: Sequence[np.ndarray]) -> torch.Tensor:

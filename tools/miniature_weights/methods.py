@@ -4,8 +4,6 @@
 per method, and heat maps of IP and PC over where fusion begins and ends.
 """
 
-import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from facediffuser.schedulers import SCHEDULER_CLASSES, SchedulerName, set_schedu
 from facediffuser.scoring.identity import subject_embedding
 from facediffuser.scoring.scorers import Scorers, load_scorers
 from facediffuser.window import default_fusion_window
+from tools.miniature_weights.command_line import command_parser, write_csv
 from tools.miniature_weights.measure import REFERENCE_MARGIN
 
 FIRST_PERSON = 85_000_000
@@ -97,12 +96,17 @@ class Trial:
         return made
 
 
-def load_trial(models: str, steps: int, guidance: float, scheduler: SchedulerName = "dpm") -> Trial:
-    """Return the model folder (or `miniature`) under trial, with the claim's scheduler if no other is named."""
-    pipeline = FaceDiffuserPipeline.from_pretrained(resolve_model(models))
+def load_pipeline(models: str | Path, device: str = "cpu", scheduler: SchedulerName = "dpm") -> FaceDiffuserPipeline:
+    """Return a model folder's pipeline on a device, with the claim's scheduler if no other is named."""
+    pipeline = FaceDiffuserPipeline.from_pretrained(models).to(device)
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, SCHEDULER_CLASSES[scheduler])
-    return Trial(pipeline, steps, guidance)
+    return pipeline
+
+
+def load_trial(models: str, steps: int, guidance: float, scheduler: SchedulerName = "dpm") -> Trial:
+    """Return the model folder (or `miniature`) under trial, with the claim's scheduler if no other is named."""
+    return Trial(load_pipeline(resolve_model(models), scheduler=scheduler), steps, guidance)
 
 
 def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
@@ -160,9 +164,7 @@ def heat_maps(rows: Sequence[dict[str, float]], steps: int):
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.methods", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("methods", __doc__)
     parser.add_argument("what", choices=["samples", "sweep"])
     parser.add_argument("folder", type=Path, help="where the pictures go")
     parser.add_argument("--models", default="miniature", help="model folder (default: the shipped one)")
@@ -181,10 +183,7 @@ def main() -> None:
         sheet.save(args.folder / "miniature-methods.png", optimize=True)
         return
     rows = sweep(trial, people, scorers)
-    with open(args.folder / "miniature-sweep.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.folder / "miniature-sweep.csv", rows)
     heat_maps(rows, trial.steps).savefig(args.folder / "miniature-sweep.png", dpi=110)
 
 

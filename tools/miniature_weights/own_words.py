@@ -7,9 +7,7 @@ person's own; PC is always to the meaning in the captions' words, for the scorer
 share of images with the right number of faces, of one person and of two.
 """
 
-import argparse
-import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,14 @@ from facediffuser.devices import pick_device
 from facediffuser.evaluation.tables import OVERALL, score_table
 from facediffuser.modelfolder import resolve_model
 from facediffuser.scoring.scorers import load_scorers
-from tools.miniature_weights.methods import unseen_people
+from tools.miniature_weights.command_line import command_parser, write_csv
+from tools.miniature_weights.methods import load_pipeline, unseen_people
 from tools.miniature_weights.scored import (
     CLAIM,
     Prompt,
     Sampler,
     as_table,
     kept_rows,
-    load_pipeline,
     made_prompt,
     score_images,
 )
@@ -56,8 +54,6 @@ PROMPTS = tuple(
     )
 )
 
-COLUMNS = ("words", "class_word", "subjects", "category", "metric", "mean", "low", "high", "n")
-
 
 def measure(models: str, people: int, device: str, output: Path, sampler: Sampler = CLAIM) -> list[dict[str, Any]]:
     """Return the rows of words.csv; the scores of each way of saying it are kept in `output`, for another call."""
@@ -77,12 +73,10 @@ def measure(models: str, people: int, device: str, output: Path, sampler: Sample
                 return score_images(pipeline, scorers, who, prompts, "face-diffuser", sampled)
 
             for row in score_table(as_table(kept_rows(output / "kept" / f"{name}.json", make))):
-                values = {name: getattr(row, name) for name in COLUMNS[2:]}
+                values = asdict(row)
+                del values["method"]
                 found.append({"words": words, "class_word": shown} | values)
-    with open(output / "words.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(found)
+    write_csv(output / "words.csv", found)
     for row in found:
         if row["category"] == OVERALL:
             print(f"{row['words']:14s} {row['class_word']:11s} {row['subjects']} {row['metric']:5s} {row['mean']:.3f}")
@@ -91,9 +85,7 @@ def measure(models: str, people: int, device: str, output: Path, sampler: Sample
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.own_words", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("own_words", __doc__)
     parser.add_argument("folder", type=Path, help="where words.csv goes")
     parser.add_argument("--models", default="miniature", help="model folder (default: the shipped one)")
     parser.add_argument("--people", type=int, default=8)

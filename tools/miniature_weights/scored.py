@@ -17,13 +17,14 @@ from PIL import Image
 from facediffuser.dataset.suites import suite_prompts
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import IMAGE_MARKER
-from facediffuser.schedulers import SCHEDULER_CLASSES, set_scheduler
 from facediffuser.scoring.scorers import Scorers
 from facediffuser.settings import Method
 from tools.miniature_weights.methods import Unseen
 
 STEPS, GUIDANCE, WINDOW = 12, 5.0, (3, 11)
 """How the claim samples: steps of DPM-Solver, guidance, first fused step and first step of the SDM alone."""
+
+METHODS: tuple[Method, ...] = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 
 SCHEMA = pa.schema(
     [
@@ -72,14 +73,6 @@ class Sampler:
 
 
 CLAIM = Sampler()
-
-
-def load_pipeline(models: str | Path, device: str = "cpu") -> FaceDiffuserPipeline:
-    """Return a model folder's pipeline on a device, with the claim's scheduler."""
-    pipeline = FaceDiffuserPipeline.from_pretrained(models).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    set_scheduler(pipeline, SCHEDULER_CLASSES["dpm"])
-    return pipeline
 
 
 @dataclass(frozen=True)

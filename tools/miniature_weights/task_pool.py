@@ -145,7 +145,7 @@ class Worker:
         return unseen_people(count, self.scorers, first)
 
     def _pipeline(self, models: str, plain: bool):
-        from tools.miniature_weights.scored import load_pipeline
+        from tools.miniature_weights.methods import load_pipeline
 
         pipeline = load_pipeline(models, self.device)
         if plain:

@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 from facediffuser.scoring.miniature_embedder import IdentityEmbedder
 from tools.miniature_weights.base import WIDTH, new_text_encoder
 from tools.miniature_weights.fitting import Average, fit, with_plain_attention
@@ -102,8 +103,8 @@ def train_clip(
             pictures = vision(clip_normalised(pixels)).image_embeds
             texts = text(ids).pooler_output
         matched = sum(
-            contrast(some.float(), told.float(), (mine[:, None] == mine[None]).all(-1), scale)
-            for some, told, mine, scale in zip(
+            contrast(picture.float(), caption.float(), (mine[:, None] == mine[None]).all(-1), scale)
+            for picture, caption, mine, scale in zip(
                 pictures.split(batch_size), texts.split(batch_size), ids.split(batch_size), scales, strict=True
             )
         )
@@ -175,7 +176,7 @@ def contrast(pictures: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, lo
 
 
 def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur, dim and soil pictures (n, 3, h, w) a little, a different amount each, as sampling and decoding do."""
+    """Blur, dim, tint and add noise to pictures (n, 3, h, w) a little, a different amount each, as sampling and decoding do."""
     count = len(pixels)
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.6)
@@ -185,10 +186,7 @@ def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return ((pixels + share * (blurred - pixels)) * light + tint + grain).clamp(-1, 1)
 
 
-CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-
-
 def clip_normalised(pixels: torch.Tensor) -> torch.Tensor:
     """Pictures in [-1, 1] with CLIP's mean and deviation per channel."""
-    return ((pixels + 1) / 2 - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return ((pixels + 1) / 2 - mean) / deviation

@@ -9,8 +9,6 @@ accepts at 1% false accepts. Beside them stand as many renderings of the same pe
 the person (the floor). Writes worth.csv and worth.png; datasets, exports and each training's result are kept in FOLDER.
 """
 
-import argparse
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,16 +31,16 @@ from facediffuser.miniature.render import person, render, write_subjects
 from facediffuser.pictures import stored_picture
 from facediffuser.scoring.face_detector import FaceDetector
 from facediffuser.scoring.miniature_embedder import SIDE, IdentityEmbedder
-from facediffuser.settings import Method
 from facediffuser.tasks.local_driver import LocalDriver
+from tools.miniature_weights.command_line import command_parser, write_csv
 from tools.miniature_weights.fitting import fit
 from tools.miniature_weights.measure import area_under_curve
+from tools.miniature_weights.scored import METHODS
 from tools.miniature_weights.train_scorers import MarginSoftmax, degrade
 
 FIRST_PERSON, FIRST_TESTED = 89_000_000, 89_500_000
 """People of the datasets, and of the test: nobody of any other training or table."""
 
-METHODS: tuple[Method, ...] = ("face-diffuser", "fastcomposer", "sdm", "tdm")
 CEILING = "renderings"
 THRESHOLDS = (0.5, 0.7, 0.8)
 """IP of the images of face-diffuser that are kept, each filter by itself."""
@@ -92,20 +90,10 @@ def make_datasets(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     start, end = round(steps * 3 / 12), round(steps * 11 / 12)
     for method in METHODS:
-        words = [
-            "generate",
-            "--models",
-            models,
-            "--scorers",
-            "miniature",
-            "--subjects",
-            str(subjects),
-            "--prompts",
-            str(file),
-        ]
-        words += ["--method", method, "--steps", str(steps), "--output", str(folder / method), "--workers", "1"]
-        words += ["--fusion-start", str(start), "--fusion-end", str(end), "--scheduler", "dpm", *options]
-        if code := facediffuser(words):
+        words = f"generate --scorers miniature --method {method} --steps {steps} --workers 1 --scheduler dpm".split()
+        words += ["--fusion-start", str(start), "--fusion-end", str(end), "--models", models]
+        words += ["--subjects", str(subjects), "--prompts", str(file), "--output", str(folder / method)]
+        if code := facediffuser([*words, *options]):
             raise SystemExit(code)
 
 
@@ -247,9 +235,7 @@ def plot(found: Sequence[Worth]):
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.miniature_weights.worth", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("worth", __doc__)
     parser.add_argument("folder", type=Path, help="where datasets, worth.csv and worth.png go")
     parser.add_argument("--models", default="miniature", help="model folder (default: the shipped one)")
     parser.add_argument("--people", type=int, default=40)
@@ -263,10 +249,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     make_datasets(args.folder, args.people, args.prompts, args.steps, args.models, args.generate)
     found = measure(args.folder, args.people, args.prompts, args.train_steps, args.tested)
-    with open(args.folder / "worth.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(found[0])))
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in found)
+    write_csv(args.folder / "worth.csv", [asdict(one) for one in found])
     plot(found).savefig(args.folder / "worth.png", dpi=110)
 
 
