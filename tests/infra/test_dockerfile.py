@@ -38,7 +38,7 @@ def test_the_linter_has_nothing_to_say():
 
 def test_the_linter_sees_a_stage_that_is_not_there(tmp_path):
     broken = tmp_path / "Dockerfile"
-    broken.write_text(DOCKERFILE.read_text().replace("--from=build", "--from=biuld"))
+    broken.write_text(DOCKERFILE.read_text().replace("--from=package", "--from=pakcage"))
     done = subprocess.run([HADOLINT, "--format", "json", broken], capture_output=True, text=True)
     assert "DL3022" in {finding["code"] for finding in json.loads(done.stdout)}
 
