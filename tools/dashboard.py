@@ -96,7 +96,7 @@ def _lines(axes: Axes, found: Series, unit: str, begin: float, end: float) -> No
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
     axes.set_xlim(num2date(begin / SECONDS_A_DAY), num2date(end / SECONDS_A_DAY))  # type: ignore[arg-type]
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 if unit == "percentunit" else None)
     axes.tick_params(labelsize=8)
     if unit == "percentunit":
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
