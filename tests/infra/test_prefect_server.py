@@ -173,6 +173,7 @@ def _require_scheduled_runs(house, folder: Path) -> None:
     assert len({run["expected_start_time"] for run in runs}) == len(runs)
 
 
+@pytest.mark.slow
 def test_a_schedule_is_run_by_server_and_worker_on_sqlite(prefect_house, tmp_path):
     _require_scheduled_runs(prefect_house, tmp_path)
 
