@@ -8,8 +8,12 @@ from typing import Any
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.curation.curation_settings import PublishSettings
+from facediffuser.dataset.added_columns import ADDED_PREFIX
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX
 from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, ObjectEntry, ShardEntry, read_sound_manifest
-from facediffuser.dataset.seal import README_KEY
+from facediffuser.dataset.reading import DATA_PREFIX
+from facediffuser.dataset.schema import SUBJECTS_KEY
+from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
 from facediffuser.errors import InputError
 from facediffuser.number_words import counted
 from facediffuser.storage import open_store
@@ -74,7 +78,7 @@ def publish_stage(settings: PublishSettings) -> Stage:
     )  # fmt: skip
 
 
-_OURS = ("data/", "plan/", "scores/", "card/", "subjects.parquet")
+_OURS = (DATA_PREFIX, "plan/", ADDED_PREFIX, CARD_PREFIX, CERTIFICATE_PREFIX, SUBJECTS_KEY)
 
 
 def _commits(objects: Sequence[Listed]) -> Iterator[list[Listed]]:

@@ -60,7 +60,8 @@ def test_everything_reaches_the_hub_once_and_in_order(tmp_path):
         gone = store.list("scores/") or store.list("card/")
         document = json.loads(store.get("manifest.json"))
         assert gone and document["digest"]
-        hub.files["org/name"]["data/shard-00009-of-00009.parquet"] = b"earlier"
+        for key in ("data/shard-00009-of-00009.parquet", "certificate/part-0000-of-0009.parquet"):
+            hub.files["org/name"][key] = b"earlier"
         publish(hub, store)
         assert hub.files["org/name"] == listed
 
