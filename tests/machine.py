@@ -1,6 +1,7 @@
 """The loss of a machine: a process and all that came of it end at once, without a word to anybody."""
 
 import subprocess
+from contextlib import suppress
 
 import psutil
 
@@ -13,10 +14,12 @@ def lose_machine(process: subprocess.Popen[bytes]) -> None:
     stopped: list[psutil.Process] = []
     while new := [one for one in _tree(process.pid) if one not in stopped]:
         for one in new:
-            one.suspend()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+                one.suspend()
         stopped += new
     for one in stopped:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     psutil.wait_procs(stopped, timeout=20)
     process.wait()
 
