@@ -46,53 +46,8 @@ LONG_FILES = (
 )
 
 
-# Files whose quick tests use Ray or Prefect's server in their own process. All of them go to one of the two workers: each
-# costs the worker that starts it half a minute of a core.
-SHARING_FILES = (
-    "dataset/test_integrity.py",
-    "dataset/test_readers.py",
-    "flows/test_bad_input.py",
-    "flows/test_claim.py",
-    "flows/test_demo.py",
-    "flows/test_generate.py",
-    "generation/test_flow.py",
-    "generation/test_methods.py",
-    "generation/test_repair.py",
-    "miniature/test_worth.py",
-    "preprocess/test_killed.py",
-    "preprocess/test_preprocess.py",
-    "scoring/test_copies.py",
-    "scoring/test_evaluation.py",
-    "test_drivers.py",
-    "test_redaction.py",
-    "training/test_ray_train.py",
-)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Give each file to one worker, and all SHARING_FILES to the same one."""
-    if config.getvalue("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "Ray and Prefect" if file.removeprefix("tests/") in SHARING_FILES else file
-
-    return Scheduling(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first; the others keep their order."""
-    sharing = {
-        item.nodeid.partition("::")[0].removeprefix("tests/")
-        for item in items
-        if {"ray_session", "prefect_harness"} & set(getattr(item, "fixturenames", ()))
-    }
-    if unknown := sharing - set(SHARING_FILES):
-        raise pytest.UsageError(f"tests/conftest.py: SHARING_FILES lacks {', '.join(sorted(unknown))}")
     places = {f"tests/{name}": place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
