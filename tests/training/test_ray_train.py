@@ -61,8 +61,8 @@ def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undistu
 
         save = runs.save_checkpoint
 
-        def save_then_die(store, step, *given) -> None:
-            save(store, step, *given)
+        def save_then_die(store, step, *given, **named) -> None:
+            save(store, step, *given, **named)
             if step == 4 and not Path(mark).exists():
                 Path(mark).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
