@@ -65,7 +65,7 @@ def test_a_bucket_that_is_away_and_a_node_that_is_lost(prefect_house, s3_server,
     def retries(run: str) -> list[float]:
         wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
         found = [RETRY.search(line["message"]) for line in house.call("POST", "logs/filter", wanted)]
-        return [float(match[1]) for match in found if match]
+        return [round(float(match[1]), 1) for match in found if match]
 
     def shards(more_than: int) -> bool:
         if _shards(url) > more_than:
