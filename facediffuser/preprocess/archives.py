@@ -5,6 +5,7 @@ import io
 import posixpath
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -103,24 +104,35 @@ def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tupl
     Raises:
         InputError: the files of one picture stand too far apart to be read in place, or the archive changed meanwhile.
     """
-    owner = {key: index for index, record in enumerate(records) for key in record.files}
+    owners: dict[str, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        for key in record.files:
+            owners[key].append(index)
     missing = [len(record.files) for record in records]
     waiting: dict[str, bytes] = {}
     following = held = 0
     for name, member, read in _members(url):
         key = name.removeprefix(top)
-        if key not in owner or key in waiting or not missing[owner[key]] or not member.isfile():
+        # A file whose owners have all been yielded stands here once more.
+        if key not in owners or key in waiting or owners[key][-1] < following or not member.isfile():
             continue
         waiting[key] = zlib.compress(read(), 1)
-        missing[owner[key]] -= 1
         held += len(waiting[key])
+        for index in owners[key]:
+            missing[index] -= 1
         while following < len(records) and not missing[following]:
-            packed = {file: waiting.pop(file) for file in records[following].files}
-            held -= sum(map(len, packed.values()))
-            yield records[following], {file: zlib.decompress(data) for file, data in packed.items()}
+            record = records[following]
+            yield record, {file: zlib.decompress(waiting[file]) for file in record.files}
+            for file in record.files:
+                if owners[file][-1] == following:
+                    held -= len(waiting.pop(file))
             following += 1
         if held > WAITING_LIMIT:
             raise InputError(f"{url}: the files of one picture stand too far apart to read in place; unpack it first")
+    # Those rejected by name have no files, so that none may have been met that brings them.
+    while following < len(records) and not missing[following]:
+        yield records[following], {}
+        following += 1
     if following < len(records):
         raise InputError(f"{url}: changed while it was read; run again")
 

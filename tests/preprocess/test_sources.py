@@ -1,14 +1,17 @@
 """Every layout is recognised and listed whole: a picture is listed, or rejected for a reason, or the source refused."""
 
 import io
+import itertools
 import json
 import os
 import tarfile
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from facediffuser.errors import InputError
+from facediffuser.preprocess import archives
 from facediffuser.preprocess.archives import read_records
 from facediffuser.preprocess.sources import list_source
 
@@ -207,6 +210,45 @@ def test_an_archive_lists_and_reads_as_its_folder(tmp_path, fastcomposer, top, b
         assert files == {name: data[name] for name in record.files}
     (only,) = read_records(str(path), listing.top, listing.records[1:2])
     assert only[0] == listing.records[1]
+
+
+def test_pictures_of_an_archive_may_share_a_caption(tmp_path):
+    names = ["p/x.jpg", "p/x.png", "p/x.txt", "p/x.webp", "q.png"]
+    for order in itertools.permutations(names):
+        path = archive(tmp_path / "set.tar", [(name, name.encode()) for name in order], "w")
+        listing = list_source(str(path))
+        assert {record.image: record.annotation for record in listing.records} == {
+            "p/x.jpg": "p/x.txt", "p/x.png": "p/x.txt", "p/x.webp": "p/x.txt", "q.png": None,
+        }  # fmt: skip
+        for records in (listing.records, listing.records[1:], listing.records[-1:]):
+            read = list(read_records(str(path), listing.top, records))
+            assert [record for record, _ in read] == records
+            assert all(files == {name: name.encode() for name in record.files} for record, files in read)
+
+
+def test_a_caption_is_held_no_longer_than_pictures_wait_for_it(tmp_path, monkeypatch):
+    random = Random(0)
+    members = [(f"{n}{end}", random.randbytes(999)) for n in range(9) for end in (".jpg", ".png", ".txt")]
+    path = archive(tmp_path / "set.tar", members, "w")
+    listing = list_source(str(path))
+    monkeypatch.setattr(archives, "WAITING_LIMIT", 3 * 1100)
+    assert len(list(read_records(str(path), listing.top, listing.records))) == 18
+    monkeypatch.setattr(archives, "WAITING_LIMIT", 1100)
+    with pytest.raises(InputError, match="stand too far apart"):
+        list(read_records(str(path), listing.top, listing.records))
+
+
+def test_records_that_are_rejected_by_name_need_no_file_of_the_archive(tmp_path):
+    path = archive(tmp_path / "set.tar", [("a.jpg", b"x"), ("notes.md", b"x")], "w")
+    with tarfile.open(path, "a") as tar:
+        for name in ("b.jpg", "c.jpg"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    listing = list_source(str(path))
+    linked = [record for record in listing.records if record.problem]
+    assert list(read_records(str(path), listing.top, linked)) == [(record, {}) for record in linked]
+    assert len(linked) == 2 and list(read_records(str(path), listing.top, [])) == []
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg"])
