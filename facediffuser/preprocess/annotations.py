@@ -10,10 +10,12 @@ from facediffuser.pictures import Rejection
 from facediffuser.preprocess.phrases import Phrase, phrase_ending_at
 from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, segment_box
 from facediffuser.preprocess.subject_segments import Subject
+from facediffuser.prompts import IMAGE_MARKER, without_markers
 from facediffuser.storage.reading import parse_json
 
 MISMATCH = "annotation does not match"
 DAMAGED = "damaged annotation"
+EMPTY_CAPTION = "empty caption"
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,32 @@ def read_caption(data: bytes) -> Annotation:
     """Return the caption of a text file.
 
     Args:
-        data: the file, UTF-8 with or without a byte order mark; white space of any length becomes one space.
+        data: the file, UTF-8 with or without a byte order mark; white space of any length becomes one space, and the
+            markers of prompts (`<|image|>`) are left out.
 
     Raises:
-        Rejection: the file is not UTF-8.
+        Rejection: the file is not UTF-8, or `unmarked` rejects its caption.
     """
     try:
-        return Annotation(" ".join(data.decode("utf-8-sig").split()))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Rejection(DAMAGED, f"the caption file is not UTF-8 ({error.reason})") from error
+    return Annotation(unmarked(" ".join(text.split())))
+
+
+def unmarked(caption: str) -> str:
+    """Return a caption without the markers of prompts, which training puts into it itself.
+
+    Args:
+        caption: from any source.
+
+    Raises:
+        Rejection: markers stand within one another, so that leaving one out gives another.
+    """
+    plain = without_markers(caption) if IMAGE_MARKER in caption else caption
+    if IMAGE_MARKER in plain:
+        raise Rejection(DAMAGED, f"the caption has {IMAGE_MARKER} within {IMAGE_MARKER}; write it without")
+    return plain
 
 
 def _require_text(name: str, text: str) -> None:
@@ -53,10 +72,10 @@ def read_annotation(data: bytes) -> Annotation:
 
     Args:
         data: the file: an object with `caption` and, if it has them, `segments` (objects with `id`, `bbox`, `start`,
-            `end` and `identity`) and `identity`.
+            `end` and `identity`) and `identity`. Markers of prompts (`<|image|>`) are left out of the caption.
 
     Raises:
-        Rejection: the file is not JSON of that layout.
+        Rejection: the file is not JSON of that layout, or `start` and `end` count the markers in its caption.
     """
     try:
         content = parse_json(data.decode("utf-8-sig"))
@@ -80,7 +99,12 @@ def read_annotation(data: bytes) -> Annotation:
     if isinstance(identity, list):
         identity = "+".join(map(str, identity))
     _require_text("identity", str(identity))
-    return Annotation(content["caption"], tuple(segments), None if identity is None else str(identity))
+    caption = content["caption"]
+    plain = unmarked(caption)
+    end = max([0, *(segment["end"] for segment in segments if segment.get("end") is not None)])
+    if plain[:end] != caption[:end]:
+        raise Rejection(MISMATCH, f"`caption` has {IMAGE_MARKER} before subject end {end}; write it without markers")
+    return Annotation(plain, tuple(segments), None if identity is None else str(identity))
 
 
 def _is_box(value: Any) -> bool:

@@ -20,10 +20,10 @@ import pyarrow as pa
 from pyarrow import feather
 
 from facediffuser.faces import Face
-from facediffuser.preprocess.annotations import Annotation
+from facediffuser.preprocess.annotations import Annotation, unmarked
 from facediffuser.preprocess.captioners import Captioner
 from facediffuser.preprocess.phrases import find_person_phrases
-from facediffuser.preprocess.preprocess_settings import NONE, PreprocessSettings
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.read_pictures import Picture
 from facediffuser.preprocess.required_models import model_folder
 from facediffuser.preprocess.segment_maps import PERSON_LABELS, Segment, decode_map, encode_map
@@ -93,6 +93,11 @@ class Stage(ABC):
         """The name of the stage's model: a folder, an s3:// URL, a hub id, or none."""
         assert self.option is not None  # asked of stages with a model alone
         return getattr(self.job.settings, self.option)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run has the stage's model: those that its source needs were looked for when it began."""
+        return self.option in self.job.models
 
     def key(self, records: Sequence[Record]) -> str:
         """Return the name under which the stage's findings in these pictures are kept."""
@@ -169,18 +174,19 @@ class Captions(Stage):
         return Captioner(model_folder(self.model_name), self.device, self.job.settings.caption_tokens)
 
     def wants(self, item: Item) -> bool:
-        return not item.caption and self.model_name != NONE
+        return not item.caption and self.has_model
 
     def run(self, items: Sequence[Item]) -> None:
         captions = self.captioner.caption([item.picture.image for item in items])
         for item, caption in zip(items, captions, strict=True):
-            item.caption = caption
+            item.caption = unmarked(caption)
 
     def pack(self, item: Item) -> tuple[Any, bytes | None]:
         return item.caption, None
 
     def unpack(self, item: Item, found: Any, map: bytes | None) -> None:
-        item.caption = found
+        # Earlier versions kept captions with markers.
+        item.caption = unmarked(found)
 
 
 class Segments(Stage):
@@ -194,7 +200,7 @@ class Segments(Stage):
         return Segmenter(model_folder(self.model_name), self.device)
 
     def wants(self, item: Item) -> bool:
-        return item.ids is None and self.model_name != NONE
+        return item.ids is None and self.has_model
 
     def run(self, items: Sequence[Item]) -> None:
         results = self.segmenter.segment([item.picture.image for item in items])
@@ -218,8 +224,8 @@ class Subjects(Stage):
 
     @cached_property
     def matcher(self) -> PhraseMatcher | None:
-        """The model that compares phrases and crops, None when the settings say none."""
-        return None if self.model_name == NONE else PhraseMatcher(model_folder(self.model_name), self.device)
+        """The model that compares phrases and crops, None when the run has none."""
+        return PhraseMatcher(model_folder(self.model_name), self.device) if self.has_model else None
 
     def wants(self, item: Item) -> bool:
         # FastComposer's segments without `end` are no subjects: that is what the source says.

@@ -16,6 +16,7 @@ from facediffuser.errors import InputError
 from facediffuser.faces import Face, face_crop_box, ffhq_crop
 from facediffuser.pictures import Rejection, batches_of_files
 from facediffuser.preprocess.annotations import (
+    EMPTY_CAPTION,
     annotated_segments,
     annotated_subjects,
     identity_of,
@@ -25,6 +26,7 @@ from facediffuser.preprocess.annotations import (
 from facediffuser.preprocess.parts import REJECTED, part_name, put_part, to_json
 from facediffuser.preprocess.photo_stages import STAGES, Findings, Item, Job
 from facediffuser.preprocess.prepared_schema import CROP_STEP
+from facediffuser.preprocess.preprocess_settings import NONE
 from facediffuser.preprocess.read_pictures import Picture, read_picture
 from facediffuser.preprocess.segment_maps import encode_map, read_map, resize_map
 from facediffuser.preprocess.source_files import Record
@@ -233,6 +235,8 @@ class PartPreparer:
             elif record.annotation:
                 item.annotation = read_caption(files[record.annotation])
                 item.caption = item.annotation.caption
+            if item.annotation:
+                self._require_caption(item)
             return item
         except Rejection as rejection:
             return rejection
@@ -243,6 +247,13 @@ class PartPreparer:
             unknown = Rejection("cannot be prepared", f"{type(error).__name__}: {error}")
             logger.warning("%s: %s", self.source.url_of(record.image), unknown.reason)
             return unknown
+
+    def _require_caption(self, item: Item) -> None:
+        """Reject a blank caption of a source whose pictures all bring one: the captioner was not looked for then."""
+        if item.caption.strip() or self.settings.captioner == NONE or "captioner" in self.job.models:
+            return
+        remove = "" if self.job.format == FASTCOMPOSER else ", or remove the file and --captioner makes one"
+        raise Rejection(EMPTY_CAPTION, f"{item.record.annotation} has no words; write some{remove}")
 
     def _read_fastcomposer(self, item: Item, files: Files) -> None:
         image, record = item.picture.image, item.record
@@ -259,12 +270,12 @@ class PartPreparer:
         item.picture = read_picture(
             data, item.record.image, max_megapixels=settings.max_megapixels, size=settings.size, encode=settings.encode
         )
-        # What the source says was checked at its own size; the boxes are now taken at the new one, and segments of a
-        # few pixels may be gone.
+        # What the source says was checked at its own size, in whose pixels its `bbox` is; the boxes are now taken at the
+        # new one, and segments of a few pixels may be gone.
         assert item.ids is not None and item.annotation is not None  # `_read_fastcomposer` noted both
         item.ids = resize_map(item.ids, *item.picture.image.size)
         kept = {int(value) for value in np.unique(item.ids)}
-        segments = tuple(part for part in item.annotation.segments if part["id"] in kept)
+        segments = tuple({**part, "bbox": None} for part in item.annotation.segments if part["id"] in kept)
         item.annotation = replace(item.annotation, segments=segments)
         item.segments = annotated_segments(item.annotation, item.ids)
         item.subjects = annotated_subjects(item.annotation, item.segments)

@@ -9,7 +9,13 @@ from PIL import Image
 
 from facediffuser.faces import Face
 from facediffuser.pictures import Rejection
-from facediffuser.preprocess.annotations import annotated_segments, annotated_subjects, identity_of, read_annotation
+from facediffuser.preprocess.annotations import (
+    annotated_segments,
+    annotated_subjects,
+    identity_of,
+    read_annotation,
+    read_caption,
+)
 from facediffuser.preprocess.phrases import find_person_phrases
 from facediffuser.preprocess.segment_maps import Segment, decode_map, encode_map, read_map, resize_map
 from facediffuser.preprocess.subject_segments import Subject, assign_faces, match_subjects
@@ -91,6 +97,37 @@ def test_an_annotation_that_does_not_fit_is_rejected(segment, reason):
 def test_json_of_another_kind_is_rejected(data):
     with pytest.raises(Rejection, match="damaged annotation"):
         read_annotation(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("a man <|image|> reading a book", "a man reading a book"),
+        ("\ufeffa man <|image|> <|image|>, a woman<|image|>\r\n", "a man, a woman"),
+        ("<|image|>", ""),
+        ("a man <| image |> reading", "a man <| image |> reading"),
+    ],
+)
+def test_a_caption_is_read_without_markers(text, caption):
+    assert read_caption(text.encode()).caption == caption
+    assert read_annotation(json.dumps({"caption": text.strip("\ufeff\r\n")}).encode()).caption == caption
+
+
+def test_markers_of_a_caption_may_not_move_its_subjects():
+    caption = "a man <|image|> and a woman <|image|>"
+    said = annotation({"id": 1, "end": 5}, caption=caption)
+    assert said.caption == "a man and a woman"
+    assert [subject.phrase for subject in annotated_subjects(said, annotated_segments(said, IDS))] == ["a man"]
+    for end in (15, 27):
+        with pytest.raises(Rejection, match=f"does not match: `caption` has <.image.> before subject end {end}; write"):
+            annotation({"id": 1, "end": 5}, {"id": 2, "end": end}, caption=caption)
+
+
+def test_a_marker_that_is_left_when_another_is_taken_out_is_rejected():
+    nested = "a man <<|image|>|image|> outside"
+    for read in (lambda: read_caption(nested.encode()), lambda: annotation(caption=nested)):
+        with pytest.raises(Rejection, match="damaged annotation: the caption has"):
+            read()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "bool"])

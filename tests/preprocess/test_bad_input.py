@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from preprocess.conftest import COUNT, contents, prepare
+from preprocess.tiny_models import tiny_blip
 from skimage import data
 
 from facediffuser.errors import InputError
@@ -221,6 +222,38 @@ def test_the_terminal_names_what_is_no_picture_and_no_unused_model_is_asked_for(
     for matcher, more in ((True, {"segmenter": str(photos)}), (False, {})):
         wanted = PreprocessSettings(source=str(photos), output=str(tmp_path / "other"), **models | more)
         assert ("matcher" in needed_models(wanted, "folder", "some")) == matcher
+
+
+def test_a_blank_caption_brings_in_no_model_that_was_not_looked_for(tmp_path, here):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    captions = {"a": "", "b": "a woman", "c": " \r\n", "d": "<|image|>"}
+    for name, caption in captions.items():
+        Image.new("RGB", (64, 64)).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(caption)
+    prepare(photos, tmp_path / "out", captioner="no/such-captioner")
+    said = "empty caption: {}.txt has no words; write some, or remove the file and --captioner makes one"
+    rejected = {row["path"]: row["reason"] for row in rows(tmp_path / "out", "rejected")}
+    assert rejected == {f"{name}.png": said.format(name) for name in "acd"}
+    (row,) = rows(tmp_path / "out", "train", "test")
+    assert row["caption"] == "a woman"
+    assert json.loads((tmp_path / "out/run.json").read_text())["models"] == {}
+    prepare(photos, tmp_path / "plain")
+    assert sorted(row["caption"] for row in rows(tmp_path / "plain", "train", "test")) == ["", "", "", "a woman"]
+    (photos / "b.txt").unlink()
+    captioner = str(tiny_blip(tmp_path / "blip"))
+    prepare(photos, tmp_path / "made", captioner=captioner, caption_tokens=4)
+    assert [bool(row["caption"]) for row in rows(tmp_path / "made", "train", "test")] == [True] * 4
+    assert set(json.loads((tmp_path / "made/run.json").read_text())["models"]) == {"captioner"}
+
+
+def test_a_blank_caption_of_an_annotation_is_rejected(photos, tmp_path, here):
+    for number, caption in ((0, ""), (1, "\n ")):
+        (photos / "00000" / f"0000000{number}.json").write_text(json.dumps({"caption": caption, "segments": []}))
+    prepare(photos, tmp_path / "out", captioner="no/such-captioner")
+    reasons = [row["reason"] for row in rows(tmp_path / "out", "rejected")]
+    assert reasons == [f"empty caption: 00000/0000000{number}.json has no words; write some" for number in (0, 1)]
+    assert len(rows(tmp_path / "out", "train", "test")) == COUNT - 2
 
 
 def test_authors_are_text_whatever_the_json_says(tmp_path):

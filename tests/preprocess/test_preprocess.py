@@ -284,6 +284,53 @@ def test_pictures_are_reduced_with_all_that_is_measured_on_them(rendered, tmp_pa
         assert all(max(face["box"]) <= 52 for face in row["faces"])
 
 
+def couple(photos: Path, orientation: int = 1, **more) -> Path:
+    """A set of one picture, upright 512 x 384 px: a man at its left, a woman at its lower right, each with its `bbox`."""
+    boxes = {3: (20, 30, 220, 384), 7: (350, 100, 510, 384)}
+    ids = np.zeros((384, 512), int)
+    for segment, (x1, y1, x2, y2) in boxes.items():
+        ids[y1:y2, x1:x2] = segment
+    stem = photos / "00000" / "00000001"
+    stem.parent.mkdir(parents=True)
+    np.save(stem.with_suffix(".npy"), ids)
+    image = Image.fromarray(np.repeat((ids * 30)[..., None], 3, 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = image.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else image
+    turned.save(stem.with_suffix(".jpg"), quality=95, exif=exif)
+    segments = [
+        {"id": segment, "coco_label": "person", "bbox": list(box), "end": end}
+        for (segment, box), end in zip(boxes.items(), (5, 17), strict=True)
+    ]
+    stem.with_suffix(".json").write_text(json.dumps({"caption": "a man and a woman", "segments": segments} | more))
+    return photos
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [None, 192, 96])
+def test_subjects_far_from_the_upper_left_are_reduced_with_their_picture(tmp_path, here, orientation, size):
+    prepare(couple(tmp_path / "photos", orientation), tmp_path / "out", size=size, test_share=0)
+    (row,) = rows(tmp_path / "out")
+    scale = (size or 384) / 384
+    assert (row["width"], row["height"]) == (512 * scale, 384 * scale)
+    ids = decode_map(row["segmentation"])
+    shown = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("L")).astype(int)
+    assert ids.shape == shown.shape == (row["height"], row["width"])
+    assert np.mean(np.abs(shown - 30 * ids) < 15) > 0.95, "the map lies on the picture's people"
+    man, woman = row["subjects"]
+    assert (man["phrase"], man["segment_id"], woman["phrase"], woman["segment_id"]) == ("a man", 3, "a woman", 7)
+    np.testing.assert_allclose(man["box"], np.array([20, 30, 220, 384]) * scale, atol=1)
+    np.testing.assert_allclose(woman["box"], np.array([350, 100, 510, 384]) * scale, atol=1)
+
+
+def test_a_bbox_elsewhere_is_found_before_the_picture_is_reduced(tmp_path, here):
+    # At half the size the man's segment would lie under it.
+    wrong = {"id": 3, "coco_label": "person", "bbox": [0, 0, 19, 29], "end": 5}
+    prepare(couple(tmp_path / "photos", segments=[wrong]), tmp_path / "out", size=192)
+    (row,) = rows(tmp_path / "out", "rejected")
+    assert row["reason"].endswith("segment 3 is in [20, 30, 220, 384] of the map, its bbox [0, 0, 19, 29] is elsewhere")
+
+
 @pytest.fixture
 def plain(rendered, tmp_path) -> Path:
     """A plain folder of pictures with odd names, twins and bad files."""

@@ -13,7 +13,10 @@ from skimage import data
 
 from facediffuser.errors import InputError
 from facediffuser.preprocess import photo_stages as stages
-from facediffuser.preprocess.photo_stages import Captions, Faces, Segments, Subjects
+from facediffuser.preprocess.photo_stages import Captions, Faces, Item, Job, Segments, Subjects
+from facediffuser.preprocess.preprocess_settings import PreprocessSettings
+from facediffuser.preprocess.read_pictures import Picture
+from facediffuser.preprocess.source_files import Record
 
 ASTRONAUT = Image.fromarray(data.astronaut()).crop((96, 0, 352, 256))
 
@@ -109,6 +112,21 @@ def test_a_changed_picture_a_changed_setting_and_a_damaged_file_are_computed_aga
         path.write_bytes(path.read_bytes()[:100])
     prepare(folder, tmp_path / "fourth", **kept, face_margin=0.5)
     assert len(ran["segments"]) == 5 and len(ran["faces"]) == 5, "the margin is no business of the search"
+
+
+def test_a_captioner_may_write_markers_and_an_earlier_version_may_have_kept_them():
+    class Marking:
+        def caption(self, images):
+            return ["a man <|image|> outside" for _ in images]
+
+    settings = PreprocessSettings(source="photos", output="out", captioner="marking")
+    stage = Captions(Job(settings, "folder", "f", models={"captioner": "d"}), "cpu")
+    stage.captioner = Marking()
+    made, kept = (Item(Record("a", "a.png"), Picture(ASTRONAUT, b"", "a.png", "s")) for _ in range(2))
+    assert stage.wants(made)
+    stage.run([made])
+    stage.unpack(kept, "a man <|image|> outside", None)
+    assert made.caption == kept.caption == "a man outside"
 
 
 def test_weights_that_changed_in_their_folder_are_another_model(folder, tmp_path, here, models):
