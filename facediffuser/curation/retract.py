@@ -154,6 +154,8 @@ def _scrubbed(table: pa.Table, columns: list[str], subject: str) -> pa.Table:
     for name in columns:
         field = table.schema.field(name)
         values = [without_mentions(value, subject) for value in table[name].to_pylist()]
+        if None in values:
+            field = field.with_nullable(True)  # a column that somebody added may not allow nulls
         table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
     return table
 

@@ -11,6 +11,7 @@ from facediffuser.dataset.schema import DIGITAL_SOURCE_TYPE, provenance
 ImageFormat = Literal["png", "jpeg", "webp"]
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 QUALITY = 95
+SOURCE = "synthetic: made by a trained model"
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat, sample_id: str, synthetic: bool = True) -> bytes:
@@ -30,7 +31,7 @@ def encode_image(image: Image.Image, image_format: ImageFormat, sample_id: str, 
         if synthetic:
             texts.add_itxt("XML:com.adobe.xmp", packet)
             texts.add_text("Software", provenance()["software"])
-            texts.add_text("Source", "synthetic: made by a trained model")
+            texts.add_text("Source", SOURCE)
         image.save(sink, "PNG", pnginfo=texts, compress_level=4)
     elif image_format == "jpeg":
         image.save(sink, "JPEG", quality=QUALITY, subsampling=0, **xmp)

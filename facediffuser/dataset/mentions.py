@@ -15,7 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facediffuser.dataset.schema import SUBJECTS_KEY, is_list
+from facediffuser.dataset.column_meanings import MEANINGS
+from facediffuser.dataset.image_files import SOURCE, xmp_packet
+from facediffuser.dataset.manifest import Manifest
+from facediffuser.dataset.schema import SUBJECTS_KEY, SUBJECTS_SCHEMA, is_list
 from facediffuser.errors import InputError
 from facediffuser.number_words import counted
 from facediffuser.storage import Store
@@ -24,8 +27,24 @@ from facediffuser.storage.reading import parse_json
 READERS = 4
 # Texts that a user wrote: a subject's id may be a word of them.
 FREE_TEXT = ("prompt", "category", "class_word")
+# Ids, digests and settings of the dataset's own, which name nobody even where their text is a subject's id.
+NAMELESS = (
+    "prompt_id", "method", "scheduler", "status", "image_sha256", "reference", "source_sha256", "licence", "expires",
+)  # fmt: skip
+# In these columns of plan and references, and in these words, an id may stand that is not meant.
+SHARED_WORDS = (*FREE_TEXT, "prompt_id", "method", "scheduler", "licence")
+_OWN_WORDS = " ".join(
+    (*MEANINGS, *MEANINGS.values(), *Manifest.model_fields, *SUBJECTS_SCHEMA.names, SOURCE, xmp_packet(""))
+)
 _DATA_URL = re.compile(rb"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
 _WORD = r"[\w.\-]"
+# What follows "~" in a sample id, `subjects~prompt_id~number`, is no subject. A text may begin with "~": "~ada/x.png".
+_IN_SAMPLE_ID = r"[^\s\"'(>]~"
+# Parts of pictures that hold numbers, whose bytes may look like a short id.
+_PNG_NUMBERS = (
+    b"IDAT", b"IHDR", b"PLTE", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"tRNS", b"bKGD", b"hIST", b"tIME",
+)  # fmt: skip
+_JPEG_NUMBERS = (0xDB, 0xC4, 0xC0, 0xC1, 0xC2, 0xDD)  # DQT, DHT, SOF0 to SOF2, DRI
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
 _BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary)
 
@@ -42,14 +61,19 @@ def names_subject(text: str, subject: str) -> bool:
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked for: a subject's id by itself, not as a part of a longer name."""
+    """What is looked for: a subject's id by itself, not as a part of a longer name.
+
+    common: the id is also a word of the dataset's own. Then texts, names and pictures are searched for sample ids alone.
+    """
 
     subject: str
+    common: bool = False
 
     def in_text(self, text: str) -> bool:
         """Return whether the id stands in a text as a word, also written as JSON, XML or HTML would write it."""
         return any(
-            re.search(rf"(?<!{_WORD}){re.escape(form)}(?!\w|[.\-]\w)", text) is not None
+            re.search(rf"(?<!{_WORD})(?<!{_IN_SAMPLE_ID}){re.escape(form)}(?!\w|[.\-]\w){self._after}", text)
+            is not None
             for form in self._forms
             if form in text
         )
@@ -58,6 +82,14 @@ class Search:
         """Return whether the id stands in bytes, whatever lies around it."""
         found = any(form.encode() in data for form in self._forms)
         return found and self.in_text(data.decode("utf-8", errors="replace"))
+
+    def in_document(self, text: str) -> bool:
+        """Return whether a string of a JSON document names the subject."""
+        return names_subject(text, self.subject) and not (self.common and text == self.subject)
+
+    @property
+    def _after(self) -> str:
+        return r"(?=(?:\+[^~<>\"\n]*)?~)" if self.common else ""
 
     @property
     def _forms(self) -> set[str]:
@@ -82,12 +114,12 @@ class Search:
 
 
 def text_of_picture(data: bytes) -> bytes:
-    """Return the bytes that a PNG, JPEG or WebP file holds beside its pixels; the whole of any other file."""
+    """Return the bytes that a PNG, JPEG or WebP file holds beside its pixels and tables; the whole of any other file."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            return b"\n".join(body for kind, body in _png_chunks(data) if kind != b"IDAT")
+            return b"\n".join(body for kind, body in _png_chunks(data) if kind not in _PNG_NUMBERS)
         if data.startswith(b"\xff\xd8"):
-            return data[: data.rindex(b"\xff\xda")] if b"\xff\xda" in data else data
+            return b"\n".join(body for kind, body in _jpeg_segments(data) if kind not in _JPEG_NUMBERS)
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
             return b"\n".join(body for kind, body in _riff_chunks(data) if kind[:3] != b"VP8" and kind != b"ALPH")
     except (struct.error, ValueError):
@@ -97,16 +129,28 @@ def text_of_picture(data: bytes) -> bytes:
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = 8
-    while at + 8 <= len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        yield data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+    kind = b""
+    while at + 8 <= len(data) and kind != b"IEND":
+        (size,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        yield kind, data[at + 8 : at + 8 + size]
         at += size + 12
     yield b"tail", data[at:]
 
 
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        (size,) = struct.unpack(">H", data[at + 2 : at + 4])
+        yield data[at + 1], data[at + 4 : at + 2 + size]
+        at += 2 + size
+    # The pixels end where the image does; in them 0xFF is followed by 0 or by a restart's number.
+    end = data.rfind(b"\xff\xd9")
+    yield 0xD9, data[end + 2 :] if end >= at else data[at:]
+
+
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 12
-    while at + 8 <= len(data):
+    at, end = 12, 8 + struct.unpack("<I", data[4:8])[0]
+    while at + 8 <= min(end, len(data)):
         (size,) = struct.unpack("<I", data[at + 4 : at + 8])
         yield data[at : at + 4], data[at + 8 : at + 8 + size]
         at += 8 + size + size % 2
@@ -117,10 +161,9 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns that can name a subject: those with text in them, pictures and free text left out."""
-    return [
-        field.name for field in schema if field.name not in (*FREE_TEXT, "image") and _holds(field.type, *_TEXT_TYPES)
-    ]
+    """Return the columns that can name a subject: those with text in them but pictures, free text and `NAMELESS`."""
+    left_out = (*FREE_TEXT, *NAMELESS, "image")
+    return [field.name for field in schema if field.name not in left_out and _holds(field.type, *_TEXT_TYPES)]
 
 
 def _holds(kind: pa.DataType, *types: Callable[[pa.DataType], bool]) -> bool:
@@ -195,60 +238,63 @@ def find_mentions(store: Store, subject: str) -> Absence:
     infos = store.list()
     if not infos:
         raise InputError(f"{store.url}: nothing there; check the URL")
-    search = Search(subject)
-    words = _is_a_word(store, search)
+    search = Search(subject, common=_is_common(store, Search(subject)))
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda info: list(mentions_in(info.key, store.get(info.key), search, words)), infos))
+        found = list(pool.map(lambda info: list(mentions_in(info.key, store.get(info.key), search)), infos))
     mentions = [line for lines in found for line in lines]
     notes = []
-    if words:
-        notes.append(f"{subject!r} is a word of the prompts, too: README.md, card/ and the prompts' own texts were not "
-                     "searched for it")  # fmt: skip
+    if search.common:
+        notes.append(f"{subject!r} is a word of the prompts or of the dataset's own, too: README.md, card/, other texts and what "
+                     "pictures hold were searched for it in sample ids only")  # fmt: skip
     versions = store.old_versions()
     if versions is None:
         notes.append(f"{store.url}: the server does not say whether it keeps old versions of objects")
     for version in versions or ():
-        lines = mentions_in(version.key, version.read(), search, words)
+        lines = mentions_in(version.key, version.read(), search)
         mentions += [f"{line} (old version {version.version})" for line in lines]
     return Absence(mentions, notes, len(infos) + len(versions or ()), sum(info.size for info in infos))
 
 
-def _is_a_word(store: Store, search: Search) -> bool:
-    """Whether prompts, categories or class words hold the id as one of their words."""
+def _is_common(store: Store, search: Search) -> bool:
+    """Whether the id is a number, or a word of prompts, of their ids or of what every dataset says of itself."""
+    if search.subject.isdecimal() or search.in_text(_OWN_WORDS):
+        return True
     keys = [info.key for info in store.list("plan/") if info.key.endswith(".parquet")]
     keys += [SUBJECTS_KEY] if store.exists(SUBJECTS_KEY) else []
     for key in keys:
         try:
             with store.open(key) as source, pq.ParquetFile(source) as file:
-                names = [name for name in FREE_TEXT if name in file.schema_arrow.names]
+                marks = file.schema_arrow.metadata or {}
+                if any(search.in_text(value.decode()) for value in marks.values()):
+                    return True
+                names = [name for name in SHARED_WORDS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(columns=names):
                     for column in batch.columns:
                         if any(text and search.in_text(text) for text in pc.unique(column).to_pylist()):
                             return True
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             continue
     return False
 
 
-def mentions_in(key: str, data: bytes, search: Search, words: bool) -> Iterator[str]:
+def mentions_in(key: str, data: bytes, search: Search) -> Iterator[str]:
     """Yield a line for each kind of mention in one object.
 
     Args:
         key: the object's key.
         data: its bytes.
         search: the id to look for.
-        words: whether the id is a word of the prompts as well, so that texts say nothing.
     """
     if search.in_text(key.replace("/", " ")):
         yield f"{key}: its name"
     if key.endswith(".parquet"):
         try:
-            yield from (f"{key}: {what}" for what in _in_parquet(data, search, words))
+            yield from (f"{key}: {what}" for what in _in_parquet(data, search))
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             if search.in_bytes(data):
                 yield f"{key}: not whole Parquet, and holds the id"
     elif key.endswith((".json", ".md", ".html")):
-        if not words and search.in_bytes(html.unescape(data.decode("utf-8", errors="replace")).encode()):
+        if search.in_bytes(html.unescape(data.decode("utf-8", errors="replace")).encode()):
             yield f"{key}: its text"
         if any(search.in_bytes(text_of_picture(picture)) for picture in _embedded(data)):
             yield f"{key}: a picture in it"
@@ -264,7 +310,7 @@ def _embedded(data: bytes) -> Iterator[bytes]:
             continue
 
 
-def _in_parquet(data: bytes, search: Search, words: bool) -> Iterator[str]:
+def _in_parquet(data: bytes, search: Search) -> Iterator[str]:
     with pq.ParquetFile(io.BytesIO(data)) as file:
         metadata, schema = file.metadata, file.schema_arrow
         end = 4
@@ -273,21 +319,21 @@ def _in_parquet(data: bytes, search: Search, words: bool) -> Iterator[str]:
                 chunk = metadata.row_group(group).column(place)
                 start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
                 end = max(end, start + chunk.total_compressed_size)
-                free = chunk.path_in_schema.split(".")[0] in FREE_TEXT
-                if chunk.is_stats_set and chunk.statistics.has_min_max and not free:
+                says_nothing = chunk.path_in_schema.split(".")[0] in (*FREE_TEXT, *NAMELESS)
+                if chunk.is_stats_set and chunk.statistics.has_min_max and not says_nothing:
                     for value in (chunk.statistics.min, chunk.statistics.max):
                         if search.in_value(value):
                             yield f"statistics of column {chunk.path_in_schema} in row group {group}"
         for name, value in (schema.metadata or {}).items():
             if search.in_text(name.decode(errors="replace")) or _in_document(value, search):
                 yield f"footer, {name.decode(errors='replace')}"
-        if not words and search.in_bytes(data[end : len(data) - metadata.serialized_size - 8]):
+        if search.in_bytes(data[end : len(data) - metadata.serialized_size - 8]):
             yield "page index"
         found: dict[str, int] = {}
         for group in range(metadata.num_row_groups):
             table = file.read_row_group(group)
             for name in table.column_names:
-                if name in FREE_TEXT and words:
+                if name in NAMELESS or (name in FREE_TEXT and search.common):
                     continue
                 count = sum(_rows_naming(table[name], search, name in FREE_TEXT))
                 if count:
@@ -308,7 +354,7 @@ def _in_document(value: bytes, search: Search) -> bool:
         document = parse_json(value)
     except ValueError:
         return search.in_bytes(value)
-    return any(names_subject(text, search.subject) for text in _strings(document))
+    return any(search.in_document(text) for text in _strings(document))
 
 
 def _strings(value: Any) -> Iterator[str]:

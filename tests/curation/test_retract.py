@@ -1,5 +1,6 @@
 """`retract`: a person is taken out, nothing of them is left, and everybody else's bytes are as before."""
 
+import hashlib
 import json
 import shutil
 
@@ -14,8 +15,10 @@ from facediffuser.curation.curation_check import check_retract
 from facediffuser.curation.curation_settings import RetractSettings
 from facediffuser.curation.retract import retract_stage
 from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
-from facediffuser.dataset.manifest import read_manifest, read_sound_manifest
-from facediffuser.dataset.mentions import Search, find_mentions, without_mentions
+from facediffuser.dataset.image_files import encode_image
+from facediffuser.dataset.inputs import Prompt
+from facediffuser.dataset.manifest import read_manifest, read_sound_manifest, write_manifest
+from facediffuser.dataset.mentions import Search, find_mentions, text_of_picture, without_mentions
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
@@ -178,3 +181,52 @@ def test_an_id_that_is_a_word_of_the_prompts(tmp_path):
     retract(store, "sea")
     absence = find_mentions(store, "sea")
     assert absence.mentions == [] and "is a word of the prompts" in absence.notes[0]
+
+
+@pytest.mark.parametrize("subject", ["1", "face-diffuser", "string"])
+def test_an_id_that_is_an_id_or_a_setting_of_the_dataset(tmp_path, subject):
+    prompts = (*ALONE, Prompt("1", "one", ("", " in a car"), (0,)), Prompt("a 1", None, ("", " and ", ""), (0, 1)))
+    store = finish_dataset(tmp_path / "dataset", names=(subject, "2"), prompts=prompts, shard_size=3)
+    others = [row for row in rows(store) if subject not in row["subject_ids"]]
+    assert find_mentions(store, subject).mentions
+    # An earlier version marked the dataset and failed at its first shard.
+    marked = read_manifest(store)
+    write_manifest(
+        store,
+        marked.model_copy(
+            update={"retracting": hashlib.sha256(f"{marked.fingerprint}\0{subject}".encode()).hexdigest()}
+        ),
+    )
+    retract(store, subject)
+    assert verify(store.url) == [] and rows(store) == others and len(others) == 3
+    assert find_mentions(store, subject).mentions == []
+
+
+def rows(store):
+    return pq.read_table(store.root / "data").to_pylist()
+
+
+def test_an_added_column_that_allows_no_nulls(store):
+    ids = list(images(store.root))
+    schema = pa.schema([pa.field("sample_id", pa.string(), False), pa.field("likest", pa.string(), False)])
+    table = pa.table({"sample_id": ids, "likest": ["ada"] * len(ids)}, schema=schema)
+    rewrite_card(store, [write_added_columns(store, "likest", table, {})])
+    retract(store)
+    added = pq.read_table(store.root / "scores/likest.parquet")["likest"].to_pylist()
+    assert added == [None] * 9 and verify(store.url) == [] and find_mentions(store, "ada").mentions == []
+
+
+def test_a_prompt_id_is_no_subject_in_a_text():
+    for search in (Search("1"), Search("1", common=True)):
+        assert not search.in_text("2~1~0") and not search.in_bytes(b"<id>2+3~1~1</id>")
+        assert search.in_text("1~2~0") and search.in_text("2+1~3~0") and search.in_text("1+2~3~0 ")
+    assert not Search("sea", common=True).in_text("at sea") and Search("ada").in_text("~ada/x.png")
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_the_tables_of_a_picture_name_nobody(image_format):
+    from PIL import Image
+
+    data = text_of_picture(encode_image(Image.new("RGB", (49, 49), (49, 49, 49)), image_format, "bob~p~0"))
+    assert b"bob~p~0" in data and not any(Search(name).in_bytes(data) for name in "123AQq")
+    assert b"at the end" in text_of_picture(encode_image(Image.new("RGB", (9, 9)), image_format, "x") + b"at the end")
