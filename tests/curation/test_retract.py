@@ -15,10 +15,12 @@ from facediffuser.curation.curation_check import check_retract
 from facediffuser.curation.curation_settings import RetractSettings
 from facediffuser.curation.retract import retract_stage
 from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
+from facediffuser.dataset.certificate import CERTIFICATE_SCHEMA, encode_rows, part_keys
 from facediffuser.dataset.image_files import encode_image
 from facediffuser.dataset.inputs import Prompt
 from facediffuser.dataset.manifest import read_manifest, read_sound_manifest, write_manifest
 from facediffuser.dataset.mentions import Search, find_mentions, text_of_picture, without_mentions
+from facediffuser.dataset.schema import with_marks
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
@@ -204,6 +206,20 @@ def test_an_id_that_is_an_id_or_a_setting_of_the_dataset(tmp_path, subject):
 
 def rows(store):
     return pq.read_table(store.root / "data").to_pylist()
+
+
+def test_a_part_of_a_certificate_that_shows_nobody_else(store):
+    fingerprint, run = read_manifest(store).fingerprint, read_manifest(store).run
+    keys = part_keys(2, 1)
+    pictures = [row for row in rows(store) if row["sample_id"] in ("ada~p0~0", "bob~p0~0")]
+    for key, row in zip(keys, pictures, strict=True):
+        there = {name: row[name] for name in row if name in CERTIFICATE_SCHEMA.names}
+        store.put(key, encode_rows([there], with_marks(CERTIFICATE_SCHEMA, fingerprint, run, True)))
+    rewrite_card(store, keys)
+    assert verify(store.url) == []
+    for name, left in (("ada", [0, 1]), ("bob", [0, 0])):
+        retract(store, name)
+        assert [pq.read_table(store.root / key).num_rows for key in keys] == left and verify(store.url) == []
 
 
 def test_an_added_column_that_allows_no_nulls(store):
