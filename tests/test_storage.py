@@ -1,13 +1,15 @@
 """Storage: whole objects or none, both kinds of place alike, errors that name the mend and hide the secret."""
 
 import datetime
+import errno
 import ipaddress
 import os
 import pickle
 import socket
+import stat
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -170,6 +172,48 @@ def test_a_local_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left.*data/x"):
         store.put("data/x", b"1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_folder_without_hard_links_keeps_the_first(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    sync = os.fsync
+    monkeypatch.setattr(os, "link", refuse)
+    # Such file systems may not sync folders either.
+    monkeypatch.setattr(os, "fsync", lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else sync(file))
+    store = open_store(tmp_path)
+    store.put("lock", b"first", if_absent=True)
+    store.put("lock", b"first", if_absent=True)
+    with pytest.raises(FileExistsError, match="other content"):
+        store.put("lock", b"second", if_absent=True)
+    names = [b"%d" % place * 100_000 for place in range(8)]
+    ready, won = threading.Barrier(len(names)), []
+
+    def put(data):
+        ready.wait()
+        with suppress(FileExistsError):
+            open_store(tmp_path).put("race", data, if_absent=True)
+            won.append(data)
+
+    threads = [threading.Thread(target=put, args=(data,)) for data in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [store.get("race")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "race"]
+
+
+def test_another_fault_of_a_conditional_write_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        open_store(tmp_path).put("lock", b"first", if_absent=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bucket_that_is_missing_is_reported(bucket):

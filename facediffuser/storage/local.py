@@ -2,12 +2,14 @@
 
 import builtins
 import errno
+import fcntl
 import os
 import posixpath
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,8 @@ TEMPORARY_SUFFIX = ".partial"
 # Sooner than the system's own limits (4,096 bytes a path, 255 a name), which differ between file systems.
 LONGEST_PATH = 3_500
 LONGEST_NAME = 200
+# What exFAT, many network shares and file systems in user space answer to what they cannot do.
+_NOT_POSSIBLE = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LocalStore(Store):
@@ -37,23 +41,16 @@ class LocalStore(Store):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if if_absent:
-                self._link(temporary, path, data)
-            else:
+            if not if_absent:
                 os.replace(temporary, path)
+            elif not _rename_if_absent(temporary, path) and path.read_bytes() != data:
+                raise FileExistsError(errno.EEXIST, "already there with other content", str(path))
         except OSError as error:
             error.filename = error.filename or str(path)  # a full disk does not say where
             raise
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
-
-    def _link(self, temporary: Path, path: Path, data: bytes) -> None:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            if path.read_bytes() != data:
-                raise FileExistsError(errno.EEXIST, "already there with other content", str(path)) from None
 
     def get(self, key: str) -> bytes:
         with self.open(key) as file:
@@ -187,9 +184,41 @@ def _is_virtual(folder: Path) -> bool:
     return any(os.path.ismount(root) and folder.is_relative_to(root) for root in ("/proc", "/sys"))
 
 
+def _rename_if_absent(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name unless something has it; return whether it got it. One of several callers wins."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_POSSIBLE:
+            raise
+        # No hard links: whoever holds the folder looks and renames, so that the file still appears whole.
+        with _locked(path.parent):
+            if os.path.lexists(path):
+                return False
+            os.replace(temporary, path)
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes and threads that do so; where the file system has no locks nothing is held."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (*_NOT_POSSIBLE, errno.EINVAL):  # there is nothing to sync a folder with
+            raise
     finally:
         os.close(descriptor)
