@@ -1,5 +1,6 @@
 """The plan: every image of a dataset as a row, written before any pixel, the same rows for the same inputs."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -258,8 +259,9 @@ class Rows(Protocol):
 def write_plan(store: Store, plan: Rows, layout: Layout, schema: pa.Schema) -> int:
     """Write the plan's missing files; memory holds one of them at a time.
 
-    The first file is put only where none is: it settles which of two runs started at once on one output goes on. Files
-    appear whole, so one that is there is finished.
+    The first file is put only where none is: it settles which of two runs started at once on one output goes on, and the
+    others are put only where it is this run's. Of two runs whose plans have other numbers of files at most one goes on.
+    Files appear whole, so one that is there is finished.
 
     Args:
         store: the output.
@@ -282,7 +284,29 @@ def write_plan(store: Store, plan: Rows, layout: Layout, schema: pa.Schema) -> i
         if key not in there:
             store.put(key, encode_part(table, layout, schema), if_absent=part == 0)
             written += 1
+        if part == 0:
+            _require_first(store, layout, schema, written > 0)
     return written
+
+
+def _require_first(store: Store, layout: Layout, schema: pa.Schema, written: bool) -> None:
+    """Raise FileExistsError where a plan's first file is another run's, or beside one of a plan of more or fewer files.
+
+    The latter, `written` just now, is removed: another run that looks at the same time does the same, and neither goes on.
+    """
+    key = layout.part_key(0)
+    with open_parquet(store, key) as file:
+        same = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY) == (schema.metadata or {}).get(FINGERPRINT_KEY)
+    own = layout.part_keys()
+    beside = [
+        info.key for info in store.list("plan/") if info.key not in own and part_names([info.key]) == [layout.name]
+    ]
+    if beside and written:
+        store.delete(key)
+    if beside or not same:
+        raise FileExistsError(
+            errno.EEXIST, "the plan of another run is there", store.url_of(beside[0] if beside else key)
+        )
 
 
 def encode_part(rows: pa.Table, layout: Layout, schema: pa.Schema) -> bytes:

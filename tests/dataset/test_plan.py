@@ -145,6 +145,24 @@ def test_of_two_runs_that_begin_at_once_one_loses(tmp_path):
         write_plan(store, late, layout, MARKS)
 
 
+def test_of_two_runs_with_plans_of_several_files_one_writes_nothing(tmp_path):
+    store, layout = open_store(tmp_path), Layout(3000, 2)
+    write_plan(store, plan_of(images=500), layout, MARKS)
+    before = {info.key: store.get(info.key) for info in store.list()}
+    others = MARKS.with_metadata({FINGERPRINT_KEY: b"e" * 64})
+    late, listed = open_store(tmp_path), store.list
+    late.list = lambda prefix="": listed(prefix)[:1]  # looked when the other had written its first file
+    with pytest.raises(FileExistsError, match="another run"):
+        write_plan(late, plan_of(seed=1, images=500), layout, others)
+    assert {info.key: store.get(info.key) for info in store.list()} == before
+    # One of another number of files, which has looked before the other wrote.
+    looks = iter([[]])
+    late.list = lambda prefix="": next(looks, listed(prefix))
+    with pytest.raises(FileExistsError, match="another run"):
+        write_plan(late, plan_of(seed=1, images=100), Layout(600, 2), others)
+    assert {info.key: store.get(info.key) for info in store.list()} == before
+
+
 def test_keys_of_other_layouts_are_not_taken_for_shards():
     layout = Layout(12, 5)
     assert [layout.shard_of_key(layout.shard_key(shard)) for shard in range(3)] == [0, 1, 2]
