@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 
 from facediffuser.evaluation.claim import checks_by_set, claim_checks, markdown, ordering_holds, sets_markdown
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
@@ -21,6 +20,7 @@ from facediffuser.settings import Sampling, Seeded
 from facediffuser.storage import open_store
 from facediffuser.storage.output import put_folder
 from facediffuser.tasks.retrying import RETRIES
+from facediffuser.tasks.run_page import show_markdown
 
 # Far from everybody that a part of the miniature, a scorer or a photo set is made of.
 FIRST_PERSON = 80_000_000
@@ -86,5 +86,5 @@ def claim(settings: ClaimSettings) -> tuple[str, bool]:
         text += f"\n### In sets of {SET_SIZE} people\n\n{sets_markdown(checks_by_set(images, set_of_person))}"
     text += f"\n## What the detector finds in renderings\n\n{count_rendered_faces(min(settings.people, MOST_RENDERED))}"
     store.put("claim.md", text.encode())
-    create_markdown_artifact(text, key="claim", description="Methods on the miniature world, and the paper's ordering")
+    show_markdown(text, key="claim", description="Methods on the miniature world, and the paper's ordering")
     return text, ordering_holds(checks)

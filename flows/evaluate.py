@@ -1,11 +1,10 @@
 """The flow `evaluate`: images of datasets, of methods and of other systems in one table of IP and PC."""
 
-from prefect.artifacts import create_markdown_artifact
-
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.flows.generate_dataset import generate_dataset
 from facediffuser.flows.product_flow import product_flow
+from facediffuser.tasks.run_page import show_markdown
 from facediffuser.tasks.score_images import check_input, score_and_tabulate
 
 
@@ -20,5 +19,5 @@ def evaluate(settings: EvaluateSettings) -> str:
         check_input(settings)
     made = [generate_dataset(run)["output"] for run in runs]
     evaluation = score_and_tabulate(settings, made)
-    create_markdown_artifact(evaluation.markdown, key="evaluation", description="IP and PC by method and category")
+    show_markdown(evaluation.markdown, key="evaluation", description="IP and PC by method and category")
     return evaluation.markdown

@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
-
 from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.rendering import render
 from facediffuser.dataset.certificate import sample_size
@@ -25,6 +23,7 @@ from facediffuser.tasks.generate import (
     plan_dataset,
 )
 from facediffuser.tasks.metrics import metrics_served
+from facediffuser.tasks.run_page import show_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
             run = {**later, "made": run["made"] + later["made"], "kept": run["kept"] + later["kept"]}
             finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
     table = markdown(finished.table)
-    create_markdown_artifact(
+    show_markdown(
         _summary(prepared.job.store(), finished, run, table),
         key="dataset-scores",
         description="What was generated, where it is, and its scores (IP and PC)",

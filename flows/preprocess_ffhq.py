@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
-
 from facediffuser.cards.rendering import render
 from facediffuser.flows.product_flow import product_flow
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.tasks.preprocess import prepare_photographs
+from facediffuser.tasks.run_page import show_markdown
 
 
 @product_flow("preprocess-ffhq", "prepare {settings.source} in {settings.output}")
@@ -17,5 +16,5 @@ def preprocess_ffhq(settings: PreprocessSettings) -> dict[str, Any]:
     lines = [(name, f"{result[name]:,}") for name in ("pictures", "train", "test")]
     lines += [(f"rejected: {reason}", f"{count:,}") for reason, count in result["rejected_by_reason"].items()]
     text = render("prepared_photographs.md.j2", output=result["output"], lines=lines)
-    create_markdown_artifact(text, key="prepared-photographs")
+    show_markdown(text, key="prepared-photographs")
     return result

@@ -4,8 +4,6 @@ import json
 import logging
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
-
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import RunError
 from facediffuser.flows.product_flow import product_flow
@@ -16,6 +14,7 @@ from facediffuser.rehearsal.rehearse_check import check_rehearse
 from facediffuser.rehearsal.rehearse_settings import RehearseSettings
 from facediffuser.storage import open_store
 from facediffuser.tasks.generate import finish_dataset
+from facediffuser.tasks.run_page import show_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def rehearse(settings: RehearseSettings) -> dict[str, Any]:
     document = rehearsed.as_document()
     store.put("rehearsal.json", (json.dumps(document, indent=1) + "\n").encode())
     store.put("rehearsal.md", text.encode())
-    create_markdown_artifact(text, key="rehearsal", description="What each stage takes on this hardware")
+    show_markdown(text, key="rehearsal", description="What each stage takes on this hardware")
     return {"output": store.url, "table": text, **document}
 
 

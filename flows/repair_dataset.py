@@ -3,12 +3,11 @@
 import logging
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
-
 from facediffuser.cards.rendering import render
 from facediffuser.flows.product_flow import product_flow
 from facediffuser.generation.generate_settings import RepairSettings, RetrySettings
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
+from facediffuser.tasks.run_page import show_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ def repair_dataset(settings: RepairSettings) -> dict[str, Any]:
     left = repair_damage(settings, manifest, problems) if problems else []
     found = [str(problem) for problem in problems]
     text = render("dataset_repair.md.j2", output=settings.url, found=found, left=left)
-    create_markdown_artifact(text, key="dataset-repair")
+    show_markdown(text, key="dataset-repair")
     return {"output": settings.url, "found": found, "left": left}
 
 

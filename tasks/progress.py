@@ -9,6 +9,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from facediffuser.number_words import counted, duration
+from facediffuser.tasks.run_page import ProgressBar, in_prefect_run
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +29,15 @@ class Progress:
         self.done = self._before = 0
         self._started = self._logged = self._shown = time.monotonic()
         self._bar: tqdm | None = None
-        self._artifact = None
+        self._page: ProgressBar | None = None
 
     def __enter__(self) -> "Progress":
         if _lines_on_terminal():
             unit = f" {self.unit}"
             self._bar = tqdm(total=self.total, unit=unit, desc=self.title, dynamic_ncols=True, disable=False)
-        if _in_prefect_run():
-            from prefect.artifacts import create_progress_artifact
-
-            key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-            self._artifact = create_progress_artifact(0.0, key=f"progress-{key}", description=self._line(""))
+        if in_prefect_run():
+            self._page = ProgressBar("progress-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-"))
+            self._page.show(0.0, self._line(""))
         return self
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -56,9 +55,9 @@ class Progress:
         if now - self._logged >= LOG_EVERY_S:
             self._logged = now
             logger.info(self._line(note))
-        if self._artifact and now - self._shown >= ARTIFACT_EVERY_S:
+        if self._page and now - self._shown >= ARTIFACT_EVERY_S:
             self._shown = now
-            self._show(note)
+            self._page.show(self._percent, self._line(note))
 
     def skip(self, n: int) -> None:
         """Count `n` units as finished before this began: they say nothing about how fast it is."""
@@ -72,14 +71,12 @@ class Progress:
         if self._bar:
             self._bar.close()
         logger.info(self._line("" if error is None else f"stopped by {type(error).__name__}"))
-        if self._artifact:
-            self._show("" if error is None else "stopped")
+        if self._page:
+            self._page.close(self._percent, self._line("" if error is None else "stopped"))
 
-    def _show(self, note: str) -> None:
-        from prefect.artifacts import update_progress_artifact
-
-        percent = min(100.0, 100.0 * self.done / max(self.total, 1))
-        update_progress_artifact(self._artifact, percent, description=self._line(note))
+    @property
+    def _percent(self) -> float:
+        return min(100.0, 100.0 * self.done / max(self.total, 1))
 
     def _line(self, note: str) -> str:
         seconds = time.monotonic() - self._started
@@ -97,12 +94,3 @@ def _lines_on_terminal() -> bool:
     streams = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
     levels = [handler.level for handler in streams if handler.stream is sys.stderr]
     return sys.stderr.isatty() and (not levels or min(levels) <= logging.INFO)
-
-
-def _in_prefect_run() -> bool:
-    # The drivers work without Prefect, too; where nobody has imported it, there is no run of it.
-    if "prefect" not in sys.modules:
-        return False
-    from prefect.context import FlowRunContext, TaskRunContext
-
-    return bool(FlowRunContext.get() or TaskRunContext.get())

@@ -18,7 +18,7 @@ SMALLEST = {"try_pictures": 2, "try_steps": 1, "try_images": 2, "steps": 3, "bat
 
 def test_every_stage_runs_and_the_table_says_what_the_real_run_takes(tmp_path, monkeypatch, capsys):
     shown: list[str] = []
-    monkeypatch.setattr(flow_module, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    monkeypatch.setattr(flow_module, "show_markdown", lambda text, **_: shown.append(text))
     output = tmp_path / "out"
     result = flow_module.rehearse.fn(RehearseSettings(output=str(output), gpu_hour_price=2.0, **SMALLEST))
     assert shown == [result["table"]] and (output / "rehearsal.md").read_text() == result["table"]
