@@ -17,6 +17,7 @@ from facediffuser.preprocess.source_files import (
     ID_LISTS,
     FileTable,
     Record,
+    has_triples,
     require_list_size,
 )
 from facediffuser.storage import StorageError, open_store
@@ -90,7 +91,8 @@ def _top_folder(names: dict[str, int]) -> str:
     known = (*FFHQ_FOLDERS.values(), "")
     tops = {name.split("/", 1)[0] if "/" in name else "" for name in names}
     top = tops.pop() if len(tops) == 1 else ""
-    return "" if top in known else f"{top}/"
+    # FastComposer's first thousand pictures are in one folder, which belongs to their names.
+    return "" if top in known or has_triples(names) else f"{top}/"
 
 
 def read_records(url: str, top: str, records: Sequence[Record]) -> Iterator[tuple[Record, dict[str, bytes]]]:

@@ -1,7 +1,7 @@
 """The files of a source of photographs, by name: what a listing and a reader of archives share."""
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -67,6 +67,22 @@ class FileTable:
 
     def __contains__(self, key: str) -> bool:
         return key in self.sizes
+
+
+def is_fastcomposer_path(key: str) -> bool:
+    """Return whether a name is that of a file of FastComposer's copy: `<first 5 of id>/<id>.<ending>`."""
+    folder, name = posixpath.split(key)
+    return "/" not in folder and folder == name.rsplit(".", 1)[0][:5]
+
+
+def has_triples(names: Collection[str]) -> bool:
+    """Return whether there is a segmentation map with its annotation, each named as in FastComposer's copy.
+
+    Args:
+        names: the files of a source.
+    """
+    maps = (key for key in names if key.endswith(".npy"))
+    return any(f"{key[:-4]}.json" in names and is_fastcomposer_path(key) for key in maps)
 
 
 def require_list_size(url: str, name: str, size: int) -> None:

@@ -19,6 +19,8 @@ from facediffuser.preprocess.source_files import (
     ID_LISTS,
     FileTable,
     Record,
+    has_triples,
+    is_fastcomposer_path,
     require_list_size,
 )
 from facediffuser.preprocess.splits import TEST, TRAIN
@@ -105,10 +107,7 @@ def recognise(table: FileTable) -> str:
         return FFHQ
     if any(name in table for name in ID_LISTS.values()):
         return FASTCOMPOSER
-    maps = (key for key in table.sizes if key.endswith(".npy"))
-    if any(f"{key[:-4]}.json" in table and _is_fastcomposer_path(key) for key in maps):
-        return FASTCOMPOSER
-    return FOLDER
+    return FASTCOMPOSER if has_triples(table.sizes) else FOLDER
 
 
 def scan_store(url: str) -> FileTable:
@@ -153,11 +152,6 @@ def _scan_folder(root: Path) -> tuple[dict[str, int], frozenset[str]]:
     return dict(sorted(sizes.items())), frozenset(others)
 
 
-def _is_fastcomposer_path(key: str) -> bool:
-    folder, name = posixpath.split(key)
-    return "/" not in folder and folder == name.rsplit(".", 1)[0][:5]
-
-
 def _text(table: FileTable, key: str) -> str:
     require_list_size(table.url, key, table.sizes[key])
     try:
@@ -195,7 +189,7 @@ def _list_fastcomposer(table: FileTable) -> list[Record]:
 
 
 def _is_triple(key: str) -> bool:
-    return key.lower().endswith((*EXTENSIONS, ".json", ".npy")) and _is_fastcomposer_path(key)
+    return key.lower().endswith((*EXTENSIONS, ".json", ".npy")) and is_fastcomposer_path(key)
 
 
 def _list_ffhq(table: FileTable, images: str) -> list[Record]:

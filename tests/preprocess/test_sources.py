@@ -212,6 +212,16 @@ def test_an_archive_lists_and_reads_as_its_folder(tmp_path, fastcomposer, top, b
     assert only[0] == listing.records[1]
 
 
+def test_an_archive_of_one_of_fastcomposers_folders_lists_as_its_folder(tmp_path):
+    names = (*triple("00000001"), *triple("00000002"))
+    folder = list_source(str(write(tmp_path / "set", *names)))
+    for top in ("", "some/"):
+        path = archive(tmp_path / "set.tar", [(f"{top}{name}", b"x") for name in names], "w")
+        listing = list_source(str(path))
+        assert (listing.format, listing.records, listing.top) == ("ffhq-fastcomposer", folder.records, top)
+        assert len(list(read_records(str(path), listing.top, listing.records))) == 2
+
+
 def test_pictures_of_an_archive_may_share_a_caption(tmp_path):
     names = ["p/x.jpg", "p/x.png", "p/x.txt", "p/x.webp", "q.png"]
     for order in itertools.permutations(names):
