@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 IMAGE_MARKER = "<|image|>"
 CLIP_TOKENS = 77
 SHOWN_CHARACTERS = 40
+# Of a prompt that a message quotes: a caption may be a book.
+MOST_QUOTED = 300
 
 
 def without_markers(prompt: str) -> str:
@@ -71,7 +73,7 @@ def require_marked_words(prompt: str, where: str = "") -> None:
             problem = f"{IMAGE_MARKER} number {number} stands after {shown!r}; put it right after the word"
         else:
             continue
-        raise InputError(f"{where}: {problem}" if where else f"{prompt!r}: {problem}")
+        raise InputError(f"{where or _quoted(prompt)}: {problem}")
 
 
 def ids_and_places(tokenizer, prompt: str, lost: Literal["error", "drop"] = "error") -> tuple[list[int], list[int]]:
@@ -100,6 +102,10 @@ def max_tokens(tokenizer) -> int:
     return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else CLIP_TOKENS
 
 
+def _quoted(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= MOST_QUOTED else f"{prompt[:MOST_QUOTED]}…")
+
+
 def _ids_and_places(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
     # A special token splits the text before anything else happens to it, so the pieces between give the same ids.
     pieces = prompt.split(IMAGE_MARKER)
@@ -110,9 +116,13 @@ def _ids_and_places(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
         if number == len(pieces) - 1:
             break
         if len(ids) == 1:
-            raise InputError(f"{prompt!r}: {IMAGE_MARKER} at the start; put it after the word that names the subject")
+            raise InputError(
+                f"{_quoted(prompt)}: {IMAGE_MARKER} at the start; put it after the word that names the subject"
+            )
         if places and places[-1] == len(ids) - 1:
-            raise InputError(f"{prompt!r}: two {IMAGE_MARKER} after one word; give each subject a word of its own")
+            raise InputError(
+                f"{_quoted(prompt)}: two {IMAGE_MARKER} after one word; give each subject a word of its own"
+            )
         places.append(len(ids) - 1)
     return [*ids, tokenizer.eos_token_id], places
 
@@ -123,8 +133,8 @@ def _cut(tokenizer, prompt: str, ids: list[int], places: list[int], length: int,
     kept = [place for place in places if place < length - 1]
     if len(kept) < len(places) and lost == "error":
         raise InputError(
-            f"{prompt!r}: subject {len(kept) + 1} stands behind token {length - 2}, where the text encoder's input "
+            f"{_quoted(prompt)}: subject {len(kept) + 1} stands behind token {length - 2}, where the text encoder's input "
             "ends; shorten the prompt or name the subject earlier"
         )
-    logger.warning("prompt of %d tokens is cut to %d: %r", len(ids), length, prompt)
+    logger.warning("prompt of %d tokens is cut to %d: %s", len(ids), length, _quoted(prompt))
     return [*ids[: length - 1], tokenizer.eos_token_id], kept

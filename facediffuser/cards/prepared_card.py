@@ -28,6 +28,8 @@ from facediffuser.storage import Store
 CELL = 192
 TEXT_LINES = 3
 LINE = 12
+# More of a caption than the lines hold; Pillow draws no text of a million characters.
+MOST_CHARACTERS = 1000
 CELLS = 24
 COLUMNS = 6
 BARS = 24
@@ -107,16 +109,17 @@ def _cell(row: dict[str, Any]) -> Image.Image:
 def _caption(pen: ImageDraw.ImageDraw, row: dict[str, Any], left: int, top: int) -> None:
     """Write the caption word by word, the subjects' phrases in their colours."""
     x, y, position = float(left), top, 0
-    if not row["caption"]:
+    caption = row["caption"][:MOST_CHARACTERS]
+    if not caption:
         pen.text((x, y), "no caption", fill=PALE, font=font(10))
-    for word in row["caption"].split():
-        start = row["caption"].index(word, position)
+    for word in caption.split():
+        start = caption.index(word, position)
         position = start + len(word)
         inside = [number for number, item in enumerate(row["subjects"]) if item["start"] <= start < item["end"]]
         colour = SUBJECTS[inside[0] % len(SUBJECTS)] if inside else INK
         width = pen.textlength(f"{word} ", font=font(10))
         last = y + LINE >= top + TEXT_LINES * LINE
-        if last and x + width > left + CELL - 16 and row["caption"][position:].strip():
+        if last and x + width > left + CELL - 16 and caption[position:].strip():
             pen.text((x, y), "…", fill=INK, font=font(10))
             return
         if x > left and x + width > left + CELL - 4:

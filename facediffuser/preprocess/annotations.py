@@ -35,12 +35,15 @@ def read_caption(data: bytes) -> Annotation:
             markers of prompts (`<|image|>`) are left out.
 
     Raises:
-        Rejection: the file is not UTF-8, or `unmarked` rejects its caption.
+        Rejection: the file is not UTF-8, has NUL characters, or `unmarked` rejects its caption.
     """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Rejection(DAMAGED, f"the caption file is not UTF-8 ({error.reason})") from error
+    if "\0" in text:
+        # UTF-16 without its mark is valid UTF-8, with NUL between the letters.
+        raise Rejection(DAMAGED, "the caption file has NUL characters, as UTF-16 does; save it as UTF-8")
     return Annotation(unmarked(" ".join(text.split())))
 
 

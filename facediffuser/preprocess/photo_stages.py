@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Raised when a stage comes to find something else in the same picture: what earlier versions kept is then not used.
 VERSION = 1
+# Person phrases of a caption that are compared with its people.
+MOST_PHRASES = 256
 KEPT_SCHEMA = pa.schema(
     [("image_id", pa.string()), ("inputs", pa.string()), ("found", pa.string()), ("map", pa.binary())]
 )
@@ -239,7 +241,8 @@ class Subjects(Stage):
 
     def run(self, items: Sequence[Item]) -> None:
         for item in items:
-            phrases = find_person_phrases(item.caption)
+            # A text encoder reads 77 tokens: later phrases of a long text never matter, but would fill the memory.
+            phrases = find_person_phrases(item.caption)[:MOST_PHRASES]
             people = sum(segment.label in PERSON_LABELS for segment in item.segments)
             # CLIP is loaded only when there is a choice.
             matcher = self.matcher if phrases and people and len(phrases) * people > 1 else None

@@ -256,6 +256,32 @@ def test_a_blank_caption_of_an_annotation_is_rejected(photos, tmp_path, here):
     assert len(rows(tmp_path / "out", "train", "test")) == COUNT - 2
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_odd_captions_and_names_are_prepared_or_rejected_and_never_end_the_run(tmp_path, here, packed):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    captions = {
+        "a word.png": "x" * 1_100_000,
+        "words.png": "a young man, " * 10_000,
+        'it\'s "a" $(b) `c` <|image|>.png': "a man \x1b[31m and\x7f a \u202ewoman\u2028 '; -- \"",
+        "wide.png": "a man".encode("utf-16-le"),
+        "new\nline.png": "a man",
+    }
+    for name, caption in captions.items():
+        Image.new("RGB", (64, 64)).save(photos / name)
+        text = caption if isinstance(caption, bytes) else caption.encode()
+        (photos / name).with_suffix(".txt").write_bytes(text)
+    source = Path(shutil.make_archive(str(tmp_path / "set"), "tar", photos)) if packed else photos
+    result = prepare(source, tmp_path / "out")
+    assert (result["train"] + result["test"], result["rejected"]) == (3, 2)
+    found = {row["image_id"]: row["caption"] for row in rows(tmp_path / "out", "train", "test")}
+    assert found == {name: " ".join(caption.split()) for name, caption in list(captions.items())[:3]}
+    rejected = {row["path"]: row["reason"] for row in rows(tmp_path / "out", "rejected")}
+    assert rejected["wide.png"].startswith("damaged annotation: the caption file has NUL characters, as UTF-16 does")
+    assert rejected["new\\nline.png"] == "unreadable name: control characters; rename it"
+    assert (tmp_path / "out/card/contact-sheet.png").exists()
+
+
 def test_authors_are_text_whatever_the_json_says(tmp_path):
     (tmp_path / "images1024x1024").mkdir()
     (tmp_path / "images1024x1024" / "00000.png").write_bytes(b"x")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from facediffuser.preprocess import photo_stages as stages
 from facediffuser.preprocess.photo_stages import Captions, Faces, Item, Job, Segments, Subjects
 from facediffuser.preprocess.preprocess_settings import PreprocessSettings
 from facediffuser.preprocess.read_pictures import Picture
+from facediffuser.preprocess.segment_maps import Segment
 from facediffuser.preprocess.source_files import Record
 
 ASTRONAUT = Image.fromarray(data.astronaut()).crop((96, 0, 352, 256))
@@ -127,6 +129,23 @@ def test_a_captioner_may_write_markers_and_an_earlier_version_may_have_kept_them
     stage.run([made])
     stage.unpack(kept, "a man <|image|> outside", None)
     assert made.caption == kept.caption == "a man outside"
+
+
+def test_a_caption_of_thousands_of_people_does_not_fill_the_memory_of_the_matcher():
+    class Counting:
+        def similarity(self, crops, phrases):
+            seen.append(len(phrases))
+            return np.arange(len(phrases) * len(crops), dtype=float).reshape(len(phrases), len(crops))
+
+    seen: list[int] = []
+    stage = Subjects(Job(PreprocessSettings(source="photos", output="out"), "folder", "f"), "cpu")
+    stage.matcher = Counting()
+    people = [Segment(number, "person", (number, 0, number + 9, 9)) for number in (1, 2)]
+    item = Item(
+        Record("a", "a.png"), Picture(ASTRONAUT, b"", "a.png", "s"), segments=people, caption="a man, " * 10_000
+    )
+    stage.run([item])
+    assert seen == [stages.MOST_PHRASES] and len(item.subjects) == 2
 
 
 def test_weights_that_changed_in_their_folder_are_another_model(folder, tmp_path, here, models):
