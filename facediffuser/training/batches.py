@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from facediffuser.pictures import CLIP_MEAN, CLIP_STD, stored_ids
+from facediffuser.errors import InputError
+from facediffuser.pictures import CLIP_MEAN, CLIP_STD
 from facediffuser.prompt_tokens import TokenizedPrompts, tokenize_with_markers
+from facediffuser.prompts import ids_and_places
 from facediffuser.training.augment import augmenter, face_reference, segment_reference
 from facediffuser.training.conditioning import draw_condition_dropout, mark_caption, subjects_in_caption
 from facediffuser.training.latent_cache import CaptionEmbeddings, pixels_of
@@ -139,7 +141,8 @@ class Batches:
     def _row(self, position: int) -> int:
         epoch, within = divmod(position, len(self.records))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            # torch takes seeds below 2**64.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**64)
             self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator).tolist()
         return self._order[within]
 
@@ -150,9 +153,12 @@ class Batches:
             rows: row numbers in the split.
             seeds: one seed per row, from which all its random choices follow.
             plain: for validation: no mirroring, dropout, loss mask or augmentation.
+
+        Raises:
+            InputError: a row's picture, segmentation or caption cannot be used.
         """
         items = [self._item(row, seed, plain) for row, seed in zip(rows, seeds, strict=True)]
-        tokens = tokenize_with_markers(self.tokenizer, [item.caption for item in items], lost="drop")
+        tokens = self._tokenize(rows, [item.caption for item in items])
         areas = torch.zeros(len(rows), max(1, int(tokens.subject_counts.max())), *self.latent_shape[1:])
         references = [torch.zeros(0, 3, *[self.reference_size or 1] * 2)]
         for number, (item, kept) in enumerate(zip(items, tokens.subject_counts.tolist(), strict=True)):
@@ -173,6 +179,15 @@ class Batches:
             areas=areas,
             faces=torch.stack([item.faces for item in items]),
         )
+
+    def _tokenize(self, rows: list[int], captions: list[str]) -> TokenizedPrompts:
+        try:
+            return tokenize_with_markers(self.tokenizer, captions, lost="drop")
+        except InputError:
+            for row, caption in zip(rows, captions, strict=True):
+                with self.records.naming(row):
+                    ids_and_places(self.tokenizer, caption, "drop")
+            raise
 
     def _item(self, row: int, seed: int, plain: bool) -> _Item:
         # Not torch.manual_seed: it seeds GPUs too and keeps a stack trace, which takes longer than the rest of some items.
@@ -205,7 +220,7 @@ class Batches:
         subjects = [subjects[number] for number in kept.subjects]
         if not subjects:
             return record["caption"], [], []
-        ids = stored_ids(record["segmentation"])
+        ids = self.records.ids(row)
         augment = self.plain if plain else self.augment
         pictures = [self._reference(row, record, subject, ids, plain) for subject in subjects]
         references = [_normalised(augment(picture), self.reference_size) for picture in pictures]
@@ -217,7 +232,7 @@ class Batches:
         if others:
             row = others[int(torch.randint(len(others), ()))]
             record = self.records.row(row)
-            subject, ids = record["subjects"][0], stored_ids(record["segmentation"])
+            subject, ids = record["subjects"][0], self.records.ids(row)
         image = self.records.image(row)
         if self.recipe.reference_source == "face" and 0 <= subject["face_index"] < len(record["faces"]):
             face = record["faces"][subject["face_index"]]

@@ -18,6 +18,7 @@ from facediffuser.errors import InputError
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.opening import default_cache
+from facediffuser.storage.reading import DamagedError, reading
 from facediffuser.training.records import Records, square
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ PART_ROWS = 1024
 ENCODE_BATCH = 32
 HELD_BYTES = 256 * 2**20
 """Arrays up to this size are held in memory; larger ones are mapped from a local file."""
+REMOVE = "remove it, so that it is computed again"
+"""What can be done about a damaged file of the cache."""
 
 
 class CaptionEmbeddings:
@@ -69,7 +72,7 @@ def moments_name(digest: str, vae_digest: str, resolution: int) -> str:
     """Return the cache key of the latents of pictures.
 
     Args:
-        digest: that of the pictures, see `pictures_digest`.
+        digest: that of the pictures' files, see `split_digest`.
         vae_digest: the VAE's SHA-256.
         resolution: the side of the pictures in px.
     """
@@ -129,6 +132,9 @@ def read_array(store: Store, name: str, rows: int, folder: Path | None = None) -
         name: cache key of the array.
         rows: its length.
         folder: where local copies lie (default: `latents` in this machine's cache).
+
+    Raises:
+        InputError: a part or the local copy is damaged.
     """
     shape = _row_shape(store, name)
     size = rows * math.prod(shape) * np.dtype(np.float16).itemsize
@@ -150,22 +156,33 @@ def read_array(store: Store, name: str, rows: int, folder: Path | None = None) -
             whole.flush()
             del whole
             temporary.replace(path)
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DamagedError(f"{path}: not readable as an array ({type(error).__name__}); {REMOVE}") from error
 
 
 def _row_shape(store: Store, name: str) -> tuple[int, ...]:
-    with store.open(part_key(name, 0)) as file:
-        metadata = pq.read_schema(file).metadata
-    return tuple(int(side) for side in metadata[b"shape"].split(b","))
+    key = part_key(name, 0)
+    with reading(store.url_of(key), "Parquet", REMOVE), store.open(key) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    try:
+        return tuple(int(side) for side in metadata[b"shape"].split(b","))
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"{store.url_of(key)}: says no shape of its rows; {REMOVE}") from error
 
 
 def _fill(whole: np.ndarray, store: Store, name: str) -> None:
-    start = 0
     for part in range(math.ceil(len(whole) / PART_ROWS)):
-        table = pq.read_table(pa.BufferReader(store.get(part_key(name, part))))
-        for value in table["array"]:
-            whole[start] = np.frombuffer(value.as_buffer(), np.float16).reshape(whole.shape[1:])
-            start += 1
+        key, rows = part_key(name, part), part_rows(part, len(whole))
+        with reading(store.url_of(key), "Parquet", REMOVE):
+            table = pq.read_table(pa.BufferReader(store.get(key)))
+        size = whole[:1].nbytes
+        values = [value.as_buffer() for value in table["array"]] if "array" in table.column_names else []
+        if len(values) != len(rows) or any(value is None or value.size != size for value in values):
+            raise DamagedError(f"{store.url_of(key)}: not {len(rows)} rows of {size} bytes; {REMOVE}")
+        for row, value in zip(rows, values, strict=True):
+            whole[row] = np.frombuffer(value, np.float16).reshape(whole.shape[1:])
 
 
 def part_rows(part: int, rows: int) -> range:

@@ -13,9 +13,9 @@ import torch
 
 from facediffuser.batch_stage import Counts, Stage, Unit, WorkerPool
 from facediffuser.modelfolder import model_digests, resolve_base
-from facediffuser.storage import open_store
+from facediffuser.storage import Store, open_store
 from facediffuser.training import latent_cache
-from facediffuser.training.records import Records, distinct_captions, pictures_digest
+from facediffuser.training.records import Records, distinct_captions, split_digest, split_keys
 from facediffuser.training.train_settings import TrainSettings
 
 PICTURES, CAPTIONS = "pictures", "captions"
@@ -33,9 +33,10 @@ def latent_stage(settings: TrainSettings, pool: WorkerPool) -> Stage:
     every: list[Unit] = []
     identity: dict[str, Any] = {}
     for split in _splits(settings):
-        table = _described(settings.data, split)
+        data = open_store(settings.data)
+        table = _captions(data, split)
         captions = distinct_captions(table)
-        moments = latent_cache.moments_name(pictures_digest(table), digests["vae"], resolution)
+        moments = latent_cache.moments_name(split_digest(data, split), digests["vae"], resolution)
         texts = latent_cache.embeddings_name(captions, digests["text_encoder"], digests["tokenizer"])
         for kind, name, rows in ((PICTURES, moments, len(table)), (CAPTIONS, texts, len(captions))):
             identity[f"{split} {kind}"] = name
@@ -55,14 +56,12 @@ def _splits(settings: TrainSettings) -> tuple[str, ...]:
     return ("train", "test") if test else ("train",)
 
 
-def _described(url: str, split: str) -> pa.Table:
-    """The pictures' digests and the captions of a split's rows, read without the pictures."""
-    store = open_store(url)
-    keys = [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
+def _captions(store: Store, split: str) -> pa.Table:
+    """The captions of a split's rows, read without the pictures."""
     tables = []
-    for key in keys:
+    for key in split_keys(store, split):
         with store.open(key) as source:
-            tables.append(pq.read_table(source, columns=["image_sha256", "caption"]))
+            tables.append(pq.read_table(source, columns=["caption"]))
     return pa.concat_tables(tables)
 
 

@@ -14,6 +14,7 @@ from facediffuser.faces import crop_turned
 from facediffuser.number_words import counted
 from facediffuser.picture_grid import fit, picture_grid, png_bytes
 from facediffuser.pipeline import FaceDiffuserPipeline
+from facediffuser.prompts import ids_and_places
 from facediffuser.storage import Store, open_store
 from facediffuser.training.batches import Batch
 from facediffuser.training.conditioning import mark_caption, subjects_in_caption
@@ -154,6 +155,11 @@ def sample_grid(records: Records, parts: Parts, settings: TrainSettings) -> Imag
     for number in range(count):
         row = records.row(number)
         subjects = subjects_in_caption(row, recipe.max_subjects if role == "sdm" else 0)
+        with records.naming(number):
+            marked = mark_caption(row["caption"], [subject["end"] for subject in subjects])
+            _, places = ids_and_places(parts.tokenizer, marked, "drop")
+        # As in training: a subject behind the end of the text encoder's input is left out, with its reference.
+        subjects = subjects[: len(places)]
         prompts.append(mark_caption(row["caption"], [subject["end"] for subject in subjects]))
         references.append([_reference(records, number, row, subject) for subject in subjects])
     pipeline = _pipeline(parts, role)

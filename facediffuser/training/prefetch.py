@@ -4,8 +4,9 @@ import threading
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from facediffuser.errors import InputError
 from facediffuser.training.batches import Batch, Batches
 
 PREFETCH_FACTOR = 4
@@ -26,10 +27,10 @@ def prefetch_batches(
         pin_memory: allocate page-locked memory, for copies to a GPU that run beside its computation.
 
     Returns:
-        An iterator over `Batch` on the CPU.
+        An iterator over `Batch` on the CPU; it raises InputError at a batch with a row that cannot be used.
     """
     loader = DataLoader(
-        batches,
+        _BatchesOrErrors(batches),
         batch_size=None,
         sampler=positions,
         num_workers=loaders,
@@ -40,7 +41,28 @@ def prefetch_batches(
         prefetch_factor=PREFETCH_FACTOR if loaders else None,
         worker_init_fn=_drop_inherited_exit_hooks,
     )
-    return iter(loader)
+    # The processes start now, not when the first batch is asked for.
+    return _raising(iter(loader))
+
+
+class _BatchesOrErrors(Dataset):
+    """Returns an InputError as a value: one that a loader process raises comes out with a traceback for its text."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+
+    def __getitem__(self, position: int) -> Batch | InputError:
+        try:
+            return self._batches[position]
+        except InputError as error:
+            return error
+
+
+def _raising(made: Iterator[Batch | InputError]) -> Iterator[Batch]:
+    for one in made:
+        if isinstance(one, InputError):
+            raise one
+        yield one
 
 
 class DeviceBatches(Iterator[Batch]):
@@ -90,5 +112,5 @@ def _drop_inherited_exit_hooks(number: int) -> None:
     getattr(threading, "_threading_atexits", []).clear()
 
 
-def _identity(batch: Batch) -> Batch:
-    return batch
+def _identity(one: Batch | InputError) -> Batch | InputError:
+    return one

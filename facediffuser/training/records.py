@@ -1,7 +1,10 @@
 """The rows of prepared Parquet data, in memory."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -9,16 +12,16 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
-from facediffuser.pictures import stored_picture
-from facediffuser.storage import open_store
-from facediffuser.storage.reading import reading
+from facediffuser.pictures import stored_ids, stored_picture
+from facediffuser.preprocess.parts import MANIFEST
+from facediffuser.storage import Store, open_store
+from facediffuser.storage.reading import parse_json, reading
 from facediffuser.training.train_check import FIX, require_prepared
 
 READ_BYTES = 8 << 20
 COLUMNS = [
     "image_id",
     "image",
-    "image_sha256",
     "width",
     "height",
     "caption",
@@ -41,10 +44,11 @@ class Records:
     """
 
     def __init__(self, url: str, split: str):
+        self.url, self.split = url, split
         store = open_store(url)
         require_prepared(url, store, split)
         tables = []
-        for key in [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]:
+        for key in split_keys(store, split):
             with reading(store.url_of(key), "Parquet", FIX), store.open(key, READ_BYTES) as source:
                 tables.append(pq.read_table(source, columns=COLUMNS))
         self.table = pa.concat_tables(tables)
@@ -60,8 +64,31 @@ class Records:
         return self._described.slice(index, 1).to_pylist()[0]
 
     def image(self, index: int) -> Image.Image:
-        """Return the decoded picture of a row, RGB."""
-        return stored_picture(self.table["image"][index]["bytes"].as_py())
+        """Return the decoded picture of a row, RGB; raises InputError when it is damaged."""
+        return stored_picture(self.table["image"][index]["bytes"].as_py(), self.name(index))
+
+    def ids(self, index: int) -> np.ndarray:
+        """Return the segmentation map of a row, an array (height, width); raises InputError when it is damaged."""
+        try:
+            return stored_ids(self.table["segmentation"][index].as_py())
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises nearly anything at a broken PNG
+            raise InputError(
+                f"{self.name(index)}: segmentation cannot be read ({type(error).__name__}); {FIX}"
+            ) from error
+
+    def name(self, index: int) -> str:
+        """Return how errors name a row."""
+        return f"{self.url}: {self.split} picture {self.table['image_id'][index].as_py()}"
+
+    @contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """Put the row's name before the text of an InputError that the block raises."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.name(index)}: {error}") from error
 
     def other_pictures(self) -> dict[int, list[int]]:
         """Return, for each row that shows one known person alone, the other rows that show that person alone."""
@@ -78,8 +105,8 @@ class Records:
         return distinct_captions(self.table)
 
     def digest(self) -> str:
-        """Return the sha256 over the pictures' digests in row order."""
-        return pictures_digest(self.table)
+        """Return the digest of the split, see `split_digest`."""
+        return split_digest(open_store(self.url), self.split)
 
 
 def distinct_captions(rows: pa.Table) -> list[str]:
@@ -87,9 +114,32 @@ def distinct_captions(rows: pa.Table) -> list[str]:
     return sorted({"", *rows["caption"].to_pylist()})
 
 
-def pictures_digest(rows: pa.Table) -> str:
-    """Return the sha256 over the pictures' digests of prepared rows, in their order."""
-    return hashlib.sha256("".join(map(str, rows["image_sha256"].to_pylist())).encode()).hexdigest()
+def split_keys(store: Store, split: str) -> list[str]:
+    """Return the keys of a split's files, in the order of its rows."""
+    return [info.key for info in store.list(f"{split}/") if info.key.endswith(".parquet")]
+
+
+def split_digest(store: Store, split: str) -> str:
+    """Return the sha256 over the files of a split, which hold its pictures as they are trained on.
+
+    The rows' `image_sha256` would not do: it is that of the source's file, whatever size was made of it.
+
+    Args:
+        store: prepared data.
+        split: `train` or `test`.
+    """
+    files = parse_json(store.get(MANIFEST))["files"]
+    digest = hashlib.sha256()
+    for key in split_keys(store, split):
+        known = files.get(key, {}).get("sha256")
+        if not known:
+            whole = hashlib.sha256()
+            with store.open(key, READ_BYTES) as source:
+                while block := source.read(READ_BYTES):
+                    whole.update(block)
+            known = whole.hexdigest()
+        digest.update(f"{key} {known}\n".encode())
+    return digest.hexdigest()
 
 
 def square(picture: torch.Tensor, size: int, nearest: bool = False) -> torch.Tensor:

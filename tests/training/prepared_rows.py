@@ -1,10 +1,12 @@
 """Prepared rows made of rendered pictures, without searching for faces."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from facediffuser.preprocess.parts import encode_part
@@ -20,8 +22,16 @@ def write_prepared(folder: Path, rows: list[dict], schema=PREPARED_SCHEMA) -> No
             path = folder / split / f"part-{part:05d}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_part(chosen[start : start + 8], schema, "test"))
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size}
+            data = path.read_bytes()
+            entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files[path.relative_to(folder).as_posix()] = entry
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def read_prepared(folder: Path) -> list[dict]:
+    """Return the rows that `write_prepared` wrote, the training split's first."""
+    files = [file for split in ("train", "test") for file in sorted((folder / split).glob("*.parquet"))]
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def prepared_row(path: Path, split: str) -> dict:

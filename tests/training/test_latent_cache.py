@@ -1,17 +1,25 @@
 """What frozen parts make is computed once, shared out among workers, and changes nothing of what is learnt."""
 
+import io
+import json
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from training.prepared_rows import read_prepared, write_prepared
 from training.test_loop import weights
 
+from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 from facediffuser.tasks.latents import fill_latents_cache
 from facediffuser.training import latent_cache
 from facediffuser.training.data_loading import split_batches
 from facediffuser.training.denoisers import load_parts
 from facediffuser.training.loop import train_model
+from facediffuser.training.records import split_digest
 
 pytestmark = pytest.mark.usefixtures("local_driver")
 
@@ -124,6 +132,71 @@ def test_workers_make_each_part_once_between_them(tmp_path, monkeypatch, workers
         )
     assert sorted(asked) == [0, 4, 8]
     assert np.array_equal(latent_cache.read_array(store, "rows", 10), _make(range(10)))
+
+
+def test_pictures_prepared_anew_in_the_same_place_have_latents_of_their_own(settings, prepared, tmp_path):
+    """Another size of the same source files: ids and digests of the sources are as they were."""
+    data, parts = tmp_path / "data", load_parts(settings("tdm"))
+    rows = read_prepared(prepared)
+
+    def moments(cache: str) -> np.ndarray:
+        chosen = settings("tdm", data=str(data), cache=str(tmp_path / cache))
+        fill_latents_cache.fn(chosen)
+        return split_batches(chosen, parts, "train").moments
+
+    write_prepared(data, [row | {"image": {"bytes": _blurred(row["image"]["bytes"]), "path": "0.png"}} for row in rows])
+    blurred = moments("cache")
+    write_prepared(data, rows)
+    again = moments("cache")
+    assert np.array_equal(again, moments("another")) and not np.array_equal(again, blurred)
+
+
+def test_the_digest_of_a_split_follows_from_its_files_whether_the_manifest_says_their_digests_or_not(
+    prepared, tmp_path
+):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    store = open_store(data)
+    train, test = (split_digest(store, split) for split in ("train", "test"))
+    assert train != test
+    files = json.loads((data / "manifest.json").read_text())["files"]
+    bare = {key: {"bytes": entry["bytes"]} for key, entry in files.items()}
+    (data / "manifest.json").write_text(json.dumps({"files": bare}))
+    assert (train, test) == (split_digest(store, "train"), split_digest(store, "test"))
+
+
+def _blurred(data: bytes) -> bytes:
+    image, file = Image.open(io.BytesIO(data)), io.BytesIO()
+    image.resize((image.width // 4, image.height // 4)).resize(image.size).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["rows/part-00000.parquet", "rows/part-00001.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "fewer rows", "other columns"])
+def test_a_damaged_part_is_named_with_what_to_do(tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr(latent_cache, "PART_ROWS", 4)
+    latent_cache.write_missing_parts(open_store(tmp_path), "rows", 8, _make)
+    path = tmp_path / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "noise":
+        path.write_bytes(b"noise")
+    else:
+        table = pq.read_table(path)
+        pq.write_table(table.slice(1) if damage == "fewer rows" else table.rename_columns(["other"]), path)
+    with pytest.raises(InputError, match=f"{name}: .*remove it") as refused:
+        latent_cache.read_array(open_store(tmp_path), "rows", 8)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_local_copy_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "HELD_BYTES", 8)
+    latent_cache.write_missing_parts(open_store(tmp_path / "store"), "rows", 3, _make)
+    copy = tmp_path / "local" / "rows-3.npy"
+    for content in (b"", b"noise"):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
+        with pytest.raises(InputError, match="rows-3.npy: .*remove it"):
+            latent_cache.read_array(open_store(tmp_path / "store"), "rows", 3, tmp_path / "local")
 
 
 def test_a_part_opens_in_any_parquet_reader(tmp_path):

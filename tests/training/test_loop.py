@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.prepared_rows import read_prepared, write_prepared
 
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
@@ -214,6 +215,24 @@ def test_validation_losses_samples_and_tensorboard_files_are_written_beside_the_
     run = tmp_path / "run"
     assert Image.open(run / "samples" / "step-00000002.png").width == 2 * 64 + 4
     assert list((run / "tensorboard").glob("events*"))
+
+
+def test_a_sample_leaves_out_the_subjects_that_training_leaves_out(settings, prepared, tmp_path):
+    """Behind the end of the text encoder's input: the only one of the first row, the second one of the next."""
+    from facediffuser.training.denoisers import load_parts
+    from facediffuser.training.monitoring import sample_grid
+    from facediffuser.training.records import Records
+
+    rows, long = read_prepared(prepared), "a photo of a man" + ", in the park" * 40 + " and a woman"
+    for row, ends in ((rows[0], [len(long)]), (rows[1], [16, len(long)])):
+        row["caption"], one = long, row["subjects"][0]
+        row["subjects"] = [one | {"end": end, "start": end - 3} for end in ends]
+    write_prepared(tmp_path / "data", rows[:3])
+    chosen = settings("sdm", data=str(tmp_path / "data"), sample_images=2)
+    sheet = sample_grid(Records(chosen.data, "train"), load_parts(chosen), chosen)
+    # A row of samples, and one of references: of the first picture there is none.
+    assert sheet.size == (2 * 64 + 4, 2 * 64 + 4)
+    assert sheet.crop((0, 68, 64, 132)).getcolors() == [(64 * 64, (255, 255, 255))]
 
 
 @pytest.mark.parametrize("role", ["tdm", "sdm"])
