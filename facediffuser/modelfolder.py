@@ -160,6 +160,16 @@ def model_digests(folder: str | Path) -> dict[str, str]:
     }
 
 
+def image_encoder_digest(folder: Path) -> str:
+    """Return the sha256 of what is read of an image encoder's folder: its configuration and its weights.
+
+    Args:
+        folder: as `resolve_image_encoder` returns it; what else lies there does not count.
+    """
+    weights = sorted(folder.glob("model*.safetensors*")) or sorted(folder.glob("pytorch_model*.bin*"))
+    return folder_digest(folder, [Path("config.json"), *(path.relative_to(folder) for path in weights)])
+
+
 def same_part(theirs: str | None, ours: str | None) -> bool:
     """Return whether a component is the same as ours, or an earlier one that ours replaces.
 

@@ -11,6 +11,7 @@ from prefect import task
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from facediffuser.errors import InputError
 from facediffuser.json_log import json_requested
 from facediffuser.number_words import counted
 from facediffuser.runs import check_provenance, software
@@ -55,7 +56,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
         logger.info("%s: %s is trained already (%s)", settings.output, settings.role, counted(done, "step"))
         return {"role": settings.role, "step": done, "output": settings.output, "seconds": 0.0}
     connect_ray()
-    workers = settings.workers or max(1, cluster_gpus() // side_by_side)
+    workers = count_workers(settings, runs.recorded_workers(store), cluster_gpus(), cluster_cpus(), side_by_side)
     on_gpu = cluster_gpus() >= workers
     cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))
     metrics = ray.remote(num_cpus=0)(TrainNumbers).remote()
@@ -74,11 +75,40 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
                 use_gpu=on_gpu,
                 resources_per_worker={"GPU" if on_gpu else "CPU": 1 if on_gpu else cpus},
             ),
-            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=settings.max_failures)),
+            run_config=RunConfig(
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=settings.max_failures),
+            ),
         )
         _fit(trainer, metrics, settings)
     last = ray.get(metrics.read.remote())
     return {"role": settings.role, "output": settings.output, **last}
+
+
+def count_workers(settings: TrainSettings, recorded: int | None, gpus: int, cpus: int, side_by_side: int) -> int:
+    """Return how many workers train a model: as many as given, else as before, else one for each GPU.
+
+    Args:
+        settings: those of one role.
+        recorded: how many the run had so far, None where that is not known.
+        gpus: of the cluster.
+        cpus: its cores.
+        side_by_side: how many trainings share the cluster.
+
+    Raises:
+        InputError: the run had more workers than the cluster has GPUs, or cores where it has none.
+    """
+    if settings.workers:
+        return settings.workers
+    if not recorded:
+        return max(1, gpus // side_by_side)
+    if recorded > (gpus or cpus):
+        here = counted(gpus, "GPU") if gpus else counted(cpus, "core")
+        raise InputError(
+            f"{settings.output}: was trained so far by {counted(recorded, 'worker')}, this cluster has {here}; resume it "
+            f"where there are as many, or give --workers {recorded} to train on what there is, or another output"
+        )
+    return recorded
 
 
 def _fit(trainer: TorchTrainer, metrics: Any, settings: TrainSettings) -> None:

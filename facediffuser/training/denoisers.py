@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -13,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from facediffuser.errors import InputError
 from facediffuser.model_check import check_model_folder
 from facediffuser.modelfolder import (
+    image_encoder_digest,
     load_image_encoder,
     model_digests,
     resolve_base,
@@ -25,7 +27,7 @@ from facediffuser.training.attention import AttentionMaps, record_cross_attentio
 from facediffuser.training.batches import Batch
 from facediffuser.training.latent_cache import encode_moments, load_text_encoder, load_vae
 from facediffuser.training.recipe import Recipe
-from facediffuser.training.train_check import UNET, require_stable_diffusion, require_start
+from facediffuser.training.train_check import UNET, require_stable_diffusion, require_start, start_parts
 from facediffuser.training.train_settings import TrainSettings
 
 EAGER_SIDE = 32
@@ -89,7 +91,11 @@ class SubjectDenoiser(nn.Module):
 
 @dataclass
 class Parts:
-    """The loaded base model for one role: `denoiser` is trained (at least in part), the rest is frozen."""
+    """The loaded base model for one role: `denoiser` is trained (at least in part), the rest is frozen.
+
+    `digests` are those of the base's parts; `inputs` those of all that was read: `base`, and `start_from` and
+    `image_encoder` where the training starts from them.
+    """
 
     denoiser: nn.Module
     text_encoder: CLIPTextModel
@@ -97,6 +103,7 @@ class Parts:
     vae: AutoencoderKL
     schedule: DDPMScheduler
     digests: dict[str, str]
+    inputs: dict[str, Any]
     compute_type: torch.dtype
 
     @property
@@ -143,7 +150,12 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
     require_stable_diffusion(settings.base, base)
     check_model_folder(base, ("unet",))
     digests = model_digests(base)
-    start = _start_folder(settings, base, digests)
+    inputs: dict[str, Any] = {"base": digests}
+    start = _start_folder(settings)
+    if start:
+        theirs = model_digests(start)
+        _require_start_of(settings, theirs, digests)
+        inputs["start_from"] = {name: theirs[name] for name in start_parts(settings.role)}
     unet = UNet2DConditionModel.from_pretrained(start / UNET[settings.role] if start else base / "unet").float()
     text_encoder, vae = load_text_encoder(base), load_vae(base)
     eager = attention_implementation(recipe, torch.device(device), vae) == "eager"
@@ -152,7 +164,11 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
         unet.enable_gradient_checkpointing()
     denoiser: nn.Module = TextDenoiser(unet)
     if settings.role == "sdm":
-        encoder = load_image_encoder(_encoder_folder(settings, start or base)).float()
+        encoder_folder = (start or base) / "image_encoder"
+        if not encoder_folder.is_dir():
+            encoder_folder = resolve_image_encoder(settings.image_encoder)
+            inputs["image_encoder"] = image_encoder_digest(encoder_folder)
+        encoder = load_image_encoder(encoder_folder).float()
         encoder.set_attn_implementation("eager" if eager else "sdpa")
         width = text_encoder.config.hidden_size
         if encoder.config.projection_dim != width:
@@ -175,24 +191,28 @@ def load_parts(settings: TrainSettings, device: str = "cpu") -> Parts:
         vae=vae,
         schedule=DDPMScheduler.from_pretrained(base / "scheduler"),
         digests=digests,
+        inputs=inputs,
         compute_type=compute_type(recipe, torch.device(device)),
     )
 
 
-def _start_folder(settings: TrainSettings, base: Path, digests: dict[str, str]) -> Path | None:
-    """Return the local folder of `start_from`, None without; InputError when it does not belong to the base."""
+def _start_folder(settings: TrainSettings) -> Path | None:
+    """Return the local folder of `start_from`, None without; InputError when it lacks what the role starts from."""
     if settings.start_from is None:
         return None
     folder = resolve_model(settings.start_from)
     require_start(settings, folder)
-    start_digests = model_digests(folder)
+    return folder
+
+
+def _require_start_of(settings: TrainSettings, theirs: dict[str, str], digests: dict[str, str]) -> None:
+    """Raise InputError when `start_from` does not belong to the base."""
     for name in ("vae", "text_encoder"):
-        if not same_part(start_digests.get(name), digests.get(name)):
+        if not same_part(theirs.get(name), digests.get(name)):
             raise InputError(
                 f"--start-from {settings.start_from}: was trained from another base than {settings.base} ({name} differs); "
                 "give that base"
             )
-    return folder
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
@@ -228,9 +248,3 @@ def compute_type(recipe: Recipe, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _encoder_folder(settings: TrainSettings, base: Path) -> Path:
-    if (base / "image_encoder").is_dir():
-        return base / "image_encoder"
-    return resolve_image_encoder(settings.image_encoder)

@@ -106,8 +106,8 @@ class TrainingRun:
         """Train from the last checkpoint to the last step and write the result; return what `train_model` does."""
         settings, steps = self.settings, self.recipe.steps
         if self.worker.rank == 0:
-            inputs = {"data": data_fingerprint(settings.data), "base": self.parts.digests}
-            runs.begin_or_resume_training(self.store, settings, inputs)
+            inputs = {"data": data_fingerprint(settings.data), **self.parts.inputs}
+            runs.begin_or_resume_training(self.store, settings, inputs, self.worker.count)
         self._load_last_checkpoint()
         if self.worker.rank == 0:
             self.monitor = TrainingMonitor(settings, self.store, self.report, self.step)
@@ -143,6 +143,7 @@ class TrainingRun:
         settings = self.settings.model_dump(mode="json") | {"recipe": self.recipe.model_dump(mode="json")}
         used = {"device": self.device.type, "compute_type": str(self.parts.compute_type).removeprefix("torch.")}
         record = {**result, **used, "settings": settings, "content": self.settings.content()}
+        record["workers"] = self.worker.count
         record["computed_with"] = self.provenance
         with self._ema_weights():
             runs.save_final(self.store, self.parts.trained, {**record, "base_digests": self.parts.digests})

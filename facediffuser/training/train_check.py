@@ -40,6 +40,11 @@ def check_train(settings: TrainSettings) -> None:
         store.require_writable()
         runs.require_startable(store, role_settings)
     require_prepared(settings.data, open_store(settings.data), "train")
+    # The digests of the models are compared by the training: to read gigabytes takes longer than a check may.
+    fingerprint = data_fingerprint(settings.data)
+    for role in settings.roles:
+        role_settings = settings.for_role(role)
+        runs.require_same_inputs(open_store(role_settings.output), role_settings, {"data": fingerprint})
     if is_local_model(settings.base):
         base = resolve_base(settings.base)
         require_stable_diffusion(settings.base, base)
@@ -146,13 +151,18 @@ def require_stable_diffusion(name: str, base: Path) -> None:
         )
 
 
+def start_parts(role: str) -> tuple[str, ...]:
+    """Return the parts of a model folder that a role is trained on from."""
+    return (UNET[role], "image_encoder", "subject_fuser") if role == "sdm" else (UNET[role],)
+
+
 def require_start(settings: TrainSettings, folder: Path) -> None:
     """Check that a model folder has what a role is trained on from.
 
     Raises:
         InputError: a part is missing.
     """
-    for name in (UNET[settings.role], *(("image_encoder", "subject_fuser") if settings.role == "sdm" else ())):
+    for name in start_parts(settings.role):
         if not (folder / name).is_dir():
             raise InputError(f"--start-from {settings.start_from}: has no {name}; give a whole model folder")
 

@@ -163,6 +163,91 @@ def test_other_inputs_are_another_run_and_a_run_of_an_earlier_version_does_not_s
     runs.begin_or_resume_training(store, chosen, {"data": "b"})
 
 
+@pytest.mark.parametrize("given", [None, 2])
+def test_another_number_of_workers_is_another_run_whether_it_was_given_or_not(settings, given):
+    chosen = settings("tdm", resume=True, workers=given)
+    store = open_store(chosen.output)
+    assert runs.recorded_workers(store) is None
+    runs.begin_or_resume_training(store, chosen, workers=2)
+    assert runs.recorded_workers(store) == 2
+    for workers in (None, 2):
+        runs.require_startable(store, settings("tdm", resume=True, workers=workers))
+    runs.begin_or_resume_training(store, chosen, workers=2)
+    with pytest.raises(InputError, match="workers 2 there, 4 here.*give --workers 2"):
+        runs.require_startable(store, settings("tdm", resume=True, workers=4))
+    with pytest.raises(InputError, match="workers 2 there, 1 here.*give --workers 2"):
+        train_model(settings("tdm", resume=True), lambda numbers: None)
+
+
+@pytest.mark.parametrize("given", [None, 2])
+def test_a_run_of_an_earlier_version_says_its_workers_where_they_were_given_and_else_when_it_is_resumed(
+    settings, given
+):
+    chosen = settings("tdm", resume=True, workers=given)
+    store = open_store(chosen.output)
+    runs.begin_or_resume_training(store, chosen, {"data": "a"}, workers=2)
+    record = json.loads(store.get(runs.RUN))
+    del record["workers"]
+    store.put(runs.RUN, json.dumps(record).encode())
+    assert runs.recorded_workers(store) == given
+    runs.require_startable(store, settings("tdm", resume=True, workers=2))
+    runs.begin_or_resume_training(store, chosen, {"data": "a"}, workers=2)
+    assert runs.recorded_workers(store) == 2
+    assert json.loads(store.get(runs.RUN)) == record | ({} if given else {"workers": 2})
+
+
+def _other_weights(folder: Path) -> None:
+    """Change one bit of a part's weights."""
+    [weights] = folder.glob("*.safetensors")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_another_image_encoder_is_another_run(settings, base, tmp_path):
+    """Of a base that has none; the shape of the other one is the same."""
+    bare, encoder = shutil.copytree(base, tmp_path / "base"), tmp_path / "encoder"
+    shutil.move(bare / "image_encoder", encoder)
+    index = json.loads((bare / "model_index.json").read_text())
+    del index["image_encoder"]
+    (bare / "model_index.json").write_text(json.dumps(index))
+    chosen = settings("sdm", base=str(bare), image_encoder=str(encoder), steps=1, resume=True)
+    train_model(chosen, lambda numbers: None)
+    (encoder / "README.md").write_text("a note, which is not read")
+    train_model(chosen, lambda numbers: None)
+    _other_weights(encoder)
+    with pytest.raises(InputError, match="holds another run .image_encoder .* there"):
+        train_model(chosen, lambda numbers: None)
+    record = json.loads(open_store(chosen.output).get(runs.RUN))
+    del record["inputs"]["image_encoder"]
+    open_store(chosen.output).put(runs.RUN, json.dumps(record).encode())
+    train_model(chosen, lambda numbers: None)
+
+
+def test_another_model_to_start_from_under_the_same_name_is_another_run(settings, base, tmp_path):
+    start = shutil.copytree(base, tmp_path / "start")
+    shutil.copytree(base / "unet", start / "unet_text")
+    chosen = settings("tdm", start_from=str(start), steps=1, resume=True)
+    train_model(chosen, lambda numbers: None)
+    _other_weights(start / "unet")
+    train_model(chosen, lambda numbers: None)
+    _other_weights(start / "unet_text")
+    with pytest.raises(InputError, match="holds another run .start_from.unet_text .* there"):
+        train_model(chosen, lambda numbers: None)
+
+
+def test_other_prepared_data_is_refused_before_anything_is_loaded(settings, prepared, tmp_path):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    chosen = settings("tdm", data=str(data), resume=True)
+    for fingerprint in ("a", "b"):
+        (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint}))
+        if fingerprint == "a":
+            runs.begin_or_resume_training(open_store(chosen.output), chosen, {"data": "a", "base": {"vae": "1"}})
+            check_train(chosen)
+    with pytest.raises(InputError, match="data a there, b here"):
+        check_train(chosen)
+
+
 def test_another_provenance_is_resumed_and_refused_where_the_exact_is_asked_for(settings, monkeypatch):
     train_model(settings("tdm", steps=1), lambda numbers: None)
     store = open_store(settings("tdm").output)

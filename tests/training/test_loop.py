@@ -160,6 +160,43 @@ def test_a_checkpoint_in_many_parts_reads_back_whole_and_leftovers_of_a_broken_o
     assert again["step"] == 2 and same(dict(enumerate(state["trained"])), dict(enumerate(again["trained"])))
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "noise"])
+def test_a_damaged_part_of_a_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch, damage, earlier):
+    """Marks of earlier versions do not say what the parts hold: there a changed number cannot be noticed."""
+    monkeypatch.setattr(runs, "PART_BYTES", 10_000)
+    store = open_store(tmp_path)
+    runs.save_checkpoint(store, 2, {"step": 2, "trained": [torch.randn(100, 100)]}, keep_last=1)
+    mark, part = "checkpoints/step-00000002.json", "checkpoints/step-00000002/part-00001"
+    if earlier:
+        content = json.loads(store.get(mark))
+        del content["files"]
+        store.put(mark, json.dumps(content).encode())
+        assert runs.load_checkpoint(store, 2)["step"] == 2
+    data = store.get(part)
+    if damage == "missing":
+        store.delete(part)
+    else:
+        store.put(part, {"bit": data[:-1] + bytes([data[-1] ^ 1]), "cut": data[:-9], "noise": b"noise"}[damage])
+    if earlier and damage == "bit":
+        assert runs.load_checkpoint(store, 2)["step"] == 2
+        return
+    with pytest.raises(InputError, match="checkpoints/step-00000002") as refused:
+        runs.load_checkpoint(store, 2)
+    line = str(refused.value)
+    assert f"or remove {mark} to go on from the checkpoint before" in line and "\n" not in line
+    assert earlier or part in line
+
+
+@pytest.mark.parametrize("mark", [{"parts": 0}, {"parts": -1}, {"parts": 1, "files": 3}, {"parts": 2, "files": [{}]}])
+def test_a_mark_that_is_none_is_refused(tmp_path, mark):
+    store = open_store(tmp_path)
+    runs.save_checkpoint(store, 2, {"step": 2}, keep_last=1)
+    store.put("checkpoints/step-00000002.json", json.dumps(mark).encode())
+    with pytest.raises(InputError, match="checkpoints/step-00000002.*or remove"):
+        runs.load_checkpoint(store, 2)
+
+
 def test_the_last_checkpoints_are_kept_and_those_of_every_so_many_steps(settings):
     chosen = settings(steps=7, checkpoint_every=1, keep_last=2, keep_every=3)
     train_model(chosen, lambda numbers: None)

@@ -50,6 +50,19 @@ def test_errors_of_the_workers_come_out_as_what_they_are_and_are_not_tried_again
         train_on_ray.fn(settings("tdm", steps=30, warmup_steps=0, workers=1, **given))
 
 
+def test_the_number_of_workers_is_the_one_given_else_the_one_before_else_that_of_the_gpus(settings):
+    def count(given, recorded, gpus, cpus=8, side_by_side=1):
+        return train.count_workers(settings("tdm", workers=given), recorded, gpus, cpus, side_by_side)
+
+    assert count(None, None, gpus=4) == 4 and count(None, None, gpus=4, side_by_side=2) == 2
+    assert count(None, None, gpus=0) == 1 and count(3, None, gpus=4) == 3
+    assert count(None, 2, gpus=4) == count(None, 2, gpus=2, side_by_side=2) == count(None, 2, gpus=0) == 2
+    assert count(4, 4, gpus=2) == 4
+    for gpus, cpus, here in ((2, 8, "2 GPUs"), (0, 2, "2 cores")):
+        with pytest.raises(InputError, match=f"by 4 workers, this cluster has {here}.*--workers 4"):
+            count(None, 4, gpus, cpus)
+
+
 @pytest.mark.slow  # Ray Train starts its workers twice, which takes most of a minute.
 def test_a_worker_killed_with_sigkill_is_replaced_and_the_run_ends_as_an_undisturbed_one(
     ray_session, settings, tmp_path, monkeypatch
