@@ -7,9 +7,11 @@ interchangeable: the stage says what is done, the driver where.
     LocalDriver().run(stage)
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 Counts = dict[str, Any]
@@ -96,27 +98,62 @@ class WorkerPool:
         return max(1, min(most, places))
 
 
+class Spending:
+    """What one run has taken of its limits so far, over all of its stages and every attempt at them.
+
+    started: `time.monotonic()` when its first workers started; None: they did not yet.
+    cost: what its workers cost in the stages that have ended.
+    """
+
+    def __init__(self, started: float | None = None, cost: float = 0.0):
+        self.started, self.cost = started, cost
+
+
 @dataclass(frozen=True)
 class Limits:
-    """When a stage stops by itself, its units in hand finished; another run goes on from there.
+    """When a run stops by itself, its units in hand finished; another run goes on from there.
 
     hours: wall-clock hours; None: no limit.
     cost: what the workers may cost; None: no limit.
     hour_price: what an hour of a worker costs, in the unit of `cost`.
     grace_s: seconds after SIGTERM until the units in hand are abandoned.
+    spending: what the run has taken of them already; None: each attempt at a stage counts from zero.
     """
 
     hours: float | None = None
     cost: float | None = None
     hour_price: float | None = None
     grace_s: float = 90.0
+    spending: Spending | None = field(default=None, compare=False)
 
-    def seconds(self, workers: int) -> float | None:
-        """Return after how many seconds `workers` workers reach the first limit, None where there is none."""
-        found = [self.hours * 3600] if self.hours else []
+    def of_one_run(self) -> "Limits":
+        """Return limits that the stages of one run share: what one of them takes the others do not have."""
+        return replace(self, spending=Spending())
+
+    def first(self, workers: int) -> tuple[float, str] | None:
+        """Return the limit that `workers` workers reach first, None where there is none.
+
+        Returns:
+            The seconds until then, 0 or less where it is reached, and the option that sets it.
+        """
+        used, found = self.spending or Spending(), []
+        if self.hours:
+            ago = 0.0 if used.started is None else time.monotonic() - used.started
+            found.append((self.hours * 3600 - ago, f"--max-hours {self.hours:g}"))
         if self.cost and self.hour_price:
-            found.append(self.cost / self.hour_price / max(1, workers) * 3600)
+            left = (self.cost - used.cost) / self.hour_price / max(1, workers) * 3600
+            found.append((left, f"--max-cost {self.cost:g}"))
         return min(found, default=None)
+
+    @contextmanager
+    def counted(self, workers: int) -> Iterator[None]:
+        """Count what `workers` workers take within it."""
+        used, began = self.spending or Spending(), time.monotonic()
+        used.started = began if used.started is None else used.started
+        try:
+            yield
+        finally:
+            used.cost += (self.hour_price or 0.0) * workers * (time.monotonic() - began) / 3600
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,15 @@ def generate_dataset(settings: GenerateSettings) -> dict[str, Any]:
     `extend` rows are added to a finished dataset, after an extension that was interrupted is finished.
     """
     with metrics_served(settings.metrics_port, settings.metrics_address):
-        prepared = plan_dataset(settings)
+        limits = settings.limits.of_one_run()
+        prepared = plan_dataset(settings).with_limits(limits)
         if settings.dry_run:
             described = describe(prepared)
             return described | (estimate_run(settings, prepared) if prepared.job.layout.rows else {})
         run = generate_shards(prepared.job)
         finished = finish_dataset(prepared.job, certify_dataset(prepared.job))
         while prepared.resumes:
-            prepared = plan_dataset(settings)
+            prepared = plan_dataset(settings).with_limits(limits)
             later = generate_shards(prepared.job)
             run = {**later, "made": run["made"] + later["made"], "kept": run["kept"] + later["kept"]}
             finished = finish_dataset(prepared.job, certify_dataset(prepared.job))

@@ -81,7 +81,7 @@ def run_stage(stage: Stage, execution: Execution) -> Any:
         _limited(stage.limits, execution) as limited,
     ):
         progress.skip(stage.finished)
-        for key, counts in execution if rows else ():
+        for key, counts in execution if rows and not execution.stopping else ():
             if results.add(key, counts):
                 stage.observe(counts)
                 words = (stage.describe(results.totals), execution.describe(len(rows) - len(results.counts)))
@@ -111,16 +111,19 @@ class _Limited:
     """Stops an execution when its limit is reached; `reached` names the limit then."""
 
     def __init__(self, limits: Limits, execution: Execution):
-        self.limits, self.execution, self.reached = limits, execution, ""
-        seconds = limits.seconds(execution.workers)
-        self.timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._stop) if seconds is not None else None
+        self.execution, self.reached = execution, ""
+        self.timer: threading.Timer | None = None
+        if first := limits.first(execution.workers):
+            seconds, name = first
+            if seconds <= 0:  # by what the run did before
+                self._stop(name)
+            else:
+                self.timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._stop, (name,))
 
-    def _stop(self) -> None:
-        limits, workers = self.limits, self.execution.workers
-        by_time = limits.hours is not None and limits.seconds(workers) == limits.hours * 3600
-        self.reached = f"--max-hours {limits.hours:g}" if by_time else f"--max-cost {limits.cost:g}"
+    def _stop(self, name: str) -> None:
+        self.reached = name
         self.execution.stop()
-        logger.warning("%s is reached: the units in hand are finished, then the run stops", self.reached)
+        logger.warning("%s is reached: the units in hand are finished, then the run stops", name)
 
 
 @contextmanager
@@ -130,7 +133,8 @@ def _limited(limits: Limits, execution: Execution) -> Iterator[_Limited]:
         limited.timer.daemon = True
         limited.timer.start()
     try:
-        yield limited
+        with limits.counted(execution.workers):
+            yield limited
     finally:
         if limited.timer:
             limited.timer.cancel()

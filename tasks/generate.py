@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from prefect import task
 
-from facediffuser.batch_stage import Results, Stage, Unit, WorkerPool
+from facediffuser.batch_stage import Limits, Results, Stage, Unit, WorkerPool
 from facediffuser.cards.card_facts import spent_lines
 from facediffuser.cards.dataset_card import rewrite_card, write_card
 from facediffuser.dataset.certificate import (
@@ -145,7 +145,7 @@ def _rate(settings: GenerateSettings, prepared: Prepared, driver: Driver, certif
         "Sample", "images", job.run, [Unit("sample", len(rows))],
         functools.partial(SampleWorker, job, rows, prepared.references, certified),
         finish=lambda results: Rate(**results.counts["sample"]),
-        pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"),
+        pool=WorkerPool(1, cpus=job.threads or 1, gpu=job.device == "cuda"), limits=Limits(grace_s=job.limits.grace_s),
     )  # fmt: skip
     return driver.run(stage)
 

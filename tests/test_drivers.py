@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from functools import partial
 
 import psutil
 import pytest
 from pydantic import ValidationError
 
-from facediffuser.batch_stage import Limits, Results, Stage, Unit, WorkerPool
+from facediffuser.batch_stage import Limits, Results, Spending, Stage, Unit, WorkerPool
 from facediffuser.errors import InputError, LimitReached, Stopped
 from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.generation.generate_stage import describe_totals
@@ -112,13 +114,60 @@ def test_a_limit_finishes_what_is_in_hand_and_begins_nothing_more(driver, limits
         logging.getLogger("facediffuser.tasks.driver").removeHandler(handler)
 
 
-@pytest.mark.parametrize(("limits", "workers", "seconds"), [
-    (Limits(), 1, None), (Limits(hours=2), 3, 7200), (Limits(cost=10, hour_price=2.5), 1, 14400),
-    (Limits(cost=10, hour_price=2.5), 4, 3600), (Limits(hours=2, cost=10, hour_price=2.5), 4, 3600),
+PRICED = Limits(cost=10, hour_price=2.5)
+
+
+@pytest.mark.parametrize(("limits", "workers", "first"), [
+    (Limits(), 1, None), (Limits(hours=2), 3, (7200, "--max-hours 2")), (PRICED, 1, (14400, "--max-cost 10")),
+    (PRICED, 4, (3600, "--max-cost 10")), (replace(PRICED, hours=2), 4, (3600, "--max-cost 10")),
+    (replace(PRICED, hours=2), 1, (7200, "--max-hours 2")),
     (Limits(cost=10), 1, None), (Limits(cost=10, hour_price=0), 1, None),
+    (replace(PRICED, spending=Spending(cost=7.5)), 1, (3600, "--max-cost 10")),
+    (replace(PRICED, spending=Spending(cost=15)), 2, (-3600, "--max-cost 10")),
 ])  # fmt: skip
-def test_when_a_limit_is_reached(limits, workers, seconds):
-    assert limits.seconds(workers) == seconds
+def test_when_a_limit_is_reached(limits, workers, first):
+    assert limits.first(workers) == first
+
+
+def test_hours_count_from_the_first_workers_of_a_run_and_cost_adds_up_over_its_stages(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    limits = Limits(hours=2, cost=10, hour_price=2.5).of_one_run()
+    for attempt in range(2):
+        with pytest.raises(ConnectionError), limits.counted(workers=2):
+            clock[0] += 1800.0
+            raise ConnectionError(f"attempt {attempt}")
+        clock[0] += 60.0  # until the task is tried once more
+    assert limits.first(1) == (2 * 3600 - 3720, "--max-hours 2")
+    assert limits.first(4) == ((10 - 2 * 2 * 0.5 * 2.5) / 2.5 / 4 * 3600, "--max-cost 10")
+    # Another run begins anew.
+    assert limits.of_one_run().first(1) == (7200, "--max-hours 2")
+
+
+@pytest.mark.parametrize(("given", "spent", "named"), [
+    ({"hours": 1}, Spending(started=-7200.0), "--max-hours 1"),
+    ({"cost": 5, "hour_price": 2.0}, Spending(cost=5.0), "--max-cost 5"),
+])  # fmt: skip
+def test_a_stage_of_a_run_that_has_reached_its_limit_begins_nothing(given, spent, named):
+    class Never:
+        def __init__(self):
+            raise AssertionError("a worker was started")
+
+    with pytest.raises(LimitReached, match=f"stopped at {named}, .* 12 left"):
+        LocalDriver().run(stage(worker=Never, limits=Limits(**given, spending=spent)))
+    # What has nothing left to do is finished nevertheless.
+    assert LocalDriver().run(stage(count=0, worker=Never, limits=Limits(**given, spending=spent))).counts == {}
+
+
+def test_what_a_stage_took_counts_for_the_next_also_when_it_failed():
+    limits = Limits(hours=9, cost=1e9, hour_price=3600.0).of_one_run()
+    with pytest.raises(StorageError):
+        wrong = {"unit-3": StorageError("S3 answered 503")}
+        LocalDriver().run(stage(worker=partial(Counting, wrong), limits=limits))
+    started, cost = limits.spending.started, limits.spending.cost
+    assert started is not None and cost > 0
+    LocalDriver().run(stage(limits=limits))
+    assert limits.spending.started == started and limits.spending.cost > cost
 
 
 def test_what_does_not_end_in_time_after_sigterm_is_abandoned():

@@ -195,4 +195,7 @@ def certificate_stage(
     """
     units = [Unit(key, len(parts[key]), (key, parts[key])) for key in missing]
     finished = sum(len(places) for places in parts.values()) - sum(unit.rows for unit in units)
-    return Stage("Certify", "images", job.run, units, functools.partial(worker, job), finished=finished, pool=job.pool)
+    return Stage(
+        "Certify", "images", job.run, units, functools.partial(worker, job), finished=finished, pool=job.pool,
+        limits=job.limits,
+    )  # fmt: skip

@@ -75,7 +75,7 @@ def replacement_stage(job: GenerationJob, name: str, wanted: Mapping[int, dict[s
 
     return Stage(
         name, "images", job.run, units, functools.partial(ReplacementWorker, job), finish, pool=job.pool,
-        describe=describe_totals,
+        limits=job.limits, describe=describe_totals,
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class GenerationJob:
     references_key: where the references of the subjects lie in the output.
     required: with `exact`, the provenances of those shards.
     compiled_code: where compiled code is kept and found; None: in this machine's cache.
-    limits: when it stops by itself.
+    limits: when it stops by itself; all of its stages count towards them.
     """
 
     output: str
@@ -184,6 +184,10 @@ class Prepared:
         run = {**job.run, "settings": settings}
         job = replace(job, run=run, fingerprint=fingerprint_of(run), layout=Layout(job.layout.rows, rows))
         return replace(self, job=job, free_shard_size=False)
+
+    def with_limits(self, limits: Limits) -> "Prepared":
+        """Return the run with these limits; what a flow makes one after another shares them."""
+        return replace(self, job=replace(self.job, limits=limits))
 
     def write(self) -> int:
         """Write the plan and the references, what is missing of them; return how many objects were written.

@@ -6,16 +6,22 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from facediffuser.batch_stage import Limits
 from facediffuser.cards.card_facts import spent_lines
-from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.manifest import Counts, read_manifest
 from facediffuser.dataset.other_run import run_of_output
+from facediffuser.dataset.plan import Layout
 from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent
 from facediffuser.dataset.verify import inspect
+from facediffuser.flows import generate_dataset as flow
+from facediffuser.generation.certify import certificate_stage
 from facediffuser.generation.energy import EnergyMeter
 from facediffuser.generation.estimate import shard_size_for
+from facediffuser.generation.generate_stage import generate_stage, replacement_stage
+from facediffuser.generation.job import GenerationJob, Prepared
 from facediffuser.generation.measured_rate import Rate
 from facediffuser.storage import open_store
-from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
+from facediffuser.tasks.generate import Finished, finish_dataset, generate_shards, plan_dataset
 
 pytestmark = pytest.mark.usefixtures("local_driver")
 
@@ -108,3 +114,26 @@ def test_the_meter_counts_joules():
     assert EnergyMeter("GPU-1", Nvml()).joules() == 12.345
     with pytest.raises(OSError, match="NVML answers 3"):
         EnergyMeter("GPU-1", Nvml(3)).joules()
+
+
+def test_all_stages_of_a_run_share_its_limits_and_what_was_begun_earlier_does_too(world, tmp_path, monkeypatch):
+    settings = world.settings(tmp_path / "out", max_hours=8.0, max_cost=9.0, gpu_hour_price=2.0, stop_within=7.0)
+    job = GenerationJob("out", "f", {"settings": {"device": "cpu"}}, Layout(4, 2), "miniature", "miniature")
+    plans = iter([True, False])  # what was begun earlier is made first
+    seen: list[Limits] = []
+    done = {"made": 0, "kept": 0, "seconds": 0.0, "busy": 0.0}
+    end = Finished(Counts(rows=0, ok=0, failed=0, shards=0), [])
+
+    monkeypatch.setattr(flow, "plan_dataset", lambda settings: Prepared(job, None, None, resumes=next(plans)))
+    monkeypatch.setattr(
+        flow, "generate_shards", lambda job: seen.append(generate_stage(job, [0], print).limits) or done
+    )
+    monkeypatch.setattr(flow, "certify_dataset", lambda job: seen.append(certificate_stage(job, {}, []).limits))
+    monkeypatch.setattr(
+        flow, "finish_dataset", lambda job, _: seen.append(replacement_stage(job, "Retry", {}).limits) or end
+    )
+    flow.generate_dataset.fn(settings)
+    assert len(seen) == 6 and {(one.hours, one.cost, one.hour_price, one.grace_s) for one in seen} == {
+        (8.0, 9.0, 2.0, 7.0)
+    }
+    assert len({id(one.spending) for one in seen}) == 1 and seen[0].spending is not None
