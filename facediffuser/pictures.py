@@ -299,6 +299,7 @@ def turned(image: Image.Image) -> Image.Image:
     Args:
         image: a picture as opened.
     """
+    image.load()  # Pillow turns a TIFF by itself when its pixels are decoded
     turn = orientation(image)
     # Not ImageOps.exif_transpose: it parses and writes the whole block, any damage of which raises.
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image

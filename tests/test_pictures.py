@@ -94,8 +94,13 @@ def test_a_picture_is_turned_once_however_often_it_is_asked_for(kind, turn):
     upright = rgb_picture(saved(picture(), kind, exif=exif, **options), "a")
     assert upright.size == ((30, 40) if turn >= 5 else (40, 30))
     assert orientation(upright) == 1 and to_rgb(upright).tobytes() == upright.tobytes()
-    whole = read_picture(saved(picture(), kind, exif=exif, **options), "a.jpg")
-    assert whole.image.size == upright.size
+    data = saved(picture(), kind, exif=exif, **options)
+    assert to_rgb(Image.open(io.BytesIO(data))).tobytes() == upright.tobytes(), "decoded late"
+    whole = read_picture(data, "a.jpg")
+    assert whole.image.tobytes() == upright.tobytes()
+    # Readers that know nothing of EXIF find faces and segments where they are, too.
+    assert orientation(Image.open(io.BytesIO(whole.data))) == 1 and whole.data != data
+    assert read_picture(data, "a.jpg", size=15).image.size == (upright.width // 2, upright.height // 2)
 
 
 def test_a_picture_with_exif_that_says_nothing_is_kept_byte_for_byte():

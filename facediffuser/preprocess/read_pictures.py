@@ -55,11 +55,13 @@ def read_picture(
     kind, mode = opened.format, opened.mode
     # Pillow shows colour of 16 bits as 8-bit RGB: only how the file packs its pixels tells them apart.
     deep = any(";16" in str(tile[3]) for tile in getattr(opened, "tile", ()))
+    # Pillow turns a TIFF when it decodes the pixels; the file itself stays as it lies.
+    upright = kind != "TIFF" or orientation(opened) == 1
     load_pixels(opened)
     if pixel_md5 is not None and _pixel_md5(opened) != pixel_md5:
         raise Rejection("does not match its metadata", "the pixels' MD5 is not the one in ffhq-dataset-v2.json")
     # A damaged EXIF block makes readers of the prepared data raise: such a file is encoded again, without it.
-    upright = orientation(opened) == 1
+    upright = upright and orientation(opened) == 1
     image = _to_rgb(turned(opened))
     if min(image.size) < min_side:
         raise Rejection("too small", f"{image.width} x {image.height} px, the shorter side must have {min_side}")
