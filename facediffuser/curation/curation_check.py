@@ -2,7 +2,7 @@
 
 from facediffuser.curation.curation_settings import ExportSettings, MergeSettings, PublishSettings, RetractSettings
 from facediffuser.curation.export import open_export
-from facediffuser.curation.merge import MARK_KEY, merge_identity, open_sources, require_mergeable, require_output
+from facediffuser.curation.merge import MARK_KEY, open_sources, require_mergeable, require_output
 from facediffuser.curation.publish import listed_objects, repository_of
 from facediffuser.curation.retract import begin_retraction, require_retractable
 from facediffuser.dataset.manifest import require_objects
@@ -17,7 +17,7 @@ def check_merge(settings: MergeSettings) -> None:
         InputError: they cannot.
     """
     sources, store = open_sources(settings.urls), open_store(settings.output)
-    require_output(store, merge_identity(sources))
+    require_output(store, sources)
     for source in sources:
         require_objects(source.store, source.manifest)
     if not store.exists(MARK_KEY):

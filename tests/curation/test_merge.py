@@ -1,24 +1,40 @@
 """`merge`: datasets become one by copying; nothing is lost, doubled or changed, whenever it is interrupted."""
 
 import hashlib
+import io
+import json
 import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset.finished import ALONE, finish_dataset
+from PIL import Image
 
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.curation.curation_check import check_merge
-from facediffuser.curation.curation_settings import MergeSettings
+from facediffuser.curation.curation_settings import MergeSettings, RetractSettings
 from facediffuser.curation.merge import merge_stage
+from facediffuser.curation.retract import retract_stage
 from facediffuser.dataset.added_columns import read_added_columns, write_added_columns
-from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.extension import read_references
+from facediffuser.dataset.inputs import Prompt
+from facediffuser.dataset.manifest import (
+    EARLIER_FIELDS,
+    entry_of_shard,
+    object_entry,
+    read_manifest,
+    write_manifest,
+)
+from facediffuser.dataset.references import encode_references
+from facediffuser.dataset.shards import encode_table
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 from facediffuser.storage.local import LocalStore
 from facediffuser.tasks.local_driver import LocalDriver
+
+LATE = Prompt("late", "context", ("", " in the rain"), (0,))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +58,12 @@ def images(url) -> dict[str, str]:
     return found
 
 
+def settings_of(urls, output):
+    return MergeSettings(urls=[str(url) for url in urls], output=str(output))
+
+
 def merge(urls, output):
-    return LocalDriver().run(merge_stage(MergeSettings(urls=[str(url) for url in urls], output=str(output))))
+    return LocalDriver().run(merge_stage(settings_of(urls, output)))
 
 
 def test_two_become_one(originals, tmp_path):
@@ -123,6 +143,162 @@ def test_a_damaged_source_is_named(originals, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(InputError, match="is not as its manifest says"):
         merge([tmp_path / "one", originals / "other"], tmp_path / "both")
+
+
+@pytest.fixture(scope="module")
+def merged(originals, tmp_path_factory):
+    """(URLs, folder) of a finished merge."""
+    urls, folder = [originals / "one", originals / "other"], tmp_path_factory.mktemp("merged") / "both"
+    merge(urls, folder)
+    return urls, folder
+
+
+def taken_out(store):
+    LocalDriver().run(retract_stage(RetractSettings(url=store.url, subject="ada")))
+
+
+def being_taken_out(store):
+    write_manifest(store, read_manifest(store).model_copy(update={"retracting": "0" * 64}))
+
+
+def added(store):
+    manifest = read_manifest(store)
+    part = manifest.parts[1]
+    layout = part.as_part(name="p0003").layout
+    shards = [entry.model_copy(update={"key": layout.shard_key(n)}) for n, entry in enumerate(part.shards)]
+    write_manifest(store, manifest.with_parts([*manifest.parts, part.as_part(name="p0003", shards=shards)]))
+
+
+def being_added(store):
+    store.put("plan/part-p0003-00000-of-00001.parquet", store.get(read_manifest(store).layout.part_key(0)))
+
+
+def made_again(store):
+    """As `retry-failed` and `repair --accept` do."""
+    manifest = read_manifest(store)
+    key, part = manifest.more_parts[0].shards[0].key, manifest.more_parts[0]
+    data = encode_table(pq.read_table(store.root / key).replace_schema_metadata({"other": "bytes"}))
+    store.put(key, data)
+    changed = part.as_part(shards=[entry_of_shard(key, data), *part.shards[1:]])
+    write_manifest(store, manifest.with_parts([manifest.parts[0], changed]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (taken_out, "people were taken out of it"),
+        (being_taken_out, "a subject is being taken out of it"),
+        (added, "rows were added to it"),
+        (being_added, "rows are being added to it"),
+        (made_again, "data/shard-p0002-00000-of-00006.parquet is not the one of .*other"),
+    ],
+)
+def test_what_was_done_to_a_merged_dataset_is_not_undone(merged, tmp_path, change, says):
+    urls, folder = merged
+    shutil.copytree(folder, tmp_path / "both")
+    store = open_store(tmp_path / "both")
+    change(store)
+    before = contents(store)
+    for begin in (merge, lambda *given: check_merge(settings_of(*given))):
+        with pytest.raises(InputError, match=f"changed since it was merged \\({says}\\); give an empty output"):
+            begin(urls, store.root)
+    assert contents(store) == before
+
+
+def test_what_a_finished_merge_lacks_is_copied_once_more(merged, tmp_path):
+    urls, folder = merged
+    shutil.copytree(folder, tmp_path / "both")
+    store = open_store(tmp_path / "both")
+    ids = list(images(folder))
+    rewrite_card(store, [write_added_columns(store, "new", pa.table({"sample_id": ids, "new": [1.0] * len(ids)}), {})])
+    before = contents(store)
+    for key in ("subjects.parquet", "data/shard-00000-of-00002.parquet", "README.md"):
+        store.delete(key)
+        merge(urls, store.root)
+        assert verify(store.url) == [] and contents(store).keys() == before.keys()
+    # Columns that were added to it since are its own.
+    assert contents(store)["scores/new.parquet"] == before["scores/new.parquet"]
+
+
+def with_references(store, **columns):
+    """Replace columns of a dataset's references, and list them as they are now."""
+    table = read_references(store)
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    store.put("subjects.parquet", data := encode_references(table, table.schema))
+    manifest = read_manifest(store)
+    objects = [entry for entry in manifest.objects if entry.key != "subjects.parquet"]
+    write_manifest(store, manifest.model_copy(update={"objects": [*objects, object_entry("subjects.parquet", data)]}))
+
+
+def picture(colour, **options):
+    Image.new("RGB", (8, 8), colour).save(sink := io.BytesIO(), "PNG", **options)
+    return {"bytes": sink.getvalue(), "path": "1.png"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"crop_box": [[0, 0, 8, 8], [0, 0, 7, 8]]}, "another crop"),
+        ({"crop_box": [[0, 0, 8, 8], None]}, "another crop"),
+        ({"image": [picture("green"), picture("red")]}, "other pixels"),
+        ({"identity": [[1.0, 0.0], [0.6, 0.8]]}, "another identity vector"),
+        ({"identity": [[1.0, 0.0], [1.0, 0.0, 0.0]]}, "another identity vector"),
+        ({"identity": [[1.0, 0.0], None]}, "another identity vector"),
+        ({"source_sha256": ["2" * 64, "3" * 64]}, "other pictures or another class word"),
+        ({"class_word": ["person", "boy"]}, "other pictures or another class word"),
+    ],
+)
+def test_a_person_who_looks_otherwise_in_one_of_the_datasets_is_refused(originals, tmp_path, columns, says):
+    store = finish_dataset(tmp_path / "late", names=("aaron", "dan"), prompts=[LATE])
+    with_references(store, **columns)
+    urls = [originals / "other", store.root]
+    with pytest.raises(
+        InputError, match=rf"other and .*late: subject 'dan' has {says}.* in each; generate one of them"
+    ):
+        check_merge(settings_of(urls, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_person_of_two_datasets_has_one_set_of_references(originals, tmp_path):
+    store = finish_dataset(tmp_path / "late", names=("aaron", "dan"), prompts=[LATE])
+    # Another file name, another version of the encoder, and other hardware.
+    with_references(
+        store, reference=["aaron/1.png", "dan/0.png"], image=[picture("green"), picture("green", compress_level=0)],
+        identity=[[1.0, 0.0], [0.9999, 0.001]],
+    )  # fmt: skip
+    merge([originals / "other", store.root], tmp_path / "both")
+    people = pq.read_table(tmp_path / "both/subjects.parquet")["reference"].to_pylist()
+    assert people == ["cyd/1.png", "dan/1.png", "aaron/1.png"] and verify(str(tmp_path / "both")) == []
+
+
+def test_terms_that_differ_are_said(tmp_path, caplog):
+    for name, consent in (("one", "yes"), ("late", "no")):
+        finish_dataset(tmp_path / name, names=("dan",), prompts=[LATE if name == "late" else ALONE[0]])
+        store = open_store(tmp_path / name)
+        table = read_references(store).append_column("consent", pa.array([consent]))
+        store.put("subjects.parquet", data := encode_references(table, table.schema))
+        with_references(store)
+        assert data == store.get("subjects.parquet")
+    check_merge(settings_of([tmp_path / "one", tmp_path / "late"], tmp_path / "both"))
+    assert "what subject 'dan' agreed to is not what" in caplog.text
+
+
+def test_a_manifest_of_the_earliest_kind_is_refused_before_anything_is_written(originals, tmp_path):
+    shutil.copytree(originals / "one", tmp_path / "one")
+    store = open_store(tmp_path / "one")
+    document = json.loads(store.get("manifest.json"))
+    kept = EARLIER_FIELDS - {"objects"}
+    store.put("manifest.json", json.dumps({name: document[name] for name in document if name in kept}).encode())
+    urls = [store.root, originals / "other"]
+    for begin in (merge, lambda *given: check_merge(settings_of(*given))):
+        with pytest.raises(InputError, match="lists neither plan nor references; run `facediffuser card .*one` first"):
+            begin(urls, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    rewrite_card(store)
+    merge(urls, tmp_path / "both")
+    assert verify(str(tmp_path / "both")) == []
 
 
 class Killed(Exception):
