@@ -37,6 +37,10 @@ class UnreachableError(InputError):
     """A server named by the user did not answer before anything was done: a wrong address, or one that is away."""
 
 
+class DeniedError(InputError):
+    """A server that does not let these credentials do what was asked."""
+
+
 class RunError(RuntimeError):
     """A run failed for a reason that its one line explains; the command line prints it and exits with code 1."""
 

@@ -20,7 +20,11 @@ def retract(settings: RetractSettings) -> dict[str, Any]:
     """Take a person out of a dataset; return what remains, and how many old versions of objects the bucket keeps."""
     manifest = retract_subject(settings)
     versions = open_store(settings.url).old_versions()
-    kept = "unknown: the server does not say" if versions is None else len(versions)
+    kept = (
+        "unknown: the server does not say (on S3 it takes the right s3:ListBucketVersions)"
+        if versions is None
+        else len(versions)
+    )
     return {
         "output": settings.url,
         "removed": manifest.retractions[-1].rows,

@@ -19,7 +19,7 @@ from facediffuser.dataset.column_meanings import MEANINGS
 from facediffuser.dataset.image_files import SOURCE, xmp_packet
 from facediffuser.dataset.manifest import Manifest
 from facediffuser.dataset.schema import SUBJECTS_KEY, SUBJECTS_SCHEMA, is_list
-from facediffuser.errors import InputError
+from facediffuser.errors import DeniedError, InputError
 from facediffuser.number_words import counted
 from facediffuser.storage import Store
 from facediffuser.storage.reading import parse_json
@@ -248,9 +248,15 @@ def find_mentions(store: Store, subject: str) -> Absence:
                      "pictures hold were searched for it in sample ids only")  # fmt: skip
     versions = store.old_versions()
     if versions is None:
-        notes.append(f"{store.url}: the server does not say whether it keeps old versions of objects")
+        notes.append(f"{store.url}: the server does not say whether it keeps old versions of objects (on S3 it takes the right "
+                     "s3:ListBucketVersions)")  # fmt: skip
     for version in versions or ():
-        lines = mentions_in(version.key, version.read(), search)
+        try:
+            lines = list(mentions_in(version.key, version.read(), search))
+        except FileNotFoundError:
+            continue  # removed since it was listed
+        except DeniedError:
+            lines = [f"{version.key}: may not be read, which takes the right s3:GetObjectVersion"]
         mentions += [f"{line} (old version {version.version})" for line in lines]
     return Absence(mentions, notes, len(infos) + len(versions or ()), sum(info.size for info in infos))
 

@@ -120,7 +120,7 @@ class Store(ABC):
     def old_versions(self) -> "builtins.list[OldVersion] | None":
         """Return the versions of objects that the store keeps although they were replaced or deleted.
 
-        None where the store cannot tell.
+        None where the store cannot tell, or may not.
         """
         return []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from facediffuser.errors import InputError, UnreachableError
+from facediffuser.errors import DeniedError, InputError, UnreachableError
 from facediffuser.storage.base import BUFFER_BYTES, BucketStore, ObjectInfo, OldVersion, StorageError, Store
 from facediffuser.storage.ranges import RangedObject
 
@@ -141,8 +141,8 @@ class S3Store(BucketStore):
                         if not item["IsLatest"]:
                             read = functools.partial(self._get_version, item["Key"], item["VersionId"])
                             found.append(OldVersion(item["Key"][len(self._base) :], item["VersionId"], read))
-        except StorageError:
-            return None  # a server without versions
+        except (StorageError, DeniedError):
+            return None  # a server without versions, or credentials that may not list them (s3:ListBucketVersions)
         return found
 
     def _get_version(self, name: str, version: str) -> bytes:
@@ -246,8 +246,8 @@ class S3Store(BucketStore):
         if plain == "invalidbucketname":
             return InputError(f"s3://{self.bucket}: not a bucket name; use lower case letters, digits, '-' and '.'")
         if plain in _DENIED or status in (401, 403):
-            return InputError(f"{url}: access denied ({code or status}); check AWS_ACCESS_KEY_ID, "
-                              "AWS_SECRET_ACCESS_KEY and the bucket's policy")  # fmt: skip
+            return DeniedError(f"{url}: access denied ({code or status}); check AWS_ACCESS_KEY_ID, "
+                               "AWS_SECRET_ACCESS_KEY and the bucket's policy")  # fmt: skip
         if plain in _PRECONDITION_FAILED:
             return FileExistsError(errno.EEXIST, "already there with other content", url)
         if plain in _MISSING_KEY:

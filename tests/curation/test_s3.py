@@ -1,7 +1,10 @@
 """merge, retract, export and publish on S3: the server copies by itself, old versions are named, the bytes are those of a folder."""
 
+import io
+
 import boto3
 import pytest
+from botocore.awsrequest import AWSResponse
 from curation.hub import Hub
 from curation.test_merge import contents, merge
 from curation.test_publish import publish
@@ -104,6 +107,33 @@ def test_old_versions_that_the_bucket_keeps_are_named(url, originals):
     for version in store.old_versions():
         client().delete_object(Bucket=bucket, Key=f"dataset/{version.key}", VersionId=version.version)
     assert find_mentions(store, "ada").mentions == [] and verify(store.url) == []
+
+
+@pytest.mark.parametrize(
+    ("denied", "mentions", "notes"),
+    [
+        ("ListObjectVersions", [], ["takes the right s3:ListBucketVersions"]),
+        ("GetObject", ["x.bin: may not be read, which takes the right s3:GetObjectVersion (old version"], []),
+    ],
+)
+def test_rights_on_old_versions_that_are_missing_are_named(moto, denied, mentions, notes):
+    name = moto.removeprefix("s3://")
+    client().put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    store = open_store(f"{moto}/dataset")
+    for data in (b"with ada", b"without"):
+        store.put("x.bin", data)
+
+    def refuse(request, **_):
+        asks_for_old = denied == "ListObjectVersions" or "versionId" in request.url
+        body = io.BytesIO(b"<Error><Code>AccessDenied</Code></Error>")
+        body.stream = lambda **_: iter([body.getvalue()])
+        return AWSResponse(request.url, 403, {}, body) if asks_for_old else None
+
+    assert find_mentions(store, "ada").mentions
+    store._client.meta.events.register(f"before-send.s3.{denied}", refuse)
+    absence = find_mentions(store, "ada")
+    for found, expected in ((absence.mentions, mentions), (absence.notes, notes)):
+        assert len(found) == len(expected) and all(part in line for part, line in zip(expected, found, strict=True))
 
 
 def test_a_bucket_without_versions_has_none_left(moto, originals):
