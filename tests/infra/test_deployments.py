@@ -88,3 +88,9 @@ def test_datasets_are_generated_every_night_and_nothing_else_runs_by_itself(depl
 @pytest.mark.parametrize("name", ["generate-dataset", "retract"])
 def test_two_runs_of_one_dataset_do_not_meet(deployments, name):
     assert deployments[name].concurrency_limit == 1
+
+
+def test_every_deployment_is_one_that_the_automations_watch(raw, deployments):
+    (given,) = [step for step in raw["build"] if "facediffuser.flows.lost_runs.deploy_automations" in step]
+    tag = given["facediffuser.flows.lost_runs.deploy_automations"]["tag"]
+    assert [name for name, each in deployments.items() if tag not in each.tags] == []

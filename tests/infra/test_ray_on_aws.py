@@ -1,8 +1,11 @@
 """The Ray cluster file for AWS: by Ray's own schema, as Ray's launcher fills it in."""
 
+import ast
 import copy
 import json
+import shlex
 import string
+from importlib.util import find_spec
 from pathlib import Path
 
 import jsonschema
@@ -97,3 +100,17 @@ def test_what_is_to_be_filled_in_is_what_the_head_of_the_file_says():
     assert found - {"RAY_HEAD_IP"} == set(FILLED_IN)
     (line,) = [line for line in text.splitlines() if "envsubst" in line]
     assert all(f"${name}" in line for name in FILLED_IN)
+
+
+def test_what_every_node_imports_is_in_the_package(cluster):
+    found = []
+    for line in cluster["setup_commands"]:
+        words = shlex.split(line)
+        assert words[:2] == ["python", "-c"]
+        found += [
+            name.name for one in ast.walk(ast.parse(words[2])) if isinstance(one, ast.Import) for name in one.names
+        ]
+    own = [name for name in found if (ROOT / name.split(".")[0]).is_dir()]
+    # A wheel has no other module of its own at its top than this one, wherever the node's Python stands.
+    assert own and {name.split(".")[0] for name in own} == {"facediffuser"}
+    assert all(find_spec(name) for name in found)
