@@ -34,13 +34,14 @@ from facediffuser.preprocess.sources import FOLDER, Listing, list_source
 from facediffuser.preprocess.splits import assign_splits, near_duplicates
 from facediffuser.runs import check_provenance, different_provenances, software
 from facediffuser.storage import Store, open_store
-from facediffuser.storage.reading import parse_json
+from facediffuser.storage.reading import parse_json, read_json_object
 from facediffuser.tasks.chosen_driver import chosen_driver
 from facediffuser.tasks.driver import Driver
 from facediffuser.tasks.retrying import RETRIES
 
 logger = logging.getLogger(__name__)
 
+MANIFEST_FIELDS: dict[str, type] = {"counts": dict, "rejected": dict, "source": dict}
 BETWEEN_SPLITS = "between the splits: near-identical to pictures of train and of test"
 
 
@@ -76,7 +77,8 @@ def prepare_photographs(settings: PreprocessSettings, worker: type[PartWorker] =
     run, there = begin_or_resume_prepared(store, identity, listing)
     if MANIFEST in there:
         logger.info("%s: finished earlier; nothing to do", store.url)
-        return _result(store, parse_json(store.get(MANIFEST)), started, {}, 0)
+        manifest = read_json_object(store, MANIFEST, "remove it and run the same command again", MANIFEST_FIELDS)
+        return _result(store, manifest, started, {}, 0)
     parts = dict(enumerate(split_into_parts(listing.records, settings.part_size)))
     summaries = finished_parts(store, there, run.fingerprint, len(parts))
     recorded = different_provenances(recorded_provenance(run, summary) for summary in summaries.values())
@@ -144,9 +146,16 @@ def _finished_checks(store: Store, there: Container[str], job: Job, parts: Parts
     hashes = {}
     for part, records in parts.items():
         key = part_name("checks", part, "json")
-        content = parse_json(store.get(key)) if key in there else {}
-        if content.get("fingerprint") == job.fingerprint and len(content["hashes"]) == len(records):
-            hashes[part] = content["hashes"]
+        if key not in there:
+            continue
+        try:
+            content = parse_json(store.get(key))
+            found = [value and bytes.fromhex(value).hex() for value in content["hashes"]]
+            whole = content["fingerprint"] == job.fingerprint and len(found) == len(records)
+        except (ValueError, KeyError, TypeError):
+            whole = False  # not as this program writes it: the pictures are checked once more
+        if whole:
+            hashes[part] = found
     return hashes
 
 

@@ -194,6 +194,26 @@ def test_a_part_whose_file_is_cut_short_is_made_again(rendered, prepared, tmp_pa
     assert contents(output) == contents(prepared)
 
 
+def test_a_damaged_check_is_made_again_and_a_damaged_manifest_is_named(tmp_path, here):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number in range(5):
+        Image.new("RGB", (64, 64), (0, 9 * number, 0)).save(photos / f"{number}.png")
+    prepare(photos, output, part_size=1)
+    before = contents(output)
+    with open(output / "manifest.json", "r+") as file:
+        file.truncate(99)
+    with pytest.raises(InputError, match="manifest.json: not readable as JSON .*; remove it and run the same command"):
+        prepare(photos, output, part_size=1)
+    (output / "manifest.json").unlink()
+    (output / "parts/part-00004.json").unlink()
+    fingerprint = json.dumps(json.loads(before["run.json"])["fingerprint"])
+    for part, text in enumerate(("{", "[]", "{}", f'{{"fingerprint": {fingerprint}, "hashes": ["zz"]}}')):
+        (output / f"checks/part-0000{part}.json").write_text(text)
+    assert prepare(photos, output, part_size=1)["parts_kept"] == 4
+    assert contents(output) == before
+
+
 def test_another_run_in_the_output_is_refused_with_the_difference(rendered, prepared, photos, here):
     before = contents(prepared)
     with pytest.raises(InputError, match=r"settings.size None there, 48 here\); give a new --output"):
