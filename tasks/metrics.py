@@ -18,6 +18,9 @@ from facediffuser.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+LAST_SCRAPE_S = 20.0
+"""Longer than the interval of infra/monitoring (15 s), and short enough for what a stopped pod has left after its notice."""
+
 
 class StageMetrics(Collector):
     """The metrics of the stages of this process: of the one that runs, or of the last one."""
@@ -92,9 +95,40 @@ STAGES = StageMetrics()
 """The metrics of this process."""
 
 
+class _RunActive(Collector):
+    """Whether the run works: 1 until it comes to an end of its own, whichever that is, then 0.
+
+    A process that is killed, or whose machine is lost, never says 0: that is what the alert DriverGone sees.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._ended, self._told = threading.Event(), threading.Event(), threading.Event()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric; prometheus_client calls this."""
+        self._asked.set()
+        ended = self._ended.is_set()
+        yield GaugeMetricFamily(
+            "facediffuser_run_active", "1 while the run works, 0 when it has ended by itself", value=float(not ended)
+        )
+        if ended:
+            self._told.set()
+
+    def end(self, within_s: float) -> None:
+        """Say 0 from now on, and wait until that was asked for; not where nobody ever asked."""
+        self._ended.set()
+        if self._asked.is_set():
+            self._told.wait(within_s)
+
+
 @contextmanager
-def metrics_served(port: int | None, address: str) -> Iterator[None]:
+def metrics_served(port: int | None, address: str, last_scrape_s: float = LAST_SCRAPE_S) -> Iterator[None]:
     """Serve the metrics of this process at http://ADDRESS:PORT/metrics within it; nothing where the port is None.
+
+    Args:
+        port: 0: a free one.
+        address: that of an interface of this machine.
+        last_scrape_s: seconds that it waits at its end for whoever scraped it before to see that the run has ended.
 
     Raises:
         InputError: the address or port cannot be had.
@@ -102,8 +136,9 @@ def metrics_served(port: int | None, address: str) -> Iterator[None]:
     if port is None:
         yield
         return
-    registry = CollectorRegistry()
+    registry, active = CollectorRegistry(), _RunActive()
     registry.register(STAGES)
+    registry.register(active)
     try:
         server, thread = start_http_server(port, address, registry)
     except OSError as error:
@@ -114,6 +149,7 @@ def metrics_served(port: int | None, address: str) -> Iterator[None]:
     try:
         yield
     finally:
+        active.end(last_scrape_s)
         server.shutdown()
         server.server_close()
         thread.join()

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from facediffuser.batch_stage import Limits, Stage, Unit, WorkerPool
-from facediffuser.errors import InputError
+from facediffuser.errors import InputError, Stopped
 from facediffuser.json_log import FORMAT_VARIABLE, JsonFormatter, about
 from facediffuser.tasks.local_driver import LocalDriver
 from facediffuser.tasks.metrics import metrics_served
@@ -45,7 +46,7 @@ def run_and_scrape(caplog) -> list[dict[tuple[str, ...], float]]:
     units = [Unit(f"unit-{number}", 2) for number in range(3)]
     stage = Stage("Generate", "images", {}, units, Counting, finished=4, pool=WorkerPool(1), describe=look,
                   limits=Limits(hour_price=3600.0))  # fmt: skip
-    with caplog.at_level("INFO"), metrics_served(0, "127.0.0.1"):
+    with caplog.at_level("INFO"), metrics_served(0, "127.0.0.1", last_scrape_s=0.0):
         url = re.search(r"http://\S+", caplog.text)[0]
         LocalDriver().run(stage)
         seen.append(scrape(url))
@@ -64,6 +65,28 @@ def test_a_scrape_shows_rows_failures_retries_seconds_cost_and_time_left(caplog)
     assert last["facediffuser_seconds_left", "generate"] == 0
     assert first["facediffuser_units_queued", "generate"] == 1
     assert last["facediffuser_cost", "generate"] > 0
+
+
+def test_a_run_that_ends_by_itself_is_seen_to_have_ended_whoever_scrapes_it(caplog):
+    seen = []
+
+    def scrape_until_it_has_ended():
+        while not seen or seen[-1]:
+            seen.append(scrape(url)[("facediffuser_run_active",)])
+
+    scraper = threading.Thread(target=scrape_until_it_has_ended)
+    with pytest.raises(Stopped), caplog.at_level("INFO"), metrics_served(0, "127.0.0.1", last_scrape_s=60.0):
+        url = re.search(r"http://\S+", caplog.text)[0]
+        assert scrape(url)[("facediffuser_run_active",)] == 1
+        scraper.start()
+        raise Stopped("stopped by SIGTERM")
+    scraper.join(60)
+    assert seen[-1] == 0 and set(seen[:-1]) <= {1}
+
+
+def test_a_run_that_nobody_scrapes_does_not_wait_at_its_end():
+    with metrics_served(0, "127.0.0.1", last_scrape_s=threading.TIMEOUT_MAX):
+        pass
 
 
 def test_dashboard_and_alerts_ask_for_metrics_there_are(caplog):

@@ -177,6 +177,9 @@ def test_what_is_scraped_is_let_in(objects, pods):
     ports = {
         port["name"]: port["containerPort"] for pod in pods.values() for port in pod["spec"]["containers"][0]["ports"]
     }
+    monitoring = yaml.safe_load((ROOT / "infra" / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    job = {pod["metadata"]["labels"][objects["PodMonitor"]["spec"]["jobLabel"]] for pod in pods.values()}
+    assert job == {monitoring[0]["job_name"]}
     scraped = {ports[one["port"]] for one in objects["PodMonitor"]["spec"]["podMetricsEndpoints"]}
     let_in = {port["port"] for rule in objects["NetworkPolicy"]["spec"]["ingress"] for port in rule.get("ports", [])}
     assert scraped <= let_in
