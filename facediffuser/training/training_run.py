@@ -11,6 +11,7 @@ final/                          the trained parts; training.json last
 import hashlib
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FIX = "repeat that run's options or give another output"
 RUN, DONE = "run.json", "final/training.json"
+_MARK = re.compile(r"checkpoints/step-(\d{8,})\.json")
 PART_BYTES = 512 * 2**20
 """Bytes of a checkpoint's part: what is held in memory beside the model, and well below the 5 GB that S3 takes at once."""
 
@@ -153,9 +155,9 @@ def recorded_provenances(store: Store) -> list[dict[str, Any]]:
 
 
 def checkpoint_steps(store: Store) -> list[int]:
-    """Return after which steps there are checkpoints, ascending."""
-    keys = [one.key for one in store.list("checkpoints/")]
-    return sorted(int(key.removesuffix(".json")[-8:]) for key in keys if key.endswith(".json"))
+    """Return after which steps there are checkpoints, ascending; other files beside them do not count."""
+    found = (_MARK.fullmatch(one.key) for one in store.list("checkpoints/"))
+    return sorted(int(mark[1]) for mark in found if mark)
 
 
 def save_checkpoint(

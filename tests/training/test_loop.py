@@ -153,8 +153,10 @@ def test_a_checkpoint_in_many_parts_reads_back_whole_and_leftovers_of_a_broken_o
     monkeypatch.setattr(runs, "PART_BYTES", 10_000)
     store, state = open_store(tmp_path), {"step": 2, "trained": [torch.randn(100, 100), torch.randn(7)]}
     store.put("checkpoints/step-00000001/part-00000", b"of a write that was broken off")
+    store.put("checkpoints/notes.json", b"{}")
     assert runs.checkpoint_steps(store) == []
     runs.save_checkpoint(store, 2, state, keep_last=1)
+    assert runs.checkpoint_steps(store) == [2]
     assert len(store.list("checkpoints/step-00000002/")) > 3 and not store.list("checkpoints/step-00000001/")
     again = runs.load_checkpoint(store, 2)
     assert again["step"] == 2 and same(dict(enumerate(state["trained"])), dict(enumerate(again["trained"])))
