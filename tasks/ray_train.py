@@ -16,6 +16,7 @@ from facediffuser.json_log import json_requested
 from facediffuser.number_words import counted
 from facediffuser.runs import check_provenance, software
 from facediffuser.storage import open_store
+from facediffuser.tasks.end_training import EndTraining
 from facediffuser.tasks.progress import Progress
 from facediffuser.tasks.ray_session import cluster_cpus, cluster_gpus, connect_ray
 from facediffuser.tasks.retrying import RETRIES
@@ -78,6 +79,7 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
             run_config=RunConfig(
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
+                callbacks=[EndTraining(metrics)],
             ),
         )
         _fit(trainer, metrics, settings)

@@ -26,7 +26,8 @@ class TrainNumbers:
         self.error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
-        self.error = error
+        # The first: what other workers raise next may follow from it.
+        self.error = self.error or error
 
     def failure(self) -> Exception | None:
         return self.error
@@ -72,8 +73,11 @@ def train_in_worker(config: dict[str, Any]) -> None:
         with about(run=settings.output, worker=f"{settings.role} {rank}"):
             result = train_model(settings, report, worker)
     except (InputError, DivergedError) as error:
-        # Trying again would end the same way, so this is no failure to Ray; all workers come to the same end.
+        # Trying again would end the same way. A worker alone just ends; where there are others, they may wait for this
+        # one, so it fails: then `EndTraining` ends all of them.
         ray.get(metrics.fail.remote(error))
+        if worker.count > 1:
+            raise
         return
     if rank == 0:
         ray.get(metrics.write.remote({**result, "step": float(result["step"])}))

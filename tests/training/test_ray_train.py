@@ -3,14 +3,18 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from training.prepared_rows import read_prepared, write_prepared
 from training.test_loop import same, weights
 
 from facediffuser.errors import InputError
 from facediffuser.tasks import ray_train as train
+from facediffuser.tasks.end_training import EndTraining
 from facediffuser.tasks.ray_train import train_on_ray
+from facediffuser.tasks.train_worker import TrainNumbers
 from facediffuser.training.loop import DivergedError, train_model
 
 
@@ -50,6 +54,30 @@ def test_errors_of_the_workers_come_out_as_what_they_are_and_are_not_tried_again
         train_on_ray.fn(settings("tdm", steps=30, warmup_steps=0, workers=1, **given))
 
 
+@pytest.mark.slow  # Two workers on Ray Train.
+def test_an_error_of_one_of_two_workers_ends_the_other_and_is_not_tried_again(
+    ray_session, settings, prepared, tmp_path, monkeypatch
+):
+    """One worker finds the damaged picture while the other one waits for it in the backward pass."""
+    original, starts = train.train_in_worker, tmp_path / "starts"
+
+    def train_counted(config: dict) -> None:
+        import uuid
+
+        (Path(starts) / uuid.uuid4().hex).touch()
+        original(config)
+
+    starts.mkdir()
+    rows = read_prepared(prepared)
+    rows[7]["image"]["bytes"] = b"noise"
+    write_prepared(tmp_path / "data", rows)
+    monkeypatch.setattr(train, "train_in_worker", train_counted)
+    given = dict(data=str(tmp_path / "data"), precompute=False, steps=9, workers=2, batch_size=1, cpus_per_worker=1)
+    with pytest.raises(InputError, match=f"train picture {rows[7]['image_id']}: image cannot be read"):
+        train_on_ray.fn(settings("tdm", **given))
+    assert len(list(starts.iterdir())) == 2
+
+
 def test_the_number_of_workers_is_the_one_given_else_the_one_before_else_that_of_the_gpus(settings):
     def count(given, recorded, gpus, cpus=8, side_by_side=1):
         return train.count_workers(settings("tdm", workers=given), recorded, gpus, cpus, side_by_side)
@@ -61,6 +89,26 @@ def test_the_number_of_workers_is_the_one_given_else_the_one_before_else_that_of
     for gpus, cpus, here in ((2, 8, "2 GPUs"), (0, 2, "2 cores")):
         with pytest.raises(InputError, match=f"by 4 workers, this cluster has {here}.*--workers 4"):
             count(None, 4, gpus, cpus)
+
+
+def test_the_first_error_of_the_workers_is_the_one_that_counts():
+    numbers = TrainNumbers()
+    assert numbers.failure() is None
+    first = InputError("one")
+    for error in (first, InputError("two")):
+        numbers.fail(error)
+    assert numbers.failure() is first
+
+
+def test_a_training_is_ended_at_an_error_for_the_user_and_any_other_is_left_to_ray(monkeypatch):
+    numbers = TrainNumbers()
+    metrics = SimpleNamespace(failure=SimpleNamespace(remote=numbers.failure))
+    monkeypatch.setattr("ray.get", lambda value: value)
+    failures = {1: RuntimeError("connection closed by peer")}
+    EndTraining(metrics).after_exception(None, failures)
+    numbers.fail(InputError("one line"))
+    with pytest.raises(InputError, match="one line"):
+        EndTraining(metrics).after_exception(None, failures)
 
 
 @pytest.mark.slow  # Ray Train starts its workers twice, which takes most of a minute.
