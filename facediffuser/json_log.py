@@ -50,11 +50,19 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_json(logger: logging.Logger) -> None:
-    """Let a logger write JSON to stderr; a second call changes nothing."""
-    if any(isinstance(handler.formatter, JsonFormatter) for handler in logger.handlers):
+    """Let a logger write JSON to stderr, where neither it nor one above it, to which its lines go, does so already."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in _handlers_of(logger)):
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logger.addHandler(handler)
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)
+
+
+def _handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
+    """Yield all that a line of the logger reaches."""
+    here: logging.Logger | None = logger
+    while here is not None:
+        yield from here.handlers
+        here = here.parent if here.propagate else None

@@ -1,6 +1,7 @@
 """What a command shows: the product's own lines; those of Prefect, Ray and other libraries with --verbose only."""
 
 import io
+import json
 import logging
 import os
 import re
@@ -12,7 +13,9 @@ import pytest
 
 from facediffuser.errors import InputError, LimitReached, RunError, Stopped
 from facediffuser.flows.cli import exit_code, main
+from facediffuser.flows.product_flow import show_log
 from facediffuser.flows.terminal import Verbosity, shown
+from facediffuser.json_log import FORMAT_VARIABLE, JsonFormatter, log_json
 from facediffuser.tasks.progress import Progress
 
 OURS = re.compile(r"\d\d:\d\d:\d\d ")
@@ -42,6 +45,40 @@ def test_which_lines_are_shown(verbosity, expected, capsys):
             logging.getLogger(name).warning("is slow")
     assert [OURS.sub("", line) for line in capsys.readouterr().err.splitlines()] == expected
     assert (logging.getLogger().level, logging.getLogger("facediffuser").level) == levels
+
+
+@pytest.mark.parametrize(("verbosity", "expected"), [
+    (Verbosity.QUIET, ["is slow"]), (Verbosity.NORMAL, ["begins", "is slow"]),
+])  # fmt: skip
+def test_a_line_of_json_is_written_once_and_quiet_holds_in_a_flow(verbosity, expected, capsys, monkeypatch):
+    monkeypatch.setenv(FORMAT_VARIABLE, "json")
+    product = logging.getLogger("facediffuser")
+    handlers = list(product.handlers)
+    try:
+        with shown(verbosity):
+            for _ in range(2):  # a flow in a flow
+                show_log(None, None, None)
+            logging.getLogger("facediffuser.tasks.generate").info("begins")
+            logging.getLogger("facediffuser.tasks.generate").warning("is slow")
+        assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == expected
+    finally:
+        product.handlers[:] = handlers
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_a_logger_gets_json_of_its_own_where_no_line_of_it_is_written_as_json(propagate, monkeypatch):
+    above, below = logging.Logger("above"), logging.Logger("below")
+    below.parent, below.propagate = above, propagate
+    plain, written = logging.StreamHandler(io.StringIO()), logging.StreamHandler(io.StringIO())
+    written.setFormatter(JsonFormatter())
+    above.addHandler(plain)
+    log_json(below)
+    assert len(below.handlers) == 1
+    below.handlers.clear()
+    above.addHandler(written)
+    log_json(below)
+    log_json(below)
+    assert len(below.handlers) == (0 if propagate else 1)
 
 
 class Terminal(io.StringIO):
