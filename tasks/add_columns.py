@@ -5,10 +5,10 @@ from prefect import task
 from facediffuser.batch_stage import WorkerPool
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.dataset.added_columns import write_added_columns
+from facediffuser.dataset.manifest import find_manifest, listed_shards
 from facediffuser.dataset.reading import count_rows
 from facediffuser.devices import pick_device
-from facediffuser.errors import InputError
-from facediffuser.evaluation.add_columns import column_stage, discard_unfinished
+from facediffuser.evaluation.add_columns import column_stage
 from facediffuser.evaluation.copies import find_copies, recorded_scorers
 from facediffuser.evaluation.evaluate_check import check_copies, check_score
 from facediffuser.evaluation.score_settings import CopySettings, ScoreSettings
@@ -28,12 +28,7 @@ def add_scores(settings: ScoreSettings) -> list[str]:
     gpu = driver.gpus > 0 and settings.device != "cpu"
     # Without GPUs the workers share the cores.
     cpus = 1 if gpu else max(1, driver.cpus // (settings.workers or 1))
-    stage = column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu))
-    try:
-        return driver.run(stage)
-    except InputError:
-        discard_unfinished(settings.url)
-        raise
+    return driver.run(column_stage(settings, WorkerPool(settings.workers, cpus=cpus, gpu=gpu)))
 
 
 @task(name="find-copies", cache_policy=None, **RETRIES)
@@ -41,7 +36,7 @@ def flag_copies(settings: CopySettings) -> tuple[str, dict[str, int]]:
     """Write `scores/copies.parquet`; return its key and how many images each flag is raised on."""
     check_copies(settings)
     store = open_store(settings.url)
-    total = count_rows(store)
+    total = count_rows(store, listed_shards(store, find_manifest(store)))
     known = count_training(settings.training) if settings.training else 0
     scorers = load_scorers(settings.scorers or recorded_scorers(store), pick_device(settings.device))
     training = None

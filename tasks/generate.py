@@ -28,12 +28,12 @@ from facediffuser.dataset.extension import (
 )
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
-    MANIFEST_KEY,
     Counts,
     Manifest,
     Part,
     build_manifest,
     build_part,
+    find_manifest,
     object_entry,
     read_sound_manifest,
     shard_entry,
@@ -46,7 +46,7 @@ from facediffuser.dataset.schema import SUBJECTS_KEY
 from facediffuser.dataset.seal import KEPT_ENTRIES, seal
 from facediffuser.dataset.shards import finished_shards
 from facediffuser.dataset.spending import Spent, add_up, read_spent, total_spent, write_spent
-from facediffuser.errors import InputError, RunError
+from facediffuser.errors import RunError
 from facediffuser.evaluation.certificate_summary import failure, summarise
 from facediffuser.evaluation.tables import ScoreRow
 from facediffuser.generation.certify import CertificateWorker, certificate_parts, certificate_stage, missing_parts
@@ -205,17 +205,6 @@ class _HardwareWarning:
                            "lists them", self.url, shown(found))  # fmt: skip
 
 
-def _manifest_before(store: Store) -> Manifest | None:
-    """The manifest of a dataset that is finished once more; None where there is none, or a damaged one."""
-    if not store.exists(MANIFEST_KEY):
-        return None
-    try:
-        return read_sound_manifest(store)
-    except InputError as error:
-        logger.warning("%s; written anew, its digests of scores/ are lost", error)
-        return None
-
-
 @task(name="certify-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def certify_dataset(job: GenerationJob, worker: type[CertificateWorker] = CertificateWorker) -> dict[str, Any] | None:
     """Make what is missing of the certificate of a run in fast mode; return what it says, None for a run in exact mode.
@@ -320,6 +309,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
 
     Raises:
         RuntimeError: shards are missing.
+        StorageError: another command wrote a manifest meanwhile.
         FailedRowsError: more rows failed than `--max-failed` allows; the dataset is complete nevertheless.
         CertificateError: the certificate says that fast mode lost too much; likewise.
     """
@@ -337,7 +327,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
-    before = _manifest_before(store)
+    before = find_manifest(store)
     spent = _spent(job, store, before)
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
     part = build_part(
@@ -347,8 +337,8 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     parts = sorted([part, *_other_parts(store, layout.name, before)], key=lambda one: one.name)
     _keep_references(job, parts)
     write_spent(store, parts)
-    table = write_card(store)
     built = build_manifest(parts, retractions=before.retractions if before else ())
+    table = write_card(store, built)
     known_entries = {entry.key: entry for entry in before.objects} if before else {}
     own = {*layout.part_keys(), SUBJECTS_KEY}
     objects = [
@@ -357,7 +347,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
     ]
     # Columns added before keep their entries: later damage to them is still found.
     objects += [entry for entry in known_entries.values() if entry.key.startswith(KEPT_ENTRIES)]
-    built = built.model_copy(update={"objects": objects})
+    built = built.model_copy(update={"objects": objects, "digest": before.digest if before else ""})
     manifest = seal(store, built, {summary_key(layout.name)} if certificate else ())
     for info in store.list(UNFINISHED_REFERENCES):
         store.delete(info.key)

@@ -26,6 +26,7 @@ from facediffuser.cards.survey import LocatedRow, fetch_images, survey_dataset
 from facediffuser.dataset.certificate import dataset_certificates
 from facediffuser.dataset.column_meanings import column_lines
 from facediffuser.dataset.consent import consent_facts
+from facediffuser.dataset.manifest import Manifest
 from facediffuser.dataset.reading import open_parquet, read_chosen, recorded_run
 from facediffuser.dataset.seal import CARD_KEYS, require_sealable, seal
 from facediffuser.dataset.spending import read_spent
@@ -46,12 +47,17 @@ OTHERS = "others"
 SIZE_TAGS = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def write_card(store: Store) -> list[ScoreRow]:
+def write_card(store: Store, manifest: Manifest | None = None) -> list[ScoreRow]:
     """Write `README.md`, `card/index.html` and the pictures of both in `card/`.
 
-    Reads `data/*.parquet`, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the
+    Reads the shards, `subjects.parquet`, the plan's metadata and `stats/spent.json`; the same dataset gives the
     same bytes. Memory does not grow with the rows, but with the different people and prompts, and with columns that
     were added.
+
+    Args:
+        store: the dataset.
+        manifest: that of the dataset, or the one that is written next: the card is of the parts that it lists, not of rows
+            that are still being added. None: of all of `data/*.parquet`.
 
     Returns:
         The table of scores.
@@ -59,7 +65,8 @@ def write_card(store: Store) -> list[ScoreRow]:
     Raises:
         InputError: there is no dataset.
     """
-    survey = survey_dataset(store)
+    survey = survey_dataset(store, manifest)
+    names = {part.name for part in manifest.parts} if manifest else None
     shown = [located for row in survey.sheet for located in row] + survey.best + survey.worst + survey.named
     shown += [located for flagged in survey.flags.values() for located in flagged.shown]
     card = Card(
@@ -69,7 +76,9 @@ def write_card(store: Store) -> list[ScoreRow]:
         images=fetch_images(store, shown),
         spent=read_spent(store),
         references=_references(store, {name for located in shown for name in located.subject_ids}),
-        certificates=dataset_certificates(store),
+        certificates={
+            name: found for name, found in dataset_certificates(store).items() if names is None or name in names
+        },
     )
     groups = survey.sample.groups(MAX_LINES, OTHERS)
     pictures = {
@@ -101,9 +110,10 @@ def rewrite_card(store: Store, written: Collection[str] = ()) -> list[ScoreRow]:
 
     Raises:
         InputError: the dataset is damaged; nothing is written then.
+        StorageError: another command wrote a manifest meanwhile.
     """
     manifest = require_sealable(store)
-    table = write_card(store)
+    table = write_card(store, manifest)
     if manifest is not None:
         seal(store, manifest, written)
     return table

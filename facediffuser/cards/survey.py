@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facediffuser.dataset.added_columns import read_added_columns
-from facediffuser.dataset.reading import list_shards, open_parquet, row_groups, shard_schema
+from facediffuser.dataset.manifest import Manifest, listed_shards
+from facediffuser.dataset.reading import open_parquet, row_groups, shard_schema
 from facediffuser.dataset.schema import FACES, IP_MARGIN
 from facediffuser.evaluation.face_facts import FaceCounts, FaceFacts
 from facediffuser.evaluation.score_sample import Highest, ScoreSample, rank
@@ -103,16 +104,20 @@ class Survey:
     shard_rows: list[int] = field(default_factory=list)
 
 
-def survey_dataset(store: Store) -> Survey:
-    """Return what one pass over `data/*.parquet` finds.
+def survey_dataset(store: Store, manifest: Manifest | None = None) -> Survey:
+    """Return what one pass over a dataset's shards finds.
 
     Only sums, a sample of scores and a few chosen rows stay in memory.
     The choice of rows depends on their ids alone, not on how they lie in shards.
 
+    Args:
+        store: the dataset.
+        manifest: what lists its shards; None: all of `data/*.parquet`.
+
     Raises:
         InputError: there are no shards, or one is damaged.
     """
-    infos = list_shards(store)
+    infos = listed_shards(store, manifest)
     rows, prompts, subjects = 0, set(), set()
     rows_of_file: Counter[str] = Counter()
     schema = shard_schema(store, infos[0].key)

@@ -107,8 +107,7 @@ def retract_stage(settings: RetractSettings) -> Stage:
     store = open_store(settings.url)
     manifest, resumes = begin_retraction(store, settings.subject)
     if not resumes:
-        manifest = manifest.model_copy(update={"retracting": _mark(manifest, settings.subject)})
-        write_manifest(store, manifest)
+        manifest = write_manifest(store, manifest.model_copy(update={"retracting": _mark(manifest, settings.subject)}))
     units = [Unit(entry.key, entry.rows, entry.model_dump()) for entry in manifest.all_shards]
     worker = functools.partial(RetractWorker, settings.url, settings.subject, resumes)
     finish = functools.partial(_finish, store, manifest, settings.subject, resumes)

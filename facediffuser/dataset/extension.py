@@ -10,12 +10,11 @@ import pyarrow as pa
 
 from facediffuser.dataset.certificate import dataset_certificate
 from facediffuser.dataset.manifest import (
-    MANIFEST_KEY,
     Manifest,
     Part,
     begun_parts,
     build_part,
-    read_sound_manifest,
+    find_manifest,
     shard_entry,
 )
 from facediffuser.dataset.other_run import (
@@ -140,7 +139,7 @@ def output_state(store: Store) -> OutputState:
     Raises:
         InputError: its manifest is damaged.
     """
-    manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
+    manifest = find_manifest(store)
     return OutputState(manifest, begun_parts(store, manifest))
 
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from facediffuser.dataset.plan import Layout, find_sample, part_names
-from facediffuser.dataset.reading import readable_parquet
+from facediffuser.dataset.reading import list_shards, readable_parquet
 from facediffuser.dataset.schema import READABLE_VERSIONS, SUBJECTS_KEY, run_schema_version
 from facediffuser.errors import InputError
 from facediffuser.number_words import counted
 from facediffuser.runs import canonical_json, count_provenances, has_fingerprint, provenance_of
-from facediffuser.storage import ObjectInfo, Store
+from facediffuser.storage import ObjectInfo, StorageError, Store
 from facediffuser.storage.reading import parse_json
 
 MANIFEST_KEY = "manifest.json"
@@ -37,6 +37,7 @@ _ORDER = (
 PART_NAME = re.compile(r"^(p\d{4,6})?$")
 # About two million shards; a larger file is not read.
 MOST_BYTES = 512 << 20
+_DIGEST = re.compile(rb'\s*\{\s*"digest":\s*"([0-9a-f]{64})"')
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -154,7 +155,8 @@ class Manifest(Part):
     """What a finished dataset holds: its first part, which earlier versions of this code read alone, and the others.
 
     digest: the sha256 of the manifest's own bytes with this value empty; empty in manifests of earlier versions, which
-        list plan, references and shards only.
+        list plan, references and shards only. It stays with what is derived of a manifest: `write_manifest` puts it only
+        in the place of that one.
     counts: of all parts.
     objects: all that is neither a shard nor below one of the prefixes in `unlisted`.
     more_parts: the parts after the first.
@@ -256,8 +258,19 @@ def build_manifest(
     )  # fmt: skip
 
 
-def write_manifest(store: Store, manifest: Manifest) -> None:
-    """Put the manifest with its digest; the same dataset gives the same bytes."""
+def write_manifest(store: Store, manifest: Manifest) -> Manifest:
+    """Put the manifest with its digest, and return it; the same dataset gives the same bytes.
+
+    Nothing else writes a dataset's manifest. A command that works for hours holds the manifest that it read at its start;
+    another one may have written its own by then, which must not be undone.
+
+    Args:
+        store: the dataset.
+        manifest: its `digest` is that of the manifest whose place it takes; empty where there is none.
+
+    Raises:
+        StorageError: another manifest is there by now.
+    """
     every = manifest.model_dump()
     # A dataset that was made at once and left as it is has the manifest that it always had.
     for document in (every, *every["more_parts"]):
@@ -267,7 +280,38 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
     document = {name: every[name] for name in _ORDER if name in every} | {"digest": ""}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
-    store.put(MANIFEST_KEY, text.replace('"digest": ""', f'"digest": "{digest}"', 1).encode())
+    if manifest_digest(store) != digest:
+        require_unchanged(store, manifest.digest)
+        store.put(MANIFEST_KEY, text.replace('"digest": ""', f'"digest": "{digest}"', 1).encode())
+    return manifest.model_copy(update={"digest": digest})
+
+
+def manifest_digest(store: Store) -> str:
+    """Return the digest in a dataset's manifest, of which only the beginning is read.
+
+    Empty where there is no manifest, or none with a digest: one of an earlier version, or something else.
+    """
+    try:
+        with store.open(MANIFEST_KEY, buffer_bytes=1 << 10) as file:
+            found = _DIGEST.match(file.read(1 << 10))
+    except (FileNotFoundError, IsADirectoryError):
+        return ""
+    return found[1].decode() if found else ""
+
+
+def require_unchanged(store: Store, digest: str) -> None:
+    """Check that a dataset's manifest is the one that a command began with.
+
+    Args:
+        store: the dataset.
+        digest: that of the manifest it began with.
+
+    Raises:
+        StorageError: it is another; run again, the command begins with that one.
+    """
+    if manifest_digest(store) != digest:
+        raise StorageError(f"{store.url}: changed while this command ran (another command wrote its {MANIFEST_KEY}); run it "
+                           "again")  # fmt: skip
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -293,6 +337,15 @@ def read_sound_manifest(store: Store) -> Manifest:
         raise InputError(f"{store.url_of(MANIFEST_KEY)}: {problem}; put it back, or remove it and let `generate`, with "
                          "its options, write it again")  # fmt: skip
     return manifest
+
+
+def find_manifest(store: Store) -> Manifest | None:
+    """Return a dataset's manifest, its digest checked, None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or it is damaged.
+    """
+    return read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
 
 
 def read_manifest_bytes(store: Store) -> bytes:
@@ -476,3 +529,24 @@ def begun_parts(store: Store, manifest: Manifest | None) -> list[str]:
     """Return the names of the parts whose rows are being added: their plan is there, and no manifest lists them."""
     listed = {part.name for part in manifest.parts} if manifest else set()
     return [name for name in part_names(info.key for info in store.list("plan/")) if name not in listed]
+
+
+def listed_shards(store: Store, manifest: Manifest | None) -> list[ObjectInfo]:
+    """Return the shards of a dataset that are there, without those of rows that are still being added to it.
+
+    Args:
+        store: the dataset.
+        manifest: what lists its shards; None: all of `data/`, for a dataset that is not finished.
+
+    Raises:
+        InputError: there are none.
+    """
+    shards = list_shards(store)
+    if manifest is None:
+        return shards
+    listed = {entry.key for entry in manifest.all_shards}
+    found = [info for info in shards if info.key in listed]
+    if not found:
+        raise InputError(f"{store.url}: none of the shards that its {MANIFEST_KEY} lists is there; put them back, or run "
+                         "`facediffuser repair`")  # fmt: skip
+    return found

@@ -23,7 +23,7 @@ from facediffuser.dataset.schema import (
     is_list,
 )
 from facediffuser.errors import InputError
-from facediffuser.storage import ObjectInfo, Store, open_store
+from facediffuser.storage import ObjectInfo, StorageError, Store, open_store
 from facediffuser.storage.arrow import arrow_filesystem
 from facediffuser.storage.reading import DamagedError, parse_json, reading
 
@@ -200,24 +200,44 @@ def row_groups(
                 yield key, group, file.read_row_group(group, columns=present)
 
 
-def require_readable_shards(store: Store) -> None:
-    """Check that every shard can be opened and holds what work on a dataset needs.
+def require_readable_shards(store: Store, shards: Iterable[ObjectInfo]) -> None:
+    """Check that shards can be opened and hold what work on a dataset needs.
 
     Raises:
         InputError: one cannot; the first is named.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda info: read_footer(store, info.key), list_shards(store)):
+        for _ in pool.map(lambda info: read_footer(store, info.key), shards):
             pass
 
 
-def count_rows(store: Store) -> int:
+def changed_shards(store: Store, shards: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """Return those of the shards that are gone, or replaced by others, since they were listed."""
+    there = set(store.list(DATA_PREFIX))
+    return [info for info in shards if info not in there]
+
+
+def require_same_shards(store: Store, shards: Iterable[ObjectInfo]) -> None:
+    """Check that shards are as they were when a command listed them, before what it found in them is written.
+
+    Raises:
+        StorageError: one is gone or replaced; run again, the command reads what is there then.
+    """
+    for info in changed_shards(store, shards)[:1]:
+        raise StorageError(f"{store.url_of(info.key)}: changed by another command while this one ran; run it again")
+
+
+def count_rows(store: Store, shards: Iterable[ObjectInfo] | None = None) -> int:
     """Return how many rows a dataset has, from its shards' footers.
+
+    Args:
+        store: the dataset.
+        shards: of these alone; by default all of `data/`.
 
     Raises:
         InputError: there is no shard.
     """
-    return sum(read_footer(store, info.key).num_rows for info in list_shards(store))
+    return sum(read_footer(store, info.key).num_rows for info in shards or list_shards(store))
 
 
 def shard_schema(store: Store, key: str | None = None) -> pa.Schema:

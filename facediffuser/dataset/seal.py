@@ -4,15 +4,15 @@ import logging
 from collections.abc import Collection, Sequence
 
 from facediffuser.dataset.added_columns import ADDED_PREFIX, read_added_columns
-from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, dataset_certificates
+from facediffuser.dataset.certificate import CERTIFICATE_PREFIX, certified_part, dataset_certificates
 from facediffuser.dataset.manifest import (
     MANIFEST_KEY,
     UNLISTED,
     Manifest,
     ObjectEntry,
+    find_manifest,
     object_entries,
     object_entry,
-    read_sound_manifest,
     write_manifest,
 )
 from facediffuser.dataset.reading import read_columns, read_footer
@@ -44,7 +44,7 @@ def require_sealable(store: Store, written: Collection[str] = ()) -> Manifest | 
     store.list()  # finds a link that leads nowhere, and a folder that may not be read
     for key in (*written, *CARD_KEYS, MANIFEST_KEY):
         store.require_replaceable(key)
-    manifest = read_sound_manifest(store) if store.exists(MANIFEST_KEY) else None
+    manifest = find_manifest(store)
     for key in [info.key for info in store.list("plan/") if info.key.endswith(".parquet")][:1]:
         read_footer(store, key)
     if store.exists(SUBJECTS_KEY):
@@ -54,7 +54,7 @@ def require_sealable(store: Store, written: Collection[str] = ()) -> Manifest | 
     return manifest
 
 
-def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Manifest:
+def seal(store: Store, manifest: Manifest, written: Collection[str] = (), card: bool = True) -> Manifest:
     """Write a dataset's manifest anew, after its card was written, and return it.
 
     Args:
@@ -62,13 +62,28 @@ def seal(store: Store, manifest: Manifest, written: Collection[str] = ()) -> Man
         manifest: its manifest, sound (`read_sound_manifest`), perhaps with the entries of shards that changed.
         written: the keys below scores/ that were written since. Others keep the digest they are listed with, so that
             damage to them is still found.
+        card: list the card. Without, the card is of the shards as they were: until it is written anew, `verify` names it.
+
+    Raises:
+        StorageError: another command wrote a manifest since this one was read.
     """
     planned = manifest.planned_keys()
     kept = [entry for entry in manifest.objects if entry.key in set(planned)] or object_entries(store, planned)
-    objects = kept + card_and_column_entries(store, manifest.objects, written)
+    names = {part.name for part in manifest.parts}
+    objects = kept + [
+        entry
+        for entry in card_and_column_entries(store, manifest.objects, written)
+        if (card or not is_of_card(entry.key))
+        # Of rows that are still being added: the manifest that lists them lists their certificate.
+        and (certified_part(entry.key) or "") in names
+    ]
     sealed = manifest.model_copy(update={"objects": objects, "unlisted": list(UNLISTED)})
-    write_manifest(store, sealed)
-    return sealed
+    return write_manifest(store, sealed)
+
+
+def is_of_card(key: str) -> bool:
+    """Return whether a key is one of a dataset's card."""
+    return key == README_KEY or key.startswith(CARD_PREFIX)
 
 
 def card_and_column_entries(

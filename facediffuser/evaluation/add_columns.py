@@ -1,7 +1,8 @@
 """Columns of other scorers as a stage: the units are a dataset's shards; the columns go beside them in `scores/`.
 
-A worker keeps what it found in a shard as an object below `stats/`, so that an interrupted run is resumed. The last step
-puts them together as `scores/<scorer>.parquet` and removes them.
+A worker keeps what it found in a shard as an object below `stats/`, so that an interrupted run is resumed, also one that a
+damaged shard ended: its name says which shard it is of, and which version of it. The last step puts them together as
+`scores/<scorer>.parquet` and removes them.
 """
 
 import functools
@@ -14,7 +15,8 @@ from pyarrow import feather
 
 from facediffuser.batch_stage import Counts, Results, Stage, Unit, WorkerPool
 from facediffuser.dataset.added_columns import KEY, read_added_columns, require_new_columns, write_added_columns
-from facediffuser.dataset.reading import list_shards, read_footer, row_groups
+from facediffuser.dataset.manifest import find_manifest, listed_shards
+from facediffuser.dataset.reading import changed_shards, read_footer, require_same_shards, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA, FACES
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.image_sources import dataset_reference_pictures
@@ -23,7 +25,7 @@ from facediffuser.evaluation.score_settings import ScoreSettings
 from facediffuser.pictures import stored_picture
 from facediffuser.runs import fingerprint_of
 from facediffuser.scoring.columns import short_name
-from facediffuser.storage import Store, open_store
+from facediffuser.storage import ObjectInfo, Store, open_store
 
 COLUMNS = ("sample_id", "subject_ids", "prompt", "image")
 UNFINISHED_PREFIX = "stats/scores-"
@@ -42,34 +44,28 @@ def column_stage(settings: ScoreSettings, pool: WorkerPool | None = None) -> Sta
         InputError: there is no dataset, a scorer cannot be used, or it adds a column that is there already.
     """
     store = open_store(settings.url)
-    shards = list_shards(store)
+    shards = listed_shards(store, find_manifest(store))
     # Loaded here, too: a scorer says its columns and its digest once its weights are read.
     scorers = load_row_scorers(settings, store)
     require_new_columns({short_name(name): scorer.columns.names for name, scorer in scorers.items()}, store)
     identity = {
         "scorers": {name: scorer.digest for name, scorer in scorers.items()},
         "batch_size": settings.batch_size,
-        "shards": [[info.key, info.size, str(info.version)] for info in shards],
     }
-    # Not in a folder of their own, which would be left behind, empty.
-    prefix = f"{UNFINISHED_PREFIX}{fingerprint_of(identity)[:16]}-"
-    every = [
-        Unit(f"{prefix}{info.key.rsplit('/', 1)[-1]}.arrow", read_footer(store, info.key).num_rows, info.key)
-        for info in shards
-    ]
+    kept = {info: _kept_key(identity, info) for info in shards}
+    every = [Unit(key, read_footer(store, info.key).num_rows, info.key) for info, key in kept.items()]
     units = [unit for unit in every if not store.exists(unit.key)]
     return Stage(
         "Score", "images", identity, units, functools.partial(ColumnWorker, settings),
-        functools.partial(_finish, store, scorers, [unit.key for unit in every]),
+        functools.partial(_finish, store, scorers, kept),
         sum(unit.rows for unit in every) - sum(unit.rows for unit in units), pool or WorkerPool(),
     )  # fmt: skip
 
 
-def discard_unfinished(url: str) -> None:
-    """Remove what workers kept of columns that are not written: a dataset that is damaged will be another when it is repaired."""
-    store = open_store(url)
-    for info in store.list(UNFINISHED_PREFIX):
-        store.delete(info.key)
+def _kept_key(identity: Mapping[str, Any], shard: ObjectInfo) -> str:
+    """The key of what is kept of a shard; not in a folder of its own, which would be left behind, empty."""
+    of_shard = fingerprint_of({**identity, "shard": [shard.key, shard.size, str(shard.version)]})
+    return f"{UNFINISHED_PREFIX}{of_shard[:16]}-{shard.key.rsplit('/', 1)[-1]}.arrow"
 
 
 class ColumnWorker:
@@ -113,8 +109,13 @@ class ColumnWorker:
         return pa.Table.from_pylist(values, schema=self.schema)
 
 
-def _finish(store: Store, scorers: Mapping[str, DatasetScorer], keys: list[str], results: Results) -> list[str]:
-    table = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in keys).combine_chunks()
+def _finish(
+    store: Store, scorers: Mapping[str, DatasetScorer], kept: Mapping[ObjectInfo, str], results: Results
+) -> list[str]:
+    for info in changed_shards(store, kept):
+        store.delete(kept[info])  # the rows may be of a person who was taken out meanwhile
+    require_same_shards(store, kept)
+    table = pa.concat_tables(feather.read_table(io.BytesIO(store.get(key))) for key in kept.values()).combine_chunks()
     written = [
         write_added_columns(
             store,
@@ -125,5 +126,6 @@ def _finish(store: Store, scorers: Mapping[str, DatasetScorer], keys: list[str],
         )
         for name, scorer in scorers.items()
     ]
-    discard_unfinished(store.url)
+    for info in store.list(UNFINISHED_PREFIX):
+        store.delete(info.key)
     return written

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from facediffuser.dataset.manifest import MANIFEST_KEY, read_manifest
-from facediffuser.dataset.reading import list_shards, read_columns, row_groups
+from facediffuser.dataset.manifest import MANIFEST_KEY, find_manifest, listed_shards, read_manifest
+from facediffuser.dataset.reading import read_columns, require_same_shards, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA
 from facediffuser.evaluation.score_settings import CopySettings
 from facediffuser.evaluation.similarity import THUMBNAIL, face_pixels, nearest_neighbours, pixel_similarity, thumbnail
 from facediffuser.pictures import stored_picture
-from facediffuser.storage import Store
+from facediffuser.storage import ObjectInfo, Store
 
 # What copies are to be looked for in can be checked without torch, which takes seconds to import.
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ def find_copies(
         settings: the limits from which on an image is flagged.
         training: the faces of the training set; None compares with none.
         advance: called with the number of rows done since the last call.
+
+    Raises:
+        StorageError: another command changed a shard meanwhile.
     """
     references = reference_faces(store, identity)
     ids: list[str] = []
@@ -57,7 +60,8 @@ def find_copies(
     copied: list[tuple[float, str] | None] = []
     several = any(len(faces) > 1 for faces in references.values())
     has_picture: list[bool] = []
-    for rows in _batches(store):
+    shards = listed_shards(store, find_manifest(store))
+    for rows in _batches(store, shards):
         pictures = [_picture(row) for row in rows]
         crops: list[np.ndarray] = []
         for row, picture in zip(rows, pictures, strict=True):
@@ -76,6 +80,7 @@ def find_copies(
             vectors.append(identity.embed_crops(crops))
         copied += _copied_references(rows, pictures, vectors[-1] if crops and several else None, references)
         advance(len(rows))
+    require_same_shards(store, shards)
     columns: dict[str, Sequence] = {"sample_id": ids}
     if training is not None:
         columns |= _training_columns(vectors, owners, len(ids), training, settings.face_threshold)
@@ -202,8 +207,8 @@ def _copied_references(
         yield best
 
 
-def _batches(store: Store) -> Iterator[list[dict]]:
-    keys = [info.key for info in list_shards(store)]
+def _batches(store: Store, shards: Sequence[ObjectInfo]) -> Iterator[list[dict]]:
+    keys = [info.key for info in shards]
     # All columns are read, and so looked at: the card reads others, after the hours of work.
     for _, _, read in row_groups(store, keys, DATASET_SCHEMA.names):
         table = read.select([name for name in READ_COLUMNS if name in read.column_names])

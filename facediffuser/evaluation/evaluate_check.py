@@ -6,7 +6,8 @@ Neither Ray, Prefect nor torch is imported here, so that the command line refuse
 from collections.abc import Sequence
 
 from facediffuser.dataset.added_columns import added_key
-from facediffuser.dataset.reading import require_no_dataset, require_readable_shards
+from facediffuser.dataset.manifest import listed_shards
+from facediffuser.dataset.reading import list_shards, require_no_dataset, require_readable_shards
 from facediffuser.dataset.seal import require_sealable
 from facediffuser.errors import InputError
 from facediffuser.evaluation.benchmark_runs import benchmark_runs
@@ -86,7 +87,7 @@ def check_copies(settings: CopySettings) -> None:
 def _require_extendable(url: str, written: Sequence[str]) -> Store:
     """Return the store of a dataset to which the keys `written` can be added; InputError for none or a damaged one."""
     store = open_store(url)
-    require_readable_shards(store)
+    list_shards(store)
     store.require_writable()
-    require_sealable(store, written)
+    require_readable_shards(store, listed_shards(store, require_sealable(store, written)))
     return store

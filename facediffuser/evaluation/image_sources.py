@@ -11,7 +11,8 @@ from PIL import Image
 from facediffuser.dataset.added_columns import AddedColumns, read_added_columns
 from facediffuser.dataset.input_tables import read_table_file
 from facediffuser.dataset.inputs import Subject, read_prompts, read_subjects
-from facediffuser.dataset.reading import list_shards, read_columns, read_footer, recorded_run, row_groups
+from facediffuser.dataset.manifest import MANIFEST_KEY, listed_shards, read_manifest
+from facediffuser.dataset.reading import read_columns, read_footer, recorded_run, row_groups
 from facediffuser.dataset.schema import DATASET_SCHEMA, FACES, IP_MARGIN
 from facediffuser.dataset.suites import prompts_file
 from facediffuser.errors import InputError
@@ -56,7 +57,7 @@ class Source:
 
 
 def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
-    """Return the keys of a dataset's shards.
+    """Return the keys of a dataset's shards: those that its manifest lists, where there is one.
 
     Args:
         store: the dataset.
@@ -65,7 +66,8 @@ def dataset_keys(store: Store, with_subjects: bool = False) -> list[str]:
     Raises:
         InputError: there are no shards, or no references where they are needed.
     """
-    keys = [info.key for info in list_shards(store)]
+    manifest = read_manifest(store) if store.exists(MANIFEST_KEY) else None
+    keys = [info.key for info in listed_shards(store, manifest)]
     if with_subjects and not store.exists("subjects.parquet"):
         raise InputError(f"{store.url}/subjects.parquet: missing; scoring again needs the reference pictures")
     return keys

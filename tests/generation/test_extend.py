@@ -8,14 +8,16 @@ import pytest
 from world import PROMPTS, save_prompts
 
 from facediffuser.dataset.extension import NewRows, SampleIds
-from facediffuser.dataset.manifest import read_manifest
+from facediffuser.dataset.manifest import Retraction, read_manifest, read_sound_manifest
+from facediffuser.dataset.seal import seal
 from facediffuser.dataset.spending import read_spent, total_spent
 from facediffuser.dataset.verify import verify
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_check import check_generate
 from facediffuser.generation.generate_settings import RepairSettings
 from facediffuser.generation.job import prepare
-from facediffuser.storage import open_store
+from facediffuser.storage import StorageError, open_store
+from facediffuser.storage.local import LocalStore
 from facediffuser.storage.output import put_folder
 from facediffuser.tasks.generate import finish_dataset, generate_shards, plan_dataset
 from facediffuser.tasks.repair import find_damage, repair_damage
@@ -155,8 +157,6 @@ class Killed(Exception):
 
 
 def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, grown, more, monkeypatch):
-    from facediffuser.storage.local import LocalStore
-
     put, at = LocalStore.put, {"left": -1}
 
     def counted(self, *given, **options):
@@ -183,6 +183,26 @@ def test_killed_at_any_write_the_same_command_ends_with_the_same_bytes(dataset, 
         if not key.startswith(("stats/", "README", "card/", "manifest"))
     }
     assert named == {key: expected[key] for key in named} and verify(str(dataset)) == []
+
+
+def test_finished_once_more_it_does_not_undo_what_another_command_wrote_meanwhile(world, small, dataset, monkeypatch):
+    store, put = open_store(dataset), LocalStore.put
+    first = world.settings(dataset, prompts=str(small / "prompts.jsonl"), images_per_prompt=1, extend=False)
+    job, waiting = plan_dataset.fn(first).job, ["README.md"]
+
+    def watched(self, key, *given, **options):
+        if key in waiting:
+            waiting.remove(key)
+            manifest = read_sound_manifest(store)
+            seal(store, manifest.model_copy(update={"retractions": [Retraction(subjects=1, rows=1)]}))
+        return put(self, key, *given, **options)
+
+    monkeypatch.setattr(LocalStore, "put", watched)
+    with pytest.raises(StorageError, match="changed while this command ran"):
+        finish_dataset.fn(job)
+    assert not waiting and read_sound_manifest(store).retractions
+    finish_dataset.fn(job)
+    assert verify(str(dataset)) == [] and read_sound_manifest(store).retractions
 
 
 def test_other_settings_another_text_and_another_person_are_refused(world, dataset, grown, tmp_path):

@@ -32,6 +32,7 @@ def finish(store, job) -> None:
     marks = [infos[shard].marks.computed_with for shard in sorted(infos)]
     places = {"models": job.models, "scorers": job.scorers}
     objects = object_entries(store, [*job.layout.part_keys(), SUBJECTS_KEY])
+    store.delete("manifest.json")
     write_card(store)
     part = build_part(job.fingerprint, job.run, job.layout, entries, places, marks)
     seal(store, build_manifest([part], objects))

@@ -352,6 +352,7 @@ def test_verify_finds_rows_that_are_not_those_planned(finished):
     infos = finished_shards(store, job.layout, job.fingerprint)
     store.delete(job.layout.stats_key(0))
     entries = [shard_entry(store, job.layout, shard, infos[shard].info) for shard in range(4)]
+    store.delete("manifest.json")
     write_manifest(
         store,
         manifest_of(store, job, entries),
