@@ -3,7 +3,8 @@
 Neither Ray, Prefect nor torch is imported here, so that the command line refuses bad input before it starts them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from facediffuser.dataset.consent import require_consent
 from facediffuser.dataset.extension import OutputState, last_run, output_state, require_extendable
 from facediffuser.dataset.inputs import Prompt, Subject, read_prompts, read_subjects
-from facediffuser.dataset.manifest import find_row, read_sound_manifest
+from facediffuser.dataset.manifest import Part, find_row, read_sound_manifest
 from facediffuser.dataset.other_run import require_like_run, run_of_output
 from facediffuser.dataset.plan import MOST_ROWS, MOST_SHARDS, Layout, Plan, RowSettings
 from facediffuser.dataset.reading import read_footer, require_no_dataset
 from facediffuser.dataset.schema import SCHEMA_VERSION, run_schema_version
+from facediffuser.dataset.seal import require_sealable
 from facediffuser.errors import InputError
 from facediffuser.generation.generate_settings import GenerateSettings, RemakeSettings, RepairSettings, RetrySettings
 from facediffuser.generation.measured_rate import rate_of_dataset
@@ -149,7 +151,40 @@ def check_repair(settings: RepairSettings | RetrySettings) -> None:
     """
     store = open_store(settings.url)
     store.require_writable()
-    _check_places(settings, read_sound_manifest(store).made_from)
+    manifest = read_sound_manifest(store)
+    _check_places(settings, manifest.made_from)
+    if isinstance(settings, RetrySettings):
+        require_sealable(store)
+        _require_any_places(store, settings, [part for part in manifest.parts if part.failed])
+
+
+def _require_any_places(store: Store, settings: RetrySettings, parts: Sequence[Part]) -> None:
+    """Raise InputError where models or scorers are missing for each of the parts; a part has its own."""
+    refused = []
+    for part in parts:
+        try:
+            for name, check in (
+                ("models", lambda place: check_model_files(resolve_model(place))),
+                ("scorers", require_scorers),
+            ):
+                place = getattr(settings, name) or part.made_from.get(name)
+                if not place:
+                    raise InputError(f"{store.url}: does not say where its {name} are; give --{name}")
+                with naming_option(name):
+                    check(place)
+        except InputError as error:
+            refused.append(error)
+    if refused and len(refused) == len(parts):
+        raise refused[0]
+
+
+@contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Add to an InputError which option says where the models or scorers of a dataset lie now."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; where the dataset's {option} lie now is given with --{option}") from error
 
 
 def check_remake(settings: RemakeSettings) -> None:

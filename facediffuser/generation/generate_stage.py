@@ -57,25 +57,27 @@ def generate_stage(
     )  # fmt: skip
 
 
-def replacement_stage(job: GenerationJob, name: str, wanted: Mapping[int, dict[str, Any]]) -> Stage:
-    """Return the stage that generates some shards of a finished dataset; it returns their stats by number.
+def replacement_stage(
+    job: GenerationJob,
+    name: str,
+    wanted: Mapping[int, dict[str, Any]],
+    observe: Callable[[Counts], None] = lambda counts: None,
+) -> Stage:
+    """Return the stage that generates some shards of a finished dataset.
 
     Args:
         job: the dataset's run.
         name: the stage's name, for example "Repair".
         wanted: the arguments of `ShardGenerator.replace` by shard.
+        observe: called with each shard's stats as they arrive.
     """
     units = [
         Unit(job.layout.shard_key(shard), job.layout.shard_rows(shard), {"shard": shard, **wanted[shard]})
         for shard in sorted(wanted)
     ]
-
-    def finish(results: Results) -> dict[int, Counts]:
-        return {counts["shard"]: counts for counts in results.counts.values()}
-
     return Stage(
-        name, "images", job.run, units, functools.partial(ReplacementWorker, job), finish, pool=job.pool,
-        limits=job.limits, describe=describe_totals,
+        name, "images", job.run, units, functools.partial(ReplacementWorker, job), pool=job.pool,
+        limits=job.limits, describe=describe_totals, observe=observe,
     )  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from facediffuser.dataset.manifest import MANIFEST_KEY, Manifest, Part, find_row
 from facediffuser.dataset.plan import encode_groups, encode_part, read_shard_rows
 from facediffuser.dataset.reading import read_columns
 from facediffuser.dataset.schema import PLAN_SCHEMA, SUBJECTS_KEY, with_marks
-from facediffuser.dataset.seal import CARD_PREFIX, README_KEY
+from facediffuser.dataset.seal import is_of_card
 from facediffuser.dataset.verify import Problem
 from facediffuser.errors import InputError
+from facediffuser.generation.generate_check import naming_option
 from facediffuser.generation.generate_settings import RemakeSettings
 from facediffuser.generation.job import GenerationJob
 from facediffuser.generation.shard_generator import ShardGenerator
@@ -59,12 +60,12 @@ def job_of_dataset(
     if not models or not scorers:
         name = "scorers" if models else "models"
         raise InputError(f"{store.url}: does not say where its {name} are; give --{name}")
-    with _naming_option("models"):
+    with naming_option("models"):
         found = differences(manifest.models, model_digests(resolve_model(models)))
     if found:
         raise InputError(f"{models}: not the models of this dataset ({found[0]}); give those with --models")
     # The scores are part of a shard's bytes.
-    with _naming_option("scorers"):
+    with naming_option("scorers"):
         found = differences(manifest.scorers, load_scorers(scorers).digests)
     if found:
         raise InputError(f"{scorers}: not the scorers of this dataset ({found[0]}); give those with --scorers")
@@ -80,15 +81,6 @@ def job_of_dataset(
             f"{store.url}: was made on {job.device}, and this machine has {here}; run it on such a machine"
         )
     return job.with_recorded(recorded)
-
-
-@contextmanager
-def _naming_option(option: str) -> Iterator[None]:
-    """Add to an InputError which option says where the models or scorers of a dataset lie now."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{error}; where the dataset's {option} lie now is given with --{option}") from error
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ def sort_damage(store: Store, manifest: Manifest, problems: list[Problem]) -> Da
     in_the_way = [problem for problem in problems if "a folder stands in its place" in problem.what]
     for problem in in_the_way:
         raise InputError(f"{store.url}/{problem}, then run `repair` again")
-    of_card = [problem for problem in problems if problem.key == README_KEY or problem.key.startswith(CARD_PREFIX)]
+    of_card = [problem for problem in problems if is_of_card(problem.key)]
     foreign = [problem.key for problem in problems if problem.foreign]
     stats = [problem.key for problem in problems if problem.stats]
     certificate = [problem.key for problem in problems if problem.certificate]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from facediffuser.compiled_code import CompiledCode, code_key
 from facediffuser.dataset.image_files import SUFFIXES, encode_image
+from facediffuser.dataset.manifest import require_unchanged
 from facediffuser.dataset.plan import read_shard_rows
 from facediffuser.dataset.schema import RESULT_FIELDS
 from facediffuser.dataset.shards import encode_shard, shard_mark
@@ -105,6 +106,7 @@ class ShardGenerator:
         listed: Listed | None = None,
         changed: bool = True,
         fewer_failed_than: int | None = None,
+        manifest: str | None = None,
     ) -> dict[str, Any]:
         """Generate a shard whether it is there or not, and return its stats with `put`: whether it was put.
 
@@ -113,9 +115,16 @@ class ShardGenerator:
             listed: what the manifest says of it. Where the same bytes come out they are put, with the provenance listed.
             changed: put a shard that comes out with other bytes than those listed, with the provenance here.
             fewer_failed_than: put it only when fewer of its rows failed.
+            manifest: the digest of the manifest that the command began with. Once another stands there nothing is put: the
+                shard may have been made without a person who was taken out.
+
+        Raises:
+            StorageError: the manifest is another by now.
         """
 
         def accepted(stats: dict[str, Any]) -> bool:
+            if manifest is not None:
+                require_unchanged(self.store, manifest)
             same = listed is not None and stats["sha256"] == listed.sha256
             return same or (changed and (fewer_failed_than is None or stats["failed"] < fewer_failed_than))
 

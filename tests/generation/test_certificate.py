@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from world import save_prompts
 
+from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.curation.curation_settings import MergeSettings, RetractSettings
 from facediffuser.curation.merge import merge_stage
 from facediffuser.curation.retract import retract_stage
@@ -201,6 +202,8 @@ def test_a_manifest_keeps_the_certificate_when_a_shard_is_listed_anew(copied):
     stats = json.loads(store.get(job.layout.stats_key(0)))
     update_manifest(settings.output, manifest, {0: {0: stats}})
     assert read_manifest(store).certificate == manifest.certificate is not None
+    assert all("`facediffuser card` lists it" in line for line in verify(settings.output))
+    rewrite_card(store)
     assert verify(settings.output) == []
 
 
