@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
 
+from facediffuser.errors import InputError
 from facediffuser.flows.stopping import STOPPED
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -22,22 +23,30 @@ ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed
 # A run that waits once more holds no slot.
 WAITING = {f"prefect.flow-run.{name}" for name in ("Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry")}
 SILENT, NEVER_STARTED = "run without heartbeat", "run that does not start"
+HEARTBEAT_S = 30
+"""PREFECT_FLOWS_HEARTBEAT_FREQUENCY in prefect.yaml."""
+SILENT_S, PENDING_S = 90, 180
 RESUMES = "the next run with the same settings resumes it"
 
 
-def deploy_automations(tag: str, silent_s: int = 90, pending_s: int = 180) -> dict[str, list[str]]:
+def deploy_automations(tag: str, silent_s: int | str = "", pending_s: int | str = "") -> dict[str, list[str]]:
     """Put the automations on the server, or bring those that are there up to date.
 
     Args:
         tag: the tag of the runs that are watched; every deployment of prefect.yaml has it.
         silent_s: seconds without a heartbeat after which a Running or Cancelling run counts as dead; more than two
-            heartbeats.
+            heartbeats, and more than the server may be away for: 90 where it is empty.
         pending_s: seconds after which a run counts as dead that is Pending still; longer than it takes to start a
-            process (on Kubernetes: a node and a pod).
+            process (on Kubernetes: a node and a pod with a large image): 180 where it is empty.
 
     Returns:
         The names of the automations, for the log of `prefect deploy`.
+
+    Raises:
+        InputError: a time is no whole number of seconds, or too short.
     """
+    silent_s = _seconds("FACEDIFFUSER_SILENT_S", silent_s or SILENT_S, HEARTBEAT_S * 2 + 1)
+    pending_s = _seconds("FACEDIFFUSER_PENDING_S", pending_s or PENDING_S, 1)
     automations = [
         _crash(
             f"{tag}: {SILENT}",
@@ -64,6 +73,13 @@ def deploy_automations(tag: str, silent_s: int = 90, pending_s: int = 180) -> di
             else:
                 client.create_automation(automation)
     return {"automations": [automation.name for automation in automations]}
+
+
+def _seconds(name: str, value: int | str, least: int) -> int:
+    text = str(value)
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name} {text!r}: give whole seconds, at least {least}")
+    return int(text)
 
 
 def _crash(name: str, message: str, tag: str, after: set[str], expect: set[str], within_s: int) -> AutomationCore:

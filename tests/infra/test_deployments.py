@@ -1,15 +1,21 @@
 """prefect.yaml: what Prefect reads of it, and that its flows exist and take the parameters it gives them."""
 
 import functools
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from prefect.automations import AutomationCore
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig, WorkPoolConfig
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.templating import apply_values
 
+from facediffuser.errors import InputError
+from facediffuser.flows import lost_runs
 from facediffuser.flows.stopping import report_stop, watch_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +97,63 @@ def test_two_runs_of_one_dataset_do_not_meet(deployments, name):
 
 
 def test_every_deployment_is_one_that_the_automations_watch(raw, deployments):
-    (given,) = [step for step in raw["build"] if "facediffuser.flows.lost_runs.deploy_automations" in step]
-    tag = given["facediffuser.flows.lost_runs.deploy_automations"]["tag"]
+    tag = _step_of_automations(raw)["tag"]
     assert [name for name, each in deployments.items() if tag not in each.tags] == []
+
+
+def _step_of_automations(raw) -> dict:
+    (given,) = [step for step in raw["build"] if "facediffuser.flows.lost_runs.deploy_automations" in step]
+    return apply_values(given["facediffuser.flows.lost_runs.deploy_automations"], {})
+
+
+class Server:
+    """Takes automations as Prefect's client does."""
+
+    def __init__(self):
+        self.there: dict[str, AutomationCore] = {}
+
+    def __call__(self, sync_client):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def read_automations_by_name(self, name):
+        return []
+
+    def create_automation(self, automation):
+        self.there[automation.name] = automation
+
+
+@pytest.mark.parametrize(("given", "seconds"), [
+    ({}, [90, 180]),
+    ({"FACEDIFFUSER_PENDING_S": "900"}, [90, 900]),
+    ({"FACEDIFFUSER_SILENT_S": "600", "FACEDIFFUSER_PENDING_S": ""}, [600, 180]),
+])  # fmt: skip
+def test_how_long_a_run_may_be_silent_or_pending_is_given_when_it_is_deployed(raw, monkeypatch, given, seconds):
+    for name in ("FACEDIFFUSER_SILENT_S", "FACEDIFFUSER_PENDING_S"):
+        monkeypatch.setenv(name, given[name]) if name in given else monkeypatch.delenv(name, raising=False)
+    server = Server()
+    monkeypatch.setattr(lost_runs, "get_client", server)
+    lost_runs.deploy_automations(**_step_of_automations(raw))
+    assert [one.trigger.within.total_seconds() for one in server.there.values()] == seconds
+    env = raw["definitions"]["shared"]["work_pool"]["job_variables"]["env"]
+    assert int(env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == lost_runs.HEARTBEAT_S
+
+
+@pytest.mark.parametrize("given", [{"silent_s": "60"}, {"silent_s": "soon"}, {"pending_s": "-1"}, {"pending_s": "1.5"}])
+def test_a_time_that_cannot_be_is_refused_before_anything_is_deployed(monkeypatch, given):
+    monkeypatch.setattr(lost_runs, "get_client", None)
+    ((name, value),) = given.items()
+    with pytest.raises(InputError, match=f"FACEDIFFUSER_{name.upper()} '{value}': give whole seconds, at least"):
+        lost_runs.deploy_automations("face-diffuser", **given)
+
+
+def test_on_kubernetes_a_run_may_be_pending_for_as_long_as_its_pod_is_waited_for():
+    pool = json.loads((ROOT / "infra" / "kubernetes" / "prefect" / "work-pool.json").read_text())
+    waited = pool["variables"]["properties"]["pod_watch_timeout_seconds"]["default"]
+    (given,) = re.findall(r"FACEDIFFUSER_PENDING_S=(\d+) prefect", (ROOT / "infra" / "README.md").read_text())
+    assert int(given) > waited
