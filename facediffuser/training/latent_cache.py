@@ -15,6 +15,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from facediffuser.errors import InputError
+from facediffuser.number_words import counted
 from facediffuser.prompt_tokens import tokenize_with_markers
 from facediffuser.storage import Store, open_store
 from facediffuser.storage.opening import default_cache
@@ -180,7 +181,8 @@ def _fill(whole: np.ndarray, store: Store, name: str) -> None:
         size = whole[:1].nbytes
         values = [value.as_buffer() for value in table["array"]] if "array" in table.column_names else []
         if len(values) != len(rows) or any(value is None or value.size != size for value in values):
-            raise DamagedError(f"{store.url_of(key)}: not {len(rows)} rows of {size} bytes; {REMOVE}")
+            wanted = f"{counted(len(rows), 'row')} of {counted(size, 'byte')}"
+            raise DamagedError(f"{store.url_of(key)}: not {wanted}; {REMOVE}")
         for row, value in zip(rows, values, strict=True):
             whole[row] = np.frombuffer(value, np.float16).reshape(whole.shape[1:])
 
