@@ -44,7 +44,10 @@ _IN_SAMPLE_ID = r"[^\s\"'(>]~"
 _PNG_NUMBERS = (
     b"IDAT", b"IHDR", b"PLTE", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"tRNS", b"bKGD", b"hIST", b"tIME",
 )  # fmt: skip
-_JPEG_NUMBERS = (0xDB, 0xC4, 0xC0, 0xC1, 0xC2, 0xDD)  # DQT, DHT, SOF0 to SOF2, DRI
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_JPEG_NUMBERS = (0xDB, 0xC4, 0xC0, 0xC1, 0xC2, 0xDD, _JPEG_SCAN)  # DQT, DHT, SOF0 to SOF2, DRI, SOS
+# In the pixels 0xFF is followed by 0 or by a restart's number.
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
 _BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary)
 
@@ -139,13 +142,13 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        (size,) = struct.unpack(">H", data[at + 2 : at + 4])
-        yield data[at + 1], data[at + 4 : at + 2 + size]
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _JPEG_END:
+        kind, (size,) = data[at + 1], struct.unpack(">H", data[at + 2 : at + 4])
+        yield kind, data[at + 4 : at + 2 + size]
         at += 2 + size
-    # The pixels end where the image does; in them 0xFF is followed by 0 or by a restart's number.
-    end = data.rfind(b"\xff\xd9")
-    yield 0xD9, data[end + 2 :] if end >= at else data[at:]
+        if kind == _JPEG_SCAN and (marker := _AFTER_SCAN.search(data, at)):
+            at = marker.start()
+    yield _JPEG_END, data[at:]
 
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -1,6 +1,7 @@
 """`retract`: a person is taken out, nothing of them is left, and everybody else's bytes are as before."""
 
 import hashlib
+import io
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from curation.test_merge import Killed, contents, images, merge
 from dataset.finished import ALONE, TOGETHER, finish_dataset
+from PIL import Image
 
 from facediffuser.cards.dataset_card import rewrite_card
 from facediffuser.curation.curation_check import check_retract
@@ -239,10 +241,20 @@ def test_a_prompt_id_is_no_subject_in_a_text():
     assert not Search("sea", common=True).in_text("at sea") and Search("ada").in_text("~ada/x.png")
 
 
+def test_what_lies_between_and_behind_the_scans_of_a_jpeg_is_read():
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for options in ({}, {"progressive": True}):
+        noise.save(sink := io.BytesIO(), "JPEG", **options)
+        data = sink.getvalue()
+        scan = data.rindex(b"\xff\xda")
+        between = data[:scan] + b"\xff\xfe\x00\x05ada" + data[scan:]
+        behind = data + b"with bob" + data
+        assert Search("ada").in_bytes(text_of_picture(between)) and Search("bob").in_bytes(text_of_picture(behind))
+        assert len(text_of_picture(data)) < 50 < len(data)
+
+
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_the_tables_of_a_picture_name_nobody(image_format):
-    from PIL import Image
-
     data = text_of_picture(encode_image(Image.new("RGB", (49, 49), (49, 49, 49)), image_format, "bob~p~0"))
     assert b"bob~p~0" in data and not any(Search(name).in_bytes(data) for name in "123AQq")
     assert b"at the end" in text_of_picture(encode_image(Image.new("RGB", (9, 9)), image_format, "x") + b"at the end")
