@@ -237,7 +237,7 @@ def count_rows(store: Store, shards: Iterable[ObjectInfo] | None = None) -> int:
     Raises:
         InputError: there is no shard.
     """
-    return sum(read_footer(store, info.key).num_rows for info in shards or list_shards(store))
+    return sum(read_footer(store, info.key).num_rows for info in (list_shards(store) if shards is None else shards))
 
 
 def shard_schema(store: Store, key: str | None = None) -> pa.Schema:
