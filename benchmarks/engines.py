@@ -30,17 +30,12 @@ CALLS = 5
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running the models: its name, the engine's options, images at once, whether whole images are timed.
-
-    timed_convolutions: let cuDNN time its kernels for each convolution and take the quickest, which may be another one in
-        the next process.
-    """
+    """A way of running the models: its name, the engine's options, images at once, whether whole images are timed."""
 
     name: str
     options: EngineOptions
     images: int
     whole: bool = False
-    timed_convolutions: bool = False
 
     def expected_seconds(self, code_is_kept: bool) -> float:
         """About what it takes on an H200: compiling most of all, or reading the code that another process has kept."""
@@ -69,12 +64,14 @@ class Found:
 def ways(images: int, largest: int, all_of_them: bool = True) -> list[Way]:
     """Return the ways to compare, the most important first; `images` at once for all, `largest` where it pays."""
     means = {
+        "eager + common start": replace(EAGER, common_start=True),
         "eager + channels_last": replace(EAGER, channels_last=True),
         "eager + fused projections": replace(EAGER, fused_projections=True),
         "eager + text once": replace(EAGER, text_once=True),
     }
     compiled = [
-        Way("exact mode, convolutions by timing", COMPILED, largest, timed_convolutions=True),
+        Way("exact mode, no common start", replace(COMPILED, common_start=False), largest),
+        Way("exact mode, no pointwise products", replace(COMPILED, pointwise_products=False), largest),
         Way("exact mode + autotuning", replace(COMPILED, autotune=True), largest),
         Way("exact mode, attention by cuDNN", replace(COMPILED, attention="cudnn"), largest),
         Way("exact mode, attention by flash", replace(COMPILED, attention="flash"), largest),
@@ -89,7 +86,7 @@ def ways(images: int, largest: int, all_of_them: bool = True) -> list[Way]:
         Way(EXACT, COMPILED, largest, whole=True),
     ]
     alone = [Way(name, options, images) for name, options in means.items()]
-    return chosen + compiled + alone if all_of_them else chosen
+    return chosen + alone[:1] + compiled + alone[1:] if all_of_them else chosen
 
 
 class Bench:
@@ -159,7 +156,6 @@ class Bench:
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        torch.backends.cudnn.benchmark = way.timed_convolutions
         pipe = self.build(way)
         call = self._call(pipe, way.images)
         first = self.seconds(call)
@@ -175,7 +171,6 @@ class Bench:
             self.sample(pipe, way.images, steps=3)  # the SDM's UNet is compiled here
             with quiet():
                 whole = self.seconds(lambda: self.sample(pipe, way.images)) / way.images
-        torch.backends.cudnn.benchmark = False
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else float("nan")
         return Found(first, rate, decoded, whole, peak), pipe
 
@@ -186,7 +181,7 @@ class Bench:
         engine = pipe._engine
         if engine is None:
             return torch.no_grad()(lambda: pipe.unet_text(rows, t, embeds, return_dict=False)[0])
-        return lambda: engine.denoise("unet_text", rows, t, embeds)
+        return lambda: engine.denoise("unet_text", rows, t, embeds, paired=True)
 
     @torch.no_grad()
     def compile(self, way: Way) -> None:
@@ -241,8 +236,26 @@ class Bench:
         latents = self.sample(pipe, images, output_type="latent", callback=keep).images
         return torch.stack(masks), latents
 
-    def differences(self, one: FaceDiffuserPipeline, other: FaceDiffuserPipeline, images: int) -> list[str]:
+    def timed_convolutions(self, pipe: FaceDiffuserPipeline, images: int) -> str:
+        """Return a line of exact mode where cuDNN times its kernels for each convolution and takes the quickest.
+
+        No option of the engine: the next process may find another one the quickest, and make other bytes.
+        """
+        torch.backends.cudnn.benchmark = True
+        try:
+            first = self.seconds(lambda: self.sample(pipe, images, steps=3))
+            with quiet():
+                took = self.seconds(lambda: self.sample(pipe, images)) / images
+        finally:
+            torch.backends.cudnn.benchmark = False
+        return f"{'exact mode, convolutions by timing':<42}{images:>8}{first:>9.1f}{took:>40.3f}{1 / took:>9.2f}"
+
+    def differences(
+        self, one: FaceDiffuserPipeline, other: FaceDiffuserPipeline, images: int, others: int | None = None
+    ) -> list[str]:
         """Return how the second way's images differ from the first one's, beside what another batch size does to the first.
+
+        `others`: how many images the second way makes at once, where it is compiled for another number.
 
         The latents' difference is relative to their size; the first fused step has the same past in both, so that its mask
         says what the way does, and the later ones what follows from it.
@@ -252,10 +265,11 @@ class Bench:
         half = [self.masks_and_latents(one, images // 2)] if images > 1 else []
         start, end = default_fusion_window(self.steps)
         for name, (masks, latents) in [
-            ("other way", self.masks_and_latents(other, images)),
+            ("other way", self.masks_and_latents(other, others or images)),
             *((f"the first way, {images // 2} at once", found) for found in half),
         ]:
-            count = len(latents)
+            count = min(len(latents), images)
+            latents, masks = latents[:count], masks[:, :count]
             relative = ((latents - first[:count]).float().norm() / first[:count].float().norm()).item()
             differ = (masks != first_masks[:, :count]).float().mean(dim=(1, 2, 3, 4))
             lines.append(

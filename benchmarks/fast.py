@@ -22,8 +22,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from facediffuser.schedulers import SCHEDULER_CLASSES, set_scheduler
 from facediffuser.scoring.scorers import Scorers, load_scorers
 from facediffuser.stages import plan_stages
 from facediffuser.storage import open_store
+from facediffuser.unet_parts import decode, encode, last_layers
 from facediffuser.window import default_fusion_window
 
 FIRST_PERSON, PEOPLE = 84_000_000, 12
@@ -270,7 +271,7 @@ def full_size(
     eager: bool,
     bench: EngineBench,
     exact: FaceDiffuserPipeline | None = None,
-    released: float | None = None,
+    known: Mapping[str, float] | None = None,
 ) -> None:
     """Print what each means brings at full size, a line per way, and the released way to compare with.
 
@@ -280,13 +281,15 @@ def full_size(
         eager: without the compiled engine.
         bench: the models.
         exact: a pipeline of them that runs exact mode, where there is one already.
-        released: seconds an image of the released way, where they are known already.
+        known: seconds an image of exact mode and the released way, where they are known already.
     """
     models = bench.pipe
     conditions = bench.inputs(images)
     say(bench.header().splitlines()[0])
     say(f"{'way':<36}{'UNet rows':>10}{'first s':>9}{'s/image':>9}{'images/s':>10}{'of exact':>10}{'of released':>12}")
-    spent: dict[str, float] = {} if released is None else {RELEASED: released}
+    spent = dict(known or {})
+    for name, seconds in spent.items():
+        say(f"{name:<36}{'':>19}{seconds:>9.3f}{1 / seconds:>10.2f}")
     for way in (Way(RELEASED, EXACT.steps, EXACT.scheduler), *FULL_SIZE):
         if way.name in spent:
             continue
@@ -312,29 +315,28 @@ def full_size(
             f"{times[0]:>10}{times[1]:>12}")  # fmt: skip
         if way.name in (EXACT.name, "fast"):
             say(f"  {load.line()}")
-        if way is FULL_SIZE[4] and torch.cuda.is_available():
-            set_scheduler(pipe, SCHEDULER_CLASSES[EXACT.scheduler])
-            _convolutions_by_timing(bench, images, _sampler(pipe, conditions, EXACT))
 
 
-def _convolutions_by_timing(bench: EngineBench, images: int, sample: Callable[[bool], Any]) -> None:
-    """Print exact mode's line where cuDNN times its kernels; no option of the engine: another process may choose others."""
-    torch.backends.cudnn.benchmark = True
-    try:
-        first = bench.seconds(lambda: sample(True))
-        with quiet():
-            took = bench.seconds(lambda: sample(False)) / images
-        say(f"{'exact, convolutions by timing':<46}{first:>9.1f}{took:>9.3f}{1 / took:>10.2f}")
-    finally:
-        torch.backends.cudnn.benchmark = False
+def compile_function(name: str, images: int, bench: EngineBench) -> None:
+    """Compile a function that some of `full_size`'s ways evaluate, so that its code is kept for another process.
 
-
-def compile_full_size(images: int, bench: EngineBench) -> None:
-    """Compile what the table of `full_size` runs, so that its code is kept for another process."""
-    pipe = bench.build(EngineWay(EXACT.name, COMPILED, images))
-    for way in FULL_SIZE:
-        set_scheduler(pipe, SCHEDULER_CLASSES[way.scheduler])
-        _sampler(pipe, bench.inputs(images), way)(True)
+    Args:
+        name: `condition` (the whole UNet for the condition alone), `deep` or `encoder`.
+        images: made at once.
+        bench: the models.
+    """
+    pipe = bench.build(EngineWay(name, replace(COMPILED, compiled_decoder=False), images))
+    engine, (null, text, _, noise) = pipe._engine, bench.inputs(images)
+    t, rows, embeds = torch.tensor(500, device=bench.device), torch.cat([noise, noise]), torch.cat([null, text])
+    if name == "condition":
+        engine.denoise("unet_text", noise, t, text)
+        return
+    with torch.no_grad():
+        encoded = engine.evaluate("unet_text", encode, rows, t, embeds)
+        layers = int(name == "deep")
+        _, deep = engine.evaluate("unet_text", decode, encoded, t, embeds, layers)
+        if layers:
+            engine.evaluate("unet_text", last_layers, rows, t, embeds, deep, layers)
 
 
 def _sampler(pipe: FaceDiffuserPipeline, conditions: tuple[torch.Tensor, ...], way: Way) -> Callable[[bool], Any]:

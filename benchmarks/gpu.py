@@ -8,13 +8,15 @@
     worker     the shard generator with scorers and PNG beside it, through Ray where Ray is installed: cold until its first
                shard, then in another process with the code that the first one kept: seconds to the first image,
                images/s, share of the time that denoising takes, and whether both made the same bytes
+    fast-worker  the worker in fast mode: whether scoring and PNG keep up with several times the images
     resume     the worker's cold run, which was killed, is resumed and compared with the undisturbed one
     scorers    CLIP and FaceNet in half precision: how far the scores are, and what it gains
     rehearse   `facediffuser rehearse` as far as the machine's libraries go
 
-Sections run in the order given, each in the time that is left, or in SECONDS of it. --compile first compiles what the sections
-will run, in processes beside each other that keep their code, for so many seconds at most: most of a short run is
-compiling, on a machine of many cores. The worker's cold run takes place then, too. --beside runs a command whenever nothing is timed.
+Sections run in the order given, each in the time that is left, or in SECONDS of it. Most of a short run is compiling, so
+--compile lets processes beside the sections compile what later ones run, whenever nothing is timed; the worker's cold run
+then takes place first, for so many seconds at most, and the sampler takes the code that it kept. --beside runs another command
+so instead. With --folder a second run finds what the first one wrote and compiled.
 --small tries all of it on a CPU. Needed: torch, diffusers, transformers, facenet-pytorch, pydantic, pyarrow, cachetools; Ray only to
 measure through Ray, Prefect not at all.
 """
@@ -27,13 +29,15 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,13 +80,13 @@ class Shared:
         root: a folder for all that is written.
         bench: the models of the sampler's tables.
         exact: a pipeline of them that runs exact mode.
-        released: seconds an image of the released way.
+        spent: seconds an image of the released way and of exact mode.
     """
 
     root: Path
     bench: "Bench | None" = None
     exact: "FaceDiffuserPipeline | None" = None
-    released: float | None = None
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 # --- sampler and training ---------------------------------------------------------------------------------------------
@@ -93,16 +97,28 @@ def sampler(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
 
     bench = _bench(options, shared)
     images, largest = (1, 2) if options.small else (8, 32)
-    shared.exact, shared.released = engine_tables(
-        bench, images, largest, clock.left, options.ways, bool(options.compile)
-    )
+    kept = _take_kept_code(shared.root / "code")
+    shared.exact, shared.spent = engine_tables(bench, images, largest, clock.left, options.ways, kept)
 
 
 def fast(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
-    from benchmarks.fast import full_size
+    from benchmarks.engines import EXACT as EXACT_WAY
+    from benchmarks.engines import RELEASED
+    from benchmarks.fast import EXACT, full_size
 
     bench = _bench(options, shared)
-    full_size(2 if options.small else 32, clock.left, options.small, bench, shared.exact, shared.released)
+    _take_kept_code(shared.root / "code")
+    names = {EXACT_WAY: EXACT.name, RELEASED: RELEASED}
+    known = {names[name]: seconds for name, seconds in shared.spent.items() if name in names}
+    full_size(2 if options.small else 32, clock.left, options.small, bench, shared.exact, known)
+
+
+def _take_kept_code(folder: Path) -> bool:
+    """Give this process's compiler the code that workers kept; return whether there was any."""
+    from facediffuser.compiled_code import CompiledCode
+    from facediffuser.storage import open_store
+
+    return any([CompiledCode(open_store(str(folder)), path.name).load() for path in folder.glob("*.torch")])
 
 
 def _bench(options: argparse.Namespace, shared: Shared) -> "Bench":
@@ -181,70 +197,53 @@ def _base(root: Path, options: argparse.Namespace) -> Path:
 # --- compiling before -------------------------------------------------------------------------------------------------
 
 
-def compile_jobs(sections: list[str], options: argparse.Namespace) -> list[str]:
-    """Return what is compiled for these sections, by name: each is a process of its own."""
-    from benchmarks.engines import ways
+AT_ONCE = 2
+"""Processes that compile beside each other; each has threads of its own."""
 
-    jobs = []
-    if "sampler" in sections:
-        chosen = ways(8, 32)[: options.ways]
-        jobs += [
-            f"way {number}" for number, way in enumerate(chosen) if way.options.compiles and not way.timed_convolutions
-        ]
-    jobs += ["fast"] * ("fast" in sections)
+
+def compile_jobs(sections: list[str], options: argparse.Namespace) -> list[str]:
+    """Return what is compiled for these sections beside them, by name: each is a process of its own."""
+    jobs = ["condition"] * ("fast" in sections or "fast-worker" in sections)
     jobs += [f"training {batch}" for batch in options.batches] * ("training" in sections)
-    return jobs
+    return jobs + ["deep", "encoder"] * ("fast" in sections)
 
 
 def compile_job(name: str, options: argparse.Namespace, shared: Shared) -> None:
     """Compile one of them."""
-    from benchmarks.engines import ways
-    from benchmarks.fast import compile_full_size
+    from benchmarks.fast import compile_function
     from benchmarks.training import ours
 
     kind, _, number = name.partition(" ")
-    images, largest = (1, 2) if options.small else (8, 32)
-    if kind == "way":
-        _bench(options, shared).compile(ways(images, largest)[int(number)])
-    elif kind == "fast":
-        compile_full_size(largest, _bench(options, shared))
-    else:
+    if kind == "training":
         settings = _training_settings(options, shared.root).model_copy(update={"batch_size": int(number)})
         step = ours(settings, 1, options.device)
         step()
+    else:
+        compile_function(kind, 2 if options.small else 32, _bench(options, shared))
 
 
-def compile_before(sections: list[str], options: argparse.Namespace, shared: Shared) -> None:
-    """Compile what the sections will run, and run the worker's cold run, all beside each other."""
-    started, end = time.monotonic(), Clock(options.compile)
-    # Of low priority: the worker's cold run is what the others wait for.
-    words = ["nice", sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
+def compile_all(jobs: list[str], options: argparse.Namespace) -> None:
+    """Compile all of them, AT_ONCE at a time; this process is run beside the sections."""
+    words = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(options.folder), "--device", options.device]
     words += ["--small"] * options.small
-    log = (shared.root / "compile.log").open("ab")
+
+    def run(job: str) -> None:
+        started = time.monotonic()
+        ended = subprocess.run([*words, "--job", job, "compile-job"])
+        say(f"compiled {job}: {time.monotonic() - started:.0f} s, stops included; exit {ended.returncode}")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(run, jobs))
+
+
+def _compiling_beside(sections: list[str], options: argparse.Namespace, shared: Shared) -> str | None:
+    """Write what the jobs read, and return the command that runs them; None without any."""
     jobs = compile_jobs(sections, options)
-    if any(job.startswith("training") for job in jobs):
+    if "training" in sections:
         _training_settings(options, shared.root)  # written once, before processes look for it
-    running = {
-        job: subprocess.Popen([*words, "--job", job, "compile-job"], stdout=log, stderr=log, start_new_session=True)
-        for job in jobs
-    }
-    if "worker" in sections:
-        _killed(options, shared, end)
-    while running and end.left() > 0:
-        time.sleep(0.5)
-        for job, process in list(running.items()):
-            if process.poll() is not None:
-                say(
-                    f"compiled: {job}, after {time.monotonic() - started:.0f} s"
-                    + f", exit {process.returncode}" * bool(process.returncode)
-                )
-                del running[job]
-    for job, process in running.items():
-        say(f"compiling {job}: cut off")
-        os.killpg(process.pid, signal.SIGKILL)
-    said = (shared.root / "compile.log").read_text().strip().splitlines()
-    for line in said[-8:]:
-        say(f"  {line[:200]}")
+    words = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(shared.root), "--device", options.device]
+    words += ["--small"] * options.small + [f"--job={job}" for job in jobs] + ["compile-all"]
+    return shlex.join(words) if jobs else None
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
@@ -257,6 +256,13 @@ def worker(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
         say(f"worker, undisturbed: left out, {clock.left():.0f} s left")
     elif _worker_run("undisturbed", "undisturbed", options, shared, clock):
         say(f"two processes made the same bytes: {_same_pixels(shared, 'shard-00000-*')}")
+
+
+def fast_worker(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
+    """Generate in fast mode, with the code that was compiled beside; the first shard has the compiling in it."""
+    settings = {"speed": "fast", "images_per_prompt": 6 if options.small else 384, "steps": 50}
+    settings |= {} if options.small else {"shard_size": 128}
+    _worker_run("fast", "fast", options, shared, clock, settings)
 
 
 def resume(clock: Clock, options: argparse.Namespace, shared: Shared) -> None:
@@ -287,8 +293,10 @@ def _killed(options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
         say(f"worker, cold: ended with {ended} before it was killed: {said[-1500:]}")
 
 
-def _worker_run(name: str, folder: str, options: argparse.Namespace, shared: Shared, clock: Clock) -> bool:
-    settings = _worker_settings(options, shared)
+def _worker_run(
+    name: str, folder: str, options: argparse.Namespace, shared: Shared, clock: Clock, others: dict | None = None
+) -> bool:
+    settings = _worker_settings(options, shared) | (others or {})
     output = shared.root / folder
     with quiet(), GpuLoad() as load:
         started = time.monotonic()
@@ -354,7 +362,8 @@ def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
 
 def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
     place = {
-        "TORCHINDUCTOR_CACHE_DIR": str(root / f"inductor-{name.replace(' ', '-')}"),
+        # Another machine's: none but what the fast one compiles beside.
+        "TORCHINDUCTOR_CACHE_DIR": str(root / ("inductor" if name == "fast" else f"inductor-{name}")),
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "benchmarks.gpu", "--settings", json.dumps(settings), "one-run"]
@@ -501,7 +510,8 @@ def rehearsal(options: argparse.Namespace) -> None:
 
 
 SECTIONS: dict[str, Callable[[Clock, argparse.Namespace, Shared], None]] = {
-    "sampler": sampler, "fast": fast, "training": training, "worker": worker, "resume": resume, "scorers": scorers, "rehearse": rehearse,
+    "sampler": sampler, "fast": fast, "training": training, "worker": worker,
+    "fast-worker": fast_worker, "resume": resume, "scorers": scorers, "rehearse": rehearse,
 }  # fmt: skip
 
 
@@ -516,15 +526,20 @@ def main(argv: list[str] | None = None) -> None:
         "sections", nargs="+", metavar="SECTION", help=f"{', '.join(SECTIONS)}; with :SECONDS at most so many"
     )
     parser.add_argument("--seconds", type=float, default=340, help="time for all sections")
-    parser.add_argument("--compile", type=float, default=0, help="seconds at most for compiling all of it before")
+    parser.add_argument(
+        "--compile",
+        type=float,
+        default=0,
+        help="compile beside the sections; seconds at most for the cold run before them",
+    )
     parser.add_argument("--ways", type=int, help="sampler: so many of its ways alone (default: all)")
     parser.add_argument("--batches", type=_numbers, default=[8, 32], help="training: batch sizes (default: 8,32)")
     parser.add_argument("--beside", help="command that runs while nothing is timed")
     parser.add_argument("--small", action="store_true", help="small models, to try it on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="for all that is written (default: a temporary one)")
-    for name in ("--settings", "--job"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    parser.add_argument("--job", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.sections == ["one-run"]:
         one_run(options)
@@ -539,22 +554,29 @@ def main(argv: list[str] | None = None) -> None:
             rehearsal(options)
             return
         if options.sections == ["compile-job"]:
-            compile_job(options.job, options, shared)
+            compile_job(options.job[0], options, shared)
             return
-        if options.beside:
-            stack.enter_context(Beside(options.beside, root / "beside.log"))
-        _run_sections(parser, options, shared)
+        if options.sections == ["compile-all"]:
+            compile_all(options.job, options)
+            return
+        names = [given.partition(":")[0] for given in options.sections]
+        for name in names:
+            if name not in SECTIONS:
+                parser.error(f"{name}: no such section; choose from {', '.join(SECTIONS)}")
+        beside = options.beside or (_compiling_beside(names, options, shared) if options.compile else None)
+        if beside:
+            stack.enter_context(Beside(beside, root / "beside.log"))
+        _run_sections(options, shared)
+        if beside:
+            for line in (root / "beside.log").read_text().strip().splitlines()[-12:]:
+                say(f"beside: {line[:200]}")
 
 
-def _run_sections(parser: argparse.ArgumentParser, options: argparse.Namespace, shared: Shared) -> None:
+def _run_sections(options: argparse.Namespace, shared: Shared) -> None:
     whole = Clock(options.seconds)
-    names = [given.partition(":")[0] for given in options.sections]
-    for name in names:
-        if name not in SECTIONS:
-            parser.error(f"{name}: no such section; choose from {', '.join(SECTIONS)}")
-    if options.compile:
-        say(f"== compiling ({options.compile:.0f} s at most)")
-        compile_before(names, options, shared)
+    if options.compile and not (shared.root / "killed").exists():
+        say(f"== the worker's cold run ({options.compile:.0f} s at most)")
+        _killed(options, shared, Clock(options.compile))
     for given in options.sections:
         name, _, most = given.partition(":")
         clock = Clock(min(whole.left(), float(most or options.seconds)))

@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
 from benchmarks.beside import quiet
-from benchmarks.engines import EAGER_WAY, EXACT, RELEASED, Bench, attention_table
+from benchmarks.engines import EAGER_WAY, EXACT, Bench, attention_table
 from benchmarks.engines import ways as engine_ways
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.rehearsal.random_models import Size, modules
@@ -128,7 +128,7 @@ def engine_tables(
     seconds_left: Callable[[], float],
     most: int | None = None,
     code_is_kept: bool = False,
-) -> tuple[FaceDiffuserPipeline | None, float | None]:
+) -> tuple[FaceDiffuserPipeline | None, dict[str, float]]:
     """Print the tables of --full-size as they are made, the most important first.
 
     Args:
@@ -140,11 +140,11 @@ def engine_tables(
         code_is_kept: the ways were compiled before, by another process.
 
     Returns:
-        The pipeline of exact mode, and the released way's seconds an image; None where they were not measured.
+        The pipeline of exact mode, None where it was not measured, and seconds an image by the name of the way.
     """
     say(bench.header())
     kept: dict[str, FaceDiffuserPipeline] = {}
-    released = None
+    spent: dict[str, float] = {}
     for number, way in enumerate(engine_ways(images, largest)[:most]):
         expected = way.expected_seconds(code_is_kept)
         if expected > seconds_left():
@@ -156,15 +156,17 @@ def engine_tables(
             say(f"{way.name:<42} failed: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}")
             continue
         say(bench.line(way, found))
-        if way.name == RELEASED:
-            released = found.image
+        if way.whole:
+            spent[way.name] = found.image
         if way.name in (EXACT, EAGER_WAY):
             kept[way.name] = pipe
         del pipe
         if number == 2 and len(kept) == 2:
             if seconds_left() > 30:
-                for line in bench.differences(kept.pop(EAGER_WAY), kept[EXACT], images):
+                for line in bench.differences(kept.pop(EAGER_WAY), kept[EXACT], images, largest):
                     say(line)
+            if seconds_left() > 30 and bench.gpu:
+                say(bench.timed_convolutions(kept[EXACT], largest))
             if seconds_left() > 15:
                 for line in bench.profile(kept[EXACT], largest):
                     say(line)
@@ -173,7 +175,7 @@ def engine_tables(
         with quiet():
             for line in attention_table(bench.device, bench.pipe.unet.dtype, images, side):
                 say(line)
-    return kept.get(EXACT), released
+    return kept.get(EXACT), spent
 
 
 def say(line: str) -> None:

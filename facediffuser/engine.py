@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from torch import nn
 
 from facediffuser.engine_options import EngineOptions, parse_attention
+from facediffuser.unet_parts import common_start, has_common_start
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +56,19 @@ class Engine:
                 vae.to(memory_format=torch.channels_last)
             self._decode = _compiled(_decoder_of(vae), options, graphs=False)
 
-    def denoise(self, name: str, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Return the noise that a UNet predicts, (2b, c, h, w).
+    def denoise(
+        self, name: str, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, paired: bool = False
+    ) -> torch.Tensor:
+        """Return the noise that a UNet predicts, (r, c, h, w).
 
         Args:
             name: the UNet's.
-            rows: latents (2b, c, h, w), as the scheduler scales them.
+            rows: latents (r, c, h, w), as the scheduler scales them.
             t: the timestep, without dimensions, on the device.
-            embeds: (2b, n, d); what is computed of them once is kept until another tensor is given.
+            embeds: (r, n, d); what is computed of them once is kept until another tensor is given.
+            paired: the second half of the rows is the first again, with other embeddings.
         """
-        return self._unets[name](rows, t, embeds)
+        return self._unets[name](rows, t, embeds, paired)
 
     def evaluate(
         self, name: str, function: Callable, first: Any, t: torch.Tensor, embeds: torch.Tensor, *others: Any
@@ -140,6 +144,8 @@ class _Unet:
         if options.fused_projections or options.text_once or kernels != {None: "default"}:
             self._set_processors(kernels)
         self._run: Callable[..., Any] = unet
+        # What CUDA graphs record is the UNet's own call.
+        self._common_start = options.common_start and not options.cuda_graphs and has_common_start(unet)
         if options.compile == "full":
             self._run = _compiled(unet, options, graphs=options.cuda_graphs)
         elif options.compile == "blocks":
@@ -161,7 +167,9 @@ class _Unet:
                 self._cross.append((module, processor))
 
     @torch.no_grad()
-    def __call__(self, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, paired: bool) -> torch.Tensor:
+        if paired and self._common_start:
+            return self.evaluate(common_start, _in_format(rows[: len(rows) // 2], self.options), t, embeds)
         with self._text(embeds):
             if self.options.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -265,6 +273,8 @@ def _with_settings(function: Callable[..., Any], options: EngineOptions) -> Call
 def _compiler_settings(options: EngineOptions) -> Iterator[None]:
     """Set torch's compiler so that two processes on the same card make the same code, unless it may choose by timing."""
     patches = [torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES)]
+    if options.pointwise_products:
+        patches.append(torch._inductor.config.patch(conv_1x1_as_mm=True))
     if not options.autotune and hasattr(torch._inductor.config, "deterministic"):
         patches.append(torch._inductor.config.patch(deterministic=True))
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
 """How the models are run: the options of the engine, and which of its two kinds a run takes. Without torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from facediffuser.errors import InputError
@@ -45,6 +45,9 @@ class EngineOptions:
             transformer blocks, which starts sooner.
         channels_last: keep images' channels last in memory, as the tensor cores of a GPU read them.
         fused_projections: compute query, key and value of self-attention as one matrix product.
+        common_start: compute what lies before the first cross-attention once for baseline and condition, whose latents are
+            the same; not with cuda_graphs.
+        pointwise_products: compile convolutions of one pixel as matrix products.
         text_once: compute keys and values of a prompt once per image; they are the same at every step.
         attention: the kernel of attention (ATTENTION_KERNELS), one for all, or one per head size: `40=flash,80=cudnn`.
         compiled_decoder: compile the VAE's decoder, too.
@@ -61,6 +64,8 @@ class EngineOptions:
     compiled_decoder: bool = False
     cuda_graphs: bool = False
     autotune: bool = False
+    common_start: bool = False
+    pointwise_products: bool = False
 
     def __post_init__(self):
         for kernel in parse_attention(self.attention).values():
@@ -69,13 +74,21 @@ class EngineOptions:
                     f"attention kernel {kernel!r}: unknown; choose one of {', '.join(ATTENTION_KERNELS)}, or one per head "
                     "size, as 40=flash,80=cudnn"
                 )
-        if (self.cuda_graphs or self.autotune) and not self.compiles:
-            raise InputError("cuda_graphs and autotune: they are of compiled code; set compile to full or blocks")
+        if (self.cuda_graphs or self.autotune or self.pointwise_products) and not self.compiles:
+            raise InputError(
+                "cuda_graphs, autotune and pointwise_products: they are of compiled code; set compile to full or blocks"
+            )
 
     @property
     def compiles(self) -> bool:
         """Whether anything is compiled."""
         return self.compile != "none" or self.compiled_decoder
+
+    def without_compiling(self) -> "EngineOptions":
+        """Return the options of the same means but those of compiled code."""
+        return replace(
+            self, compile="none", compiled_decoder=False, cuda_graphs=False, autotune=False, pointwise_products=False
+        )
 
     def as_document(self) -> dict[str, Any]:
         """Return the options by name, as a run document holds them."""
@@ -98,7 +111,13 @@ class EngineOptions:
 
 EAGER = EngineOptions()
 COMPILED = EngineOptions(
-    compile="full", channels_last=True, fused_projections=True, text_once=True, compiled_decoder=True
+    compile="full",
+    channels_last=True,
+    fused_projections=True,
+    text_once=True,
+    compiled_decoder=True,
+    common_start=True,
+    pointwise_products=True,
 )
 
 

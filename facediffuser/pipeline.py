@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -185,7 +185,7 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         if self._engine is not None:
             raise InputError("set_engine: this pipeline has an engine already; load another pipeline")
         if options.compiles and not can_compile(self._execution_device):
-            options = replace(options, compile="none", compiled_decoder=False, cuda_graphs=False, autotune=False)
+            options = options.without_compiling()
         if options != EAGER:
             unets = {name: unet for name in ("unet", "unet_text") if (unet := getattr(self, name)) is not None}
             self._engine = Engine(unets, self.vae, options)
@@ -588,7 +588,11 @@ class FaceDiffuserPipeline(DiffusionPipeline):
             return None
 
         def denoise(name: str):
-            return lambda rows, t, embeds: self._denoise(name, rows, t, embeds, cross_attention_kwargs)
+            def of_rows(rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+                paired = len(rows) > len(conditions.text)  # baseline and condition, not the condition alone
+                return self._denoise(name, rows, t, embeds, cross_attention_kwargs, paired)
+
+            return of_rows
 
         unets = {name: getattr(self, name, None) for name in ("unet_text", "unet")}
         evaluate = self._engine.evaluate if self._engine is not None else None
@@ -649,15 +653,15 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         fuser = self._component("subject_fuser")
         return fuser(text.to(fuser.dtype), padded, tokens.subject_mask.to(device), tokens.subject_counts.to(device))
 
-    def _denoise(self, name: str, rows, t, embeds, cross_attention_kwargs) -> torch.Tensor:
+    def _denoise(self, name: str, rows, t, embeds, cross_attention_kwargs, paired: bool) -> torch.Tensor:
         if self._engine is not None and not cross_attention_kwargs:
-            return self._engine.denoise(name, rows, t, embeds)
+            return self._engine.denoise(name, rows, t, embeds, paired)
         kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
         return getattr(self, name)(rows, t, encoder_hidden_states=embeds, return_dict=False, **kwargs)[0]
 
     def _predict(self, stage, scaled, t, conditions, guidance, cross_attention_kwargs, with_saliency) -> Prediction:
         def denoise(name: str, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-            return self._denoise(name, rows, t, embeds, cross_attention_kwargs)
+            return self._denoise(name, rows, t, embeds, cross_attention_kwargs, paired=True)
 
         return predict(
             stage, partial(denoise, "unet_text"), partial(denoise, "unet"), scaled, conditions, guidance, with_saliency

@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNet in parts: the whole with its inner features, the decoder alone, the last layers alone.
+"""Stable Diffusion's UNet in parts: with its inner features, the decoder or the last layers alone, two texts of a latent.
 
 What is inside a UNet changes little from one step to the next (arXiv 2312.00858 of its deep features, 2312.09608 of its
 encoder's); these functions evaluate the rest on features that were kept. They are plain functions of a
@@ -50,6 +50,54 @@ def require_parts(unet, layers: int = 1) -> None:
         raise InputError(f"deep_layers {layers}: this UNet's last block has {most}; give at most that many")
 
 
+def has_common_start(unet) -> bool:
+    """Return whether `common_start` can evaluate a UNet: its first layer that reads the text is as Stable Diffusion's."""
+    try:
+        require_parts(unet)
+    except InputError:
+        return False
+    reading = next((block for block in unet.down_blocks if getattr(block, "has_cross_attention", False)), None)
+    if reading is None or unet.mid_block is None:
+        return False
+    first = reading.attentions[0].transformer_blocks[0]
+    return first.norm_type == "layer_norm" and first.pos_embed is None and not first.only_cross_attention
+
+
+def common_start(
+    unet: "UNet2DConditionModel", latents: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor
+) -> torch.Tensor:
+    """Return the noise of latents for two texts each; what lies before the first layer that reads the text is computed once.
+
+    Args:
+        unet: the UNet.
+        latents: (b, c, h, w).
+        t: the time, without dimensions.
+        embeds: (2b, n, d): b texts, then b others.
+
+    Returns:
+        (2b, c, h, w), in the order of the texts.
+    """
+    time = _time(unet, latents, t)
+    hidden = unet.conv_in(latents)
+    skips: tuple[torch.Tensor, ...] = (hidden,)
+    start = next(n for n, block in enumerate(unet.down_blocks) if getattr(block, "has_cross_attention", False))
+    for block in unet.down_blocks[:start]:
+        hidden, made = block(hidden_states=hidden, temb=time)
+        skips += made
+    skips, both = tuple(_twice(skip) for skip in skips), _twice(time)
+    first = unet.down_blocks[start]
+    for number, resnet in enumerate(first.resnets):
+        if number == 0:
+            hidden = _attend_twice(first.attentions[0], resnet(hidden, time), embeds)
+        else:
+            hidden = _attend(first, number, resnet(hidden, both), embeds)
+        skips += (hidden,)
+    for downsampler in first.downsamplers or ():
+        hidden = downsampler(hidden)
+        skips += (hidden,)
+    return decode(unet, _rest(unet, start + 1, hidden, skips, both, embeds), t, embeds)[0]
+
+
 def encode(unet: "UNet2DConditionModel", rows: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> Encoded:
     """Return the features of the encoder and the middle block.
 
@@ -61,8 +109,11 @@ def encode(unet: "UNet2DConditionModel", rows: torch.Tensor, t: torch.Tensor, em
     """
     time = _time(unet, rows, t)
     hidden = unet.conv_in(rows)
-    skips: tuple[torch.Tensor, ...] = (hidden,)
-    for block in unet.down_blocks:
+    return _rest(unet, 0, hidden, (hidden,), time, embeds)
+
+
+def _rest(unet, start: int, hidden: torch.Tensor, skips: tuple[torch.Tensor, ...], time, embeds) -> Encoded:
+    for block in unet.down_blocks[start:]:
         hidden, made = block(hidden_states=hidden, temb=time, **_text(block, embeds))
         skips += made
     return Encoded(unet.mid_block(hidden, time, **_text(unet.mid_block, embeds)), skips)
@@ -148,6 +199,27 @@ def _attend(block, number: int, hidden: torch.Tensor, embeds: torch.Tensor) -> t
     if not getattr(block, "has_cross_attention", False):
         return hidden
     return block.attentions[number](hidden, encoder_hidden_states=embeds, return_dict=False)[0]
+
+
+def _attend_twice(transformer, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Return what a transformer makes of hidden (b, c, h, w) for the texts of embeds (2b, n, d): (2b, c, h, w)."""
+    height, width = hidden.shape[2:]
+    linear, (first, *others) = transformer.use_linear_projection, transformer.transformer_blocks
+    normed = transformer.norm(hidden)
+    cells = (normed if linear else transformer.proj_in(normed)).permute(0, 2, 3, 1).flatten(1, 2)
+    cells = transformer.proj_in(cells) if linear else cells
+    cells = _twice(cells + first.attn1(first.norm1(cells)))
+    cells = cells + first.attn2(first.norm2(cells), encoder_hidden_states=embeds)
+    cells = cells + first.ff(first.norm3(cells))
+    for block in others:
+        cells = block(cells, encoder_hidden_states=embeds)
+    cells = transformer.proj_out(cells) if linear else cells
+    made = cells.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return (made if linear else transformer.proj_out(made)) + _twice(hidden)
+
+
+def _twice(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor])
 
 
 def _noise(unet: "UNet2DConditionModel", hidden: torch.Tensor) -> torch.Tensor:
