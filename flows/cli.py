@@ -198,7 +198,9 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_TERMINATED
     if isinstance(error, RunError):
         return EXIT_FAILED
-    if isinstance(error, OSError) and (error.errno in PLACE_ERRORS or type(error).__name__ == "StorageError"):
+    # By name: the stores take long to import. An error of a subclass counts, too.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, OSError) and (error.errno in PLACE_ERRORS or "StorageError" in kinds):
         return EXIT_FAILED
     # An object that was there when the command began, and was removed under it.
     if isinstance(error, FileNotFoundError) and "://" in str(error.filename):

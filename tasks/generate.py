@@ -28,9 +28,11 @@ from facediffuser.dataset.extension import (
 )
 from facediffuser.dataset.inputs import class_words_line
 from facediffuser.dataset.manifest import (
+    ChangedError,
     Counts,
     Manifest,
     Part,
+    ShardEntry,
     build_manifest,
     build_part,
     find_manifest,
@@ -67,6 +69,8 @@ logger = logging.getLogger(__name__)
 
 READERS = 16
 FEW_BATCHES = 8
+# Times that a run is finished anew because another driver of the same run finished it meanwhile.
+FINISH_TRIES = 3
 # Names of models and scorers that are no paths, whatever lies in the working folder.
 KEPT_NAMES = ("miniature", "paper")
 
@@ -299,9 +303,60 @@ def _stats(store: Store, layout: Layout) -> list[dict[str, Any]]:
         return [one for one in pool.map(read, range(layout.shards)) if one]
 
 
+def _same_run_finished(store: Store, part: Part, before: Manifest | None) -> bool:
+    """Return whether a dataset's manifest lists the run that made `part`, with the very same shards.
+
+    `before`: the manifest that was there. Where people were taken out, parts removed or this run's shards made anew since,
+    what this run holds of the dataset is old.
+    """
+    found = find_manifest(store)
+    if found is None or found.retracting or found.retractions != (before.retractions if before else []):
+        return False
+    there = {one.name: (one.fingerprint, one.layout, [_content(entry) for entry in one.shards]) for one in found.parts}
+    known = {one.name for one in before.parts} if before else set()
+    return known <= there.keys() and there.get(part.name) == (
+        part.fingerprint, part.layout, [_content(entry) for entry in part.shards]
+    )  # fmt: skip
+
+
+def _content(entry: ShardEntry) -> tuple[str, str]:
+    return entry.key, entry.sha256
+
+
+def _write_card_and_manifest(
+    job: GenerationJob, store: Store, before: Manifest | None, part: Part, certificate: dict[str, Any] | None
+) -> tuple[Manifest, list[ScoreRow]]:
+    """Write what is beside a finished part's shards and, last, the manifest in the place of `before`.
+
+    Raises:
+        ChangedError: the manifest is not `before` any more.
+    """
+    layout = job.layout
+    parts = sorted([part, *_other_parts(store, layout.name, before)], key=lambda one: one.name)
+    _keep_references(job, parts)
+    if certificate and dataset_certificate(store, layout.name) != certificate:  # another driver measured other times
+        store.put(summary_key(layout.name), summary_bytes(certificate))
+    write_spent(store, parts)
+    built = build_manifest(parts, retractions=before.retractions if before else ())
+    table = write_card(store, built)
+    known_entries = {entry.key: entry for entry in before.objects} if before else {}
+    own = {*layout.part_keys(), SUBJECTS_KEY}
+    objects = [
+        known_entries[key] if key in known_entries and key not in own else object_entry(key, store.get(key))
+        for key in built.planned_keys()
+    ]
+    # Columns added before keep their entries: later damage to them is still found.
+    objects += [entry for entry in known_entries.values() if entry.key.startswith(KEPT_ENTRIES)]
+    built = built.model_copy(update={"objects": objects, "digest": before.digest if before else ""})
+    manifest = seal(store, built, {summary_key(layout.name)} if certificate else ())
+    return manifest, table
+
+
 @task(name="finish-dataset", cache_policy=None, persist_result=False, **RETRIES)
 def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None) -> Finished:
     """Write the card and, last, the manifest.
+
+    Where another driver of the same run wrote the manifest meanwhile, it is finished once more, from that manifest on.
 
     Args:
         job: the run.
@@ -309,7 +364,7 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
 
     Raises:
         RuntimeError: shards are missing.
-        StorageError: another command wrote a manifest meanwhile.
+        ChangedError: a command that is not a driver of this run wrote a manifest meanwhile.
         FailedRowsError: more rows failed than `--max-failed` allows; the dataset is complete nevertheless.
         CertificateError: the certificate says that fast mode lost too much; likewise.
     """
@@ -327,28 +382,22 @@ def finish_dataset(job: GenerationJob, certificate: dict[str, Any] | None = None
         numbers = sorted(finished)
         entries = list(pool.map(lambda shard: shard_entry(store, layout, shard, finished[shard].info), numbers))
     places = {name: lasting_name(getattr(job, name), KEPT_NAMES) for name in ("models", "scorers")}
-    before = find_manifest(store)
-    spent = _spent(job, store, before)
     computed_with = [finished[shard].marks.computed_with for shard in numbers]
-    part = build_part(
-        job.fingerprint, job.run, layout, entries, places, computed_with, spent.model_dump() if spent else None
-    )
-    part = part.model_copy(update={"certificate": certificate})
-    parts = sorted([part, *_other_parts(store, layout.name, before)], key=lambda one: one.name)
-    _keep_references(job, parts)
-    write_spent(store, parts)
-    built = build_manifest(parts, retractions=before.retractions if before else ())
-    table = write_card(store, built)
-    known_entries = {entry.key: entry for entry in before.objects} if before else {}
-    own = {*layout.part_keys(), SUBJECTS_KEY}
-    objects = [
-        known_entries[key] if key in known_entries and key not in own else object_entry(key, store.get(key))
-        for key in built.planned_keys()
-    ]
-    # Columns added before keep their entries: later damage to them is still found.
-    objects += [entry for entry in known_entries.values() if entry.key.startswith(KEPT_ENTRIES)]
-    built = built.model_copy(update={"objects": objects, "digest": before.digest if before else ""})
-    manifest = seal(store, built, {summary_key(layout.name)} if certificate else ())
+    for left in reversed(range(FINISH_TRIES)):
+        before = find_manifest(store)
+        spent = _spent(job, store, before)
+        part = build_part(
+            job.fingerprint, job.run, layout, entries, places, computed_with, spent.model_dump() if spent else None
+        ).as_part(certificate=certificate)
+        try:
+            manifest, table = _write_card_and_manifest(job, store, before, part, certificate)
+            break
+        except ChangedError:
+            if not left or not _same_run_finished(store, part, before):
+                raise
+            logger.info(
+                "%s: another driver of the same run finished it meanwhile; once more, from its manifest", store.url
+            )
     for info in store.list(UNFINISHED_REFERENCES):
         store.delete(info.key)
     counts = manifest.counts

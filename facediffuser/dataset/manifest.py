@@ -42,6 +42,10 @@ _DIGEST = re.compile(rb'\s*\{\s*"digest":\s*"([0-9a-f]{64})"')
 Count = Annotated[int, Field(ge=0)]
 
 
+class ChangedError(StorageError):
+    """Another command wrote a dataset's manifest while this one ran; run again, this one begins with that manifest."""
+
+
 class _Entry(BaseModel):
     # Strict: "24" or 24.0 in the place of 24 is a changed manifest.
     model_config = ConfigDict(frozen=True, strict=True)
@@ -269,7 +273,7 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
         manifest: its `digest` is that of the manifest whose place it takes; empty where there is none.
 
     Raises:
-        StorageError: another manifest is there by now.
+        ChangedError: another manifest is there by now.
     """
     every = manifest.model_dump()
     # A dataset that was made at once and left as it is has the manifest that it always had.
@@ -307,10 +311,10 @@ def require_unchanged(store: Store, digest: str) -> None:
         digest: that of the manifest it began with.
 
     Raises:
-        StorageError: it is another; run again, the command begins with that one.
+        ChangedError: it is another; run again, the command begins with that one.
     """
     if manifest_digest(store) != digest:
-        raise StorageError(f"{store.url}: changed while this command ran (another command wrote its {MANIFEST_KEY}); run it "
+        raise ChangedError(f"{store.url}: changed while this command ran (another command wrote its {MANIFEST_KEY}); run it "
                            "again")  # fmt: skip
 
 

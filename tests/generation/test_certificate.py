@@ -24,6 +24,7 @@ from facediffuser.dataset.certificate import (
     renamed_key,
     sample_size,
     stats_key,
+    summary_bytes,
     summary_key,
 )
 from facediffuser.dataset.extension import finished_part
@@ -39,6 +40,7 @@ from facediffuser.generation.measured_rate import Rate, rate_of_dataset
 from facediffuser.generation.repair import remake
 from facediffuser.means import Means
 from facediffuser.storage import open_store
+from facediffuser.storage.local import LocalStore
 from facediffuser.tasks.generate import (
     CertificateError,
     certify_dataset,
@@ -269,6 +271,28 @@ def test_a_merged_dataset_keeps_its_certificates_also_when_people_are_taken_out(
         f"{keys[1]}: of rows that were there before people were taken out, and cannot be made again; put it back, or let "
         "`facediffuser card` list the others"
     ]
+
+
+def test_two_drivers_whose_certificates_took_other_times_both_end_well(copied, monkeypatch):
+    job = copied[1]
+    store, put, waiting = job.store(), LocalStore.put, ["README.md"]
+    mine = certify_dataset.fn(job)
+    theirs = mine | {"images_per_second": {name: 2 * rate for name, rate in mine["images_per_second"].items()}}
+    for prefix in ("manifest.json", "README.md", "card/"):
+        for info in store.list(prefix):
+            store.delete(info.key)
+
+    def watched(self, key, *given, **options):
+        if key in waiting:
+            waiting.remove(key)
+            put(self, summary_key(), summary_bytes(theirs))
+            finish_dataset.fn(job, theirs)
+        return put(self, key, *given, **options)
+
+    monkeypatch.setattr(LocalStore, "put", watched)
+    assert finish_dataset.fn(job, mine).certificate == mine and not waiting
+    assert read_manifest(store).certificate == dataset_certificate(store) == mine
+    assert verify(store.url) == []
 
 
 def test_the_keys_of_a_certificate_say_of_which_part_it_is():

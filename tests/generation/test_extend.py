@@ -205,6 +205,28 @@ def test_finished_once_more_it_does_not_undo_what_another_command_wrote_meanwhil
     assert verify(str(dataset)) == [] and read_sound_manifest(store).retractions
 
 
+def test_two_drivers_that_extend_a_dataset_at_once_both_end_well(grown, extended, monkeypatch):
+    job, waiting, put = plan_dataset.fn(grown).job, ["README.md"], LocalStore.put
+    store, made = job.store(), open_store(extended[0])
+    for info in made.list():
+        if job.layout.name in info.key and not store.exists(info.key):
+            store.put(info.key, made.get(info.key))
+
+    def watched(self, key, *given, **options):
+        if key in waiting:
+            waiting.remove(key)
+            stats = json.loads(store.get(job.layout.stats_key(0)))
+            stats["seconds"]["total"] += 1000.0
+            store.put(job.layout.stats_key(0), json.dumps(stats).encode())
+            store.delete("stats/spent.json")
+            finish_dataset.fn(job)
+        return put(self, key, *given, **options)
+
+    monkeypatch.setattr(LocalStore, "put", watched)
+    assert finish_dataset.fn(job).counts.ok == 12 and not waiting
+    assert verify(store.url) == [] and len(read_manifest(store).parts) == 2
+
+
 def test_other_settings_another_text_and_another_person_are_refused(world, dataset, grown, tmp_path):
     for other, said in (({"seed": 1}, "seed 0 there, 1 here"), ({"steps": 4}, "steps 3 there, 4 here"),
                         ({"image_format": "jpeg"}, "image_format")):  # fmt: skip
