@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,9 +156,15 @@ def model_digests(folder: str | Path) -> dict[str, str]:
         folder: the local folder.
     """
     folder = Path(folder)
-    return {
-        component: folder_digest(folder / component, _files(folder / component)) for component in _components(folder)
-    }
+    components = _components(folder)
+    with ThreadPoolExecutor() as pool:
+        return dict(
+            zip(
+                components,
+                pool.map(lambda name: folder_digest(folder / name, _files(folder / name)), components),
+                strict=True,
+            )
+        )
 
 
 def image_encoder_digest(folder: Path) -> str:

@@ -132,11 +132,12 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         self._engine: Engine | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **kwargs) -> "FaceDiffuserPipeline":
+    def from_pretrained(cls, model: str | Path, *, checked: bool = False, **kwargs) -> "FaceDiffuserPipeline":
         """Return the pipeline of a model folder, in float32 unless `dtype` says otherwise.
 
         Args:
             model: a diffusers folder, an s3:// URL, a hub id, or `miniature`.
+            checked: its files were checked already; they are not read once more for it.
             **kwargs: passed to diffusers' `from_pretrained`, such as `dtype`, `revision`, or a component by name.
 
         Raises:
@@ -145,7 +146,8 @@ class FaceDiffuserPipeline(DiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         folder = resolve_model(str(model), kwargs.pop("revision", None))
-        check_model_folder(folder, skip=kwargs, variant=kwargs.get("variant"))
+        if not checked:
+            check_model_folder(folder, skip=kwargs, variant=kwargs.get("variant"))
         return super().from_pretrained(str(folder), **kwargs)
 
     @property

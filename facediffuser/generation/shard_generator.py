@@ -384,7 +384,8 @@ def load_pipeline(job: GenerationJob):
 
     folder = resolve_model(job.models)
     _require_same("models", model_digests(folder), job.run["models"])
-    pipeline = FaceDiffuserPipeline.from_pretrained(folder, dtype=getattr(torch, job.settings["dtype"]))
+    # The driver checked files of these digests.
+    pipeline = FaceDiffuserPipeline.from_pretrained(folder, checked=True, dtype=getattr(torch, job.settings["dtype"]))
     set_scheduler(pipeline, job.settings["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(job.device)

@@ -1,13 +1,17 @@
 """Model folders: found, told apart, and assembled from two trainings whole or not at all."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from sampler.conftest import scheduler
 from sampler.released import write_base, write_run
 
 from facediffuser.errors import InputError
+from facediffuser.model_check import is_finite
 from facediffuser.modelfolder import (
     assemble,
     load_image_encoder,
@@ -201,3 +205,24 @@ def test_the_vision_tower_of_a_folder_is_loaded_and_a_wrong_folder_refused(parts
     parts["text_encoder"].save_pretrained(tmp_path / "text")
     with pytest.raises(InputError, match="of type clip_text_model"):
         load_image_encoder(tmp_path / "text")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_one_value_that_is_not_finite_is_seen(kind, value, place):
+    tensor = torch.linspace(-2, 2, 100, dtype=kind)
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    tensor[place] = value
+    assert not is_finite(tensor.reshape(10, 10))
+
+
+def test_a_folder_whose_digests_were_compared_is_not_checked_again(parts, tmp_path):
+    FaceDiffuserPipeline(**parts, scheduler=scheduler()).save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    next(iter(state.values())).flatten()[0] = math.nan
+    save_file(state, weights)
+    with pytest.raises(InputError, match="not finite"):
+        FaceDiffuserPipeline.from_pretrained(tmp_path)
+    assert FaceDiffuserPipeline.from_pretrained(tmp_path, checked=True).unet is not None
