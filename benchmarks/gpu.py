@@ -289,8 +289,7 @@ def _killed(options: argparse.Namespace, shared: Shared, clock: Clock) -> None:
             f"worker, cold: {reached if _shards(shared.root / 'killed') else f'cut off after {took:.1f} s, before {first}'}"
         )
     else:
-        said = process.stdout.read() if process.stdout else ""
-        say(f"worker, cold: ended with {ended} before it was killed: {said[-1500:]}")
+        say(f"worker, cold: ended with {ended} before it was killed: {_said(shared.root, 'killed')[-1500:]}")
 
 
 def _worker_run(
@@ -347,16 +346,22 @@ def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
     Returns:
         Whether it ended well in the time that is left.
     """
-    process = _start(root, name, settings)
-    try:
-        out, _ = process.communicate(timeout=max(LEAST_SECONDS, clock.left()))
-    except subprocess.TimeoutExpired:
+    there, started = len(_shards(Path(settings["output"]))), time.monotonic()
+    process, end = _start(root, name, settings), Clock(max(LEAST_SECONDS, clock.left()))
+    while process.poll() is None and end.left() > 0 and len(_shards(Path(settings["output"]))) == there:
+        time.sleep(0.1)
+    say(
+        f"worker, {name}: {time.monotonic() - started:.1f} s from its start to its first shard of {settings['shard_size']}"
+    )
+    while process.poll() is None and end.left() > 0:
+        time.sleep(0.1)
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)  # of its Ray, too
+        process.wait()
         say(f"worker, {name}: cut off")
-        return False
-    for line in out.splitlines():
+    for line in _said(root, name).splitlines():
         if line.startswith("#") or process.returncode:
-            say(f"worker, {name}: {line.removeprefix('#')}")
+            say(f"worker, {name}: {line.removeprefix('#')[:2000]}")
     return process.returncode == 0
 
 
@@ -367,20 +372,22 @@ def _start(root: Path, name: str, settings: dict) -> subprocess.Popen:
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "benchmarks.gpu", "--settings", json.dumps(settings), "one-run"]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | place,
-        start_new_session=True,
-    )
+    log = (root / f"{name}.log").open("ab")
+    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | place, start_new_session=True)
+
+
+def _said(root: Path, name: str) -> str:
+    return (root / f"{name}.log").read_text(errors="replace")
 
 
 def one_run(options: argparse.Namespace) -> None:
     """Generate the settings' run, through Ray where it is installed; called in a process of its own."""
     started = time.monotonic()
     logging.basicConfig(level=logging.WARNING)
+
+    def reached(what: str) -> None:
+        say(f"#{time.monotonic() - started:.1f} s after the start: {what}")
+
     from facediffuser.batch_stage import ThisMachine
     from facediffuser.dataset.plan import Layout  # noqa: F401  (the package is imported before the clock is read)
     from facediffuser.generation.generate_settings import GenerateSettings
@@ -390,6 +397,7 @@ def one_run(options: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     prepared = prepare(GenerateSettings(**json.loads(options.settings)), ThisMachine(int(gpu), 1))
     prepared.write()
+    reached("checked, the plan is written")
     job = prepared.job
     stats: list[dict] = []
 
@@ -408,6 +416,7 @@ def one_run(options: argparse.Namespace) -> None:
 
         driver = LocalDriver()
     begun = time.monotonic()
+    reached(f"{len(missing)} shards to make")
     driver.run(stage)
     took = time.monotonic() - begun
     ok = [one for one in stats if "seconds" in one]
