@@ -183,14 +183,6 @@ class Bench:
             return torch.no_grad()(lambda: pipe.unet_text(rows, t, embeds, return_dict=False)[0])
         return lambda: engine.denoise("unet_text", rows, t, embeds, paired=True)
 
-    @torch.no_grad()
-    def compile(self, way: Way) -> None:
-        """Compile what a way runs, so that its code is kept for another process."""
-        pipe = self.build(way)
-        self._call(pipe, way.images)()
-        if way.whole:
-            pipe.decode_latents(self.inputs(way.images)[3], "pt")
-
     def seconds(self, run: Callable[[], object]) -> float:
         """Return the seconds of one call, the GPU's work included."""
         if self.gpu:

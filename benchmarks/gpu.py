@@ -350,9 +350,9 @@ def _generate(root: Path, name: str, settings: dict, clock: Clock) -> bool:
     process, end = _start(root, name, settings), Clock(max(LEAST_SECONDS, clock.left()))
     while process.poll() is None and end.left() > 0 and len(_shards(Path(settings["output"]))) == there:
         time.sleep(0.1)
-    say(
-        f"worker, {name}: {time.monotonic() - started:.1f} s from its start to its first shard of {settings['shard_size']}"
-    )
+    took, came = time.monotonic() - started, len(_shards(Path(settings["output"]))) > there
+    first = f"its first shard of {settings['shard_size']}"
+    say(f"worker, {name}: {took:.1f} s from its start {f'to {first}' if came else f'on, without {first}'}")
     while process.poll() is None and end.left() > 0:
         time.sleep(0.1)
     if process.poll() is None:
@@ -583,7 +583,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run_sections(options: argparse.Namespace, shared: Shared) -> None:
     whole = Clock(options.seconds)
-    if options.compile and not (shared.root / "killed").exists():
+    reads_code = {"sampler", "fast", "worker", "resume"} & {given.partition(":")[0] for given in options.sections}
+    if options.compile and reads_code and not (shared.root / "killed").exists():
         say(f"== the worker's cold run ({options.compile:.0f} s at most)")
         _killed(options, shared, Clock(options.compile))
     for given in options.sections:

@@ -183,8 +183,12 @@ class _Unet:
     @torch.no_grad()
     def evaluate(self, function: Callable, first: Any, t: torch.Tensor, embeds: torch.Tensor, *others: Any) -> Any:
         if function not in self._functions:
-            whole = self.options.compile == "full"
-            self._functions[function] = _compiled(function, self.options, graphs=False) if whole else function
+            if self.options.compile == "full":
+                self._functions[function] = _compiled(function, self.options, graphs=False)
+            else:  # blocks that it calls may be compiled
+                self._functions[function] = (
+                    _with_settings(function, self.options) if self.options.compiles else function
+                )
         with self._text(embeds):
             return self._functions[function](self.unet, first, t.float(), embeds, *others)
 

@@ -45,15 +45,15 @@ class EngineOptions:
             transformer blocks, which starts sooner.
         channels_last: keep images' channels last in memory, as the tensor cores of a GPU read them.
         fused_projections: compute query, key and value of self-attention as one matrix product.
-        common_start: compute what lies before the first cross-attention once for baseline and condition, whose latents are
-            the same; not with cuda_graphs.
-        pointwise_products: compile convolutions of one pixel as matrix products.
         text_once: compute keys and values of a prompt once per image; they are the same at every step.
         attention: the kernel of attention (ATTENTION_KERNELS), one for all, or one per head size: `40=flash,80=cudnn`.
         compiled_decoder: compile the VAE's decoder, too.
         cuda_graphs: record the launches of a UNet and repeat them; it pays where launches take longer than the kernels.
         autotune: time several kernels for each product and take the quickest. Which it is can differ from one process to
             the next, so keep and share the compiled code (`compiled_code`).
+        common_start: compute what lies before the first cross-attention once for baseline and condition, whose latents are
+            the same; with `cuda_graphs` it has no effect.
+        pointwise_products: compile convolutions of one pixel as matrix products.
     """
 
     compile: Compile = "none"
@@ -85,7 +85,7 @@ class EngineOptions:
         return self.compile != "none" or self.compiled_decoder
 
     def without_compiling(self) -> "EngineOptions":
-        """Return the options of the same means but those of compiled code."""
+        """Return these options without those of compiled code."""
         return replace(
             self, compile="none", compiled_decoder=False, cuda_graphs=False, autotune=False, pointwise_products=False
         )

@@ -1,6 +1,7 @@
 """The engine: the same mathematics as without it, whatever its options; padding that nobody sees; bytes of pixels."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_compiled_images_are_the_eager_ones(compiled, eager, method, kind):
         EngineOptions(attention="math"),
         EngineOptions(attention="8=math"),
         pytest.param(EngineOptions(compile="blocks", text_once=True), marks=pytest.mark.slow),
+        pytest.param(EngineOptions(compile="blocks", common_start=True), marks=pytest.mark.slow),
         pytest.param(EngineOptions(compile="full"), marks=pytest.mark.slow),
         pytest.param(EngineOptions(compiled_decoder=True), marks=pytest.mark.slow),
     ],
@@ -195,6 +197,12 @@ def test_pixels_become_the_bytes_that_diffusers_makes_of_them(pipeline):
 
 def test_options_survive_a_run_document():
     assert EngineOptions.from_document(COMPILED.as_document()) == COMPILED
+    newer = {"common_start", "pointwise_products"}
+    older = {name: value for name, value in COMPILED.as_document().items() if name not in newer}
+    read = EngineOptions.from_document(older)
+    assert read == replace(COMPILED, **dict.fromkeys(newer, False)), (
+        "a run begun before there were these keeps its engine"
+    )
     with pytest.raises(InputError, match="engine option 'fp8': unknown"):
         EngineOptions.from_document({**COMPILED.as_document(), "fp8": True})
 
@@ -209,9 +217,13 @@ def test_kernels_by_head_size():
     assert parse_attention("40=flash, 80=cudnn") == {40: "flash", 80: "cudnn"}
 
 
-def test_what_belongs_to_compiled_code_wants_it():
-    with pytest.raises(InputError, match="autotune"):
-        EngineOptions(cuda_graphs=True)
+@pytest.mark.parametrize("option", ["cuda_graphs", "autotune", "pointwise_products"])
+def test_what_belongs_to_compiled_code_wants_it(option):
+    with pytest.raises(
+        InputError, match="cuda_graphs, autotune and pointwise_products: .* set compile to full or blocks"
+    ):
+        EngineOptions(**{option: True})
+    assert EngineOptions(compile="full", **{option: True}).without_compiling() == EAGER
 
 
 def test_a_second_engine_is_refused(parts):

@@ -217,6 +217,18 @@ def test_one_value_that_is_not_finite_is_seen(kind, value, place):
     assert not is_finite(tensor.reshape(10, 10))
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_value_of_eight_bits_that_is_not_finite_is_seen(kind):
+    tensor = torch.linspace(-2, 2, 100)
+    assert is_finite(tensor.to(kind))
+    tensor[50] = math.nan
+    assert not is_finite(tensor.to(kind))
+
+
+def test_whole_numbers_are_finite():
+    assert is_finite(torch.arange(3)) and is_finite(torch.tensor([True, False]))
+
+
 def test_a_folder_whose_digests_were_compared_is_not_checked_again(parts, tmp_path):
     FaceDiffuserPipeline(**parts, scheduler=scheduler()).save_pretrained(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
