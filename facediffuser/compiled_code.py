@@ -30,7 +30,8 @@ def code_key(options: EngineOptions, device: torch.device, models: Mapping[str, 
     Args:
         options: of the engine.
         device: what it is compiled for.
-        models: the configurations of the models that are compiled, by name; weights do not count.
+        models: the configurations of the models that are compiled, by name; weights do not count, nor what diffusers notes
+            of their loading (`_name_or_path`, `_use_default_values` in an order of each process's own).
         shape: batch size, height, width and type.
     """
     gpu = device.type == "cuda"
@@ -41,7 +42,9 @@ def code_key(options: EngineOptions, device: torch.device, models: Mapping[str, 
         "torch": torch.__version__,
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in ("diffusers", "transformers")},
-        "models": {name: {k: str(v) for k, v in config.items()} for name, config in models.items()},
+        "models": {
+            name: {k: str(v) for k, v in config.items() if not k.startswith("_")} for name, config in models.items()
+        },
         "shape": dict(shape),
     }  # fmt: skip
     return hashlib.sha256(canonical_json(described).encode()).hexdigest()[:40] + ".torch"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from facediffuser.batch_stage import ThisMachine
-from facediffuser.compiled_code import CompiledCode
+from facediffuser.compiled_code import CompiledCode, code_key
 from facediffuser.dataset.schema import COMPUTED_WITH_KEY
 from facediffuser.engine_options import COMPILED
 from facediffuser.errors import InputError
@@ -103,6 +103,14 @@ def test_a_row_has_the_same_bytes_in_a_full_batch_and_in_one_that_is_filled_up(w
     marks = json.loads(pq.read_schema(tmp_path / "odd" / odd.layout.shard_key(0)).metadata[COMPUTED_WITH_KEY])
     assert marks["engine"] == "eager" and "install g++" in caplog.text
     assert not (tmp_path / "code").exists()
+
+
+def test_the_key_of_compiled_code_is_of_the_shape_not_of_how_a_model_was_loaded():
+    def key(**config) -> str:
+        return code_key(COMPILED, torch.device("cpu"), {"unet": config}, {"batch_size": 1})
+
+    noted = {"_name_or_path": "elsewhere", "_use_default_values": ["b", "a"]}
+    assert key(sample_size=8, **noted) == key(sample_size=8) != key(sample_size=16)
 
 
 def test_code_that_cannot_be_used_is_one_warning(tmp_path, caplog):
