@@ -4,10 +4,12 @@
 each model from its configuration on the meta device, compares names and shapes, and reads all values.
 """
 
+import functools
+import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -355,10 +357,15 @@ def _check_scheduler(path: Path) -> None:
 
 def _check_weights(folder: Path, name: str, variant: str | None) -> None:
     """Compare a model's weights with its configuration, then look for values that are not finite."""
-    wanted = _shapes_of_configuration(folder, name)
+    path = folder / "config.json"
+    config = read_json(path)
+    try:
+        wanted = _shapes_of_configuration(CLASSES.get(name, name), json.dumps(config))
+    except Exception as error:  # a configuration may hold any value, and the libraries raise as it comes
+        raise InputError(f"{path}: makes no {name} ({first_line(error)}); copy it again") from error
     ignored = {key for key, needed in wanted.items() if not needed[1]}
     # A whole CLIP model has more than its vision tower.
-    optional = read_json(folder / "config.json").get("model_type") == "clip"
+    optional = config.get("model_type") == "clip"
     missing = {key for key in wanted if key not in ignored}
     for path in weight_files(folder, name, variant):
         for key, tensor in _tensors(path):
@@ -381,38 +388,36 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
         raise InputError(f"{path}: {sorted(missing)[0]} is missing; give weights of this configuration")
 
 
-def _shapes_of_configuration(folder: Path, name: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+# Both UNets have one configuration, and a module takes its second to make without memory, too.
+@functools.lru_cache(maxsize=16)
+def _shapes_of_configuration(kind: str, config: str) -> Mapping[str, tuple[tuple[int, ...], bool]]:
     """Return shape of each tensor by canonical name, and whether it is needed in a file (not a computed buffer)."""
     import torch
 
-    path = folder / "config.json"
-    try:
-        with torch.device("meta"):
-            module = _module(folder, name, read_json(path))
-    except Exception as error:  # a configuration may hold any value, and the libraries raise as it comes
-        raise InputError(f"{path}: makes no {name} ({first_line(error)}); copy it again") from error
+    with torch.device("meta"):
+        module = _module(kind, parse_json(config))
     saved = module.state_dict()
     buffers = {key: value for key, value in module.named_buffers() if key not in saved}
     return {canonical_name(key): (tuple(value.shape), key in saved) for key, value in {**buffers, **saved}.items()}
 
 
-def _module(folder: Path, name: str, config: dict[str, Any]):
+def _module(kind: str, config: dict[str, Any]):
     import diffusers
     import transformers
 
-    if name == "subject_fuser":
+    if kind == "SubjectFuser":
         from facediffuser.subject import SubjectFuser
 
         return SubjectFuser.from_config(config)
-    if name in CLASSES:
-        return getattr(diffusers, CLASSES[name]).from_config(config)
-    if name == "text_encoder":
-        return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(folder))
+    if kind in CLASSES.values():
+        return getattr(diffusers, kind).from_config(config)
+    if kind == "text_encoder":
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
     if config["model_type"] == "clip":
-        whole = transformers.CLIPConfig.from_pretrained(folder)
+        whole = transformers.CLIPConfig.from_dict(config)
         whole.vision_config.projection_dim = whole.projection_dim
         return transformers.CLIPVisionModelWithProjection(whole.vision_config)
-    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig.from_pretrained(folder))
+    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig.from_dict(config))
 
 
 def _tensors(path: Path):

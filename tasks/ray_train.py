@@ -57,6 +57,8 @@ def train_on_ray(settings: TrainSettings, side_by_side: int = 1) -> dict[str, An
         logger.info("%s: %s is trained already (%s)", settings.output, settings.role, counted(done, "step"))
         return {"role": settings.role, "step": done, "output": settings.output, "seconds": 0.0}
     connect_ray()
+    # A process more for each training; it would tell the workers of a node's end, which the loop does not ask for.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     workers = count_workers(settings, runs.recorded_workers(store), cluster_gpus(), cluster_cpus(), side_by_side)
     on_gpu = cluster_gpus() >= workers
     cpus = settings.cpus_per_worker or (1 if on_gpu else max(1, cluster_cpus() // (workers * side_by_side)))

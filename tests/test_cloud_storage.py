@@ -19,6 +19,8 @@ from facediffuser.storage import local_copy, open_store
 from facediffuser.storage.hub import hub_errors
 from facediffuser.tasks.local_driver import LocalDriver
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):

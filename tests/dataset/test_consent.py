@@ -16,6 +16,8 @@ from facediffuser.dataset.references import encode_references
 from facediffuser.dataset.schema import SUBJECTS_SCHEMA
 from facediffuser.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 TODAY = datetime.date(2026, 11, 27)
 HEAD = "subject_id,class_word,consent,licence,source,expires\n"
 

@@ -21,6 +21,8 @@ from facediffuser.flows.cli import main
 from facediffuser.storage import open_store
 from facediffuser.storage.local import LocalStore
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 MANIFEST = "manifest.json"
 
 

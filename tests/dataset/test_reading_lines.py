@@ -15,6 +15,8 @@ from facediffuser.dataset.schema import DATASET_SCHEMA, with_marks
 from facediffuser.errors import InputError
 from facediffuser.storage import open_store
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 ROOT = Path(__file__).resolve().parents[2]
 GREEN = Image.new("RGB", (64, 64), (0, 160, 0))
 

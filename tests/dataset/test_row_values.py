@@ -11,6 +11,8 @@ from facediffuser.dataset.row_values import value_problems
 from facediffuser.dataset.schema import DATASET_SCHEMA, face_type
 from facediffuser.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 FACE = {"box": [0.0] * 4, "probability": 0.9, "landmarks": [[0.0, 0.0]] * 5, "subject_id": None, "similarity": None,
         "other_subject_id": None, "other_similarity": None, "yaw": 0.0, "pitch": 0.0, "roll": 0.0, "size": 9.0,
         "sharpness": 1.0}  # fmt: skip

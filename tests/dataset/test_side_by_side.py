@@ -31,6 +31,8 @@ from facediffuser.storage.local import LocalStore
 from facediffuser.storage.reading import DamagedError
 from facediffuser.tasks.local_driver import LocalDriver
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):

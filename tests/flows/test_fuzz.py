@@ -20,6 +20,8 @@ from fuzzing import (
 )
 from hypothesis import HealthCheck, given, settings
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory) -> Path:

@@ -16,7 +16,7 @@ from facediffuser.tasks.add_columns import add_scores, flag_copies, update_card
 from facediffuser.tasks.repair import find_damage, repair_damage, retry_failed_rows
 from facediffuser.tasks.score_images import score_and_tabulate
 
-pytestmark = pytest.mark.usefixtures("local_driver")
+pytestmark = pytest.mark.usefixtures("local_driver", "plain_plots")
 
 
 def repair(given: RepairSettings) -> dict[str, list[str]]:

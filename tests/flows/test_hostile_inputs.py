@@ -12,6 +12,8 @@ from facediffuser.dataset.plan import find_sample
 from facediffuser.flows.cli import main
 from facediffuser.storage import open_store
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:

@@ -173,9 +173,9 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prefect_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHouse]:
-    """A real Prefect server and a real worker on the work pool of prefect.yaml, once per session."""
+    """A real Prefect server and a real worker on the work pool of prefect.yaml; idle they cost a tenth of a core."""
     with running_house(tmp_path_factory.mktemp("prefect")) as house:
         yield house
 

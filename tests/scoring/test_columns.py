@@ -20,6 +20,8 @@ from facediffuser.scoring.columns import Sharpness, column_scores, load_columns
 from facediffuser.storage import StorageError, open_store
 from facediffuser.tasks.local_driver import LocalDriver
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 BRIGHTNESS = "scoring.plugins:Brightness"
 GREY, DARK = Image.new("RGB", (16, 16), (100, 100, 100)), Image.new("RGB", (16, 16), (40, 40, 40))
 

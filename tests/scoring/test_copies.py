@@ -23,6 +23,8 @@ from facediffuser.flows.cli import main
 from facediffuser.preprocess.prepared_schema import PREPARED_SCHEMA
 from facediffuser.storage import open_store
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
+
 
 def again(picture: Image.Image) -> Image.Image:
     """The picture as it comes back from elsewhere: a little smaller, brighter, as a JPEG."""
