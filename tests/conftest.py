@@ -2,7 +2,7 @@
 
 import os
 
-# `make test` runs two workers on two cores; they inherit what the first process has set.
+# `make test` runs three workers on two cores; they inherit what the first process has set.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -15,8 +15,8 @@ import pytest
 pytest_plugins = ["fixtures_s3"]
 
 
-# Files of twenty seconds and more, those of `make test-slow` before the others; on two workers they come first, so that
-# neither worker is idle at the end.
+# Files of twenty seconds and more, those of `make test-slow` before the others; they come first, so that no worker is
+# idle at the end.
 LONG_FILES = (
     "test_document_commands.py",
     "generation/faults/test_clusters.py",
