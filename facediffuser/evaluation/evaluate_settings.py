@@ -28,8 +28,8 @@ class TableSettings(Scoring, Seeded):
     )
     add: Names = Field(
         [],
-        description="other scorers whose columns are added: `sharpness`, an entry point of `facediffuser.scorers`, or "
-        "`module:Class`",
+        description="other scorers whose columns are added: `sharpness`, `dlib`, `nsfw`, `onnx-face:PATH`, `aesthetic:HEAD`, an "
+        "entry point of `facediffuser.scorers`, or `module:Class`",
     )
     rescore: bool = Field(False, description="score the dataset's images again instead of using its recorded scores")
     output: str | None = Field(
