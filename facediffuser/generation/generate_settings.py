@@ -106,7 +106,8 @@ class GenerateSettings(Exact, Limited, Observed, GenerateWorkers, SpeedSettings,
     )
     scorers: str | None = Field(
         None,
-        description="`paper`, `miniature`, or a folder with `identity/` and `prompt/` (default: those of the models)",
+        description="`paper` (FaceNet and CLIP), `miniature`, or a folder or `s3://` prefix with `identity/` and `prompt/` "
+        "(default: `miniature` for models that come from it, else `paper`)",
     )
     image_format: Literal["png", "jpeg", "webp"] = Field("png", description="how images are stored")
     reference_crop: Literal["face", "whole"] = Field(
