@@ -14,6 +14,7 @@ from facediffuser.settings import (
     Scoring,
     Seeded,
     Settings,
+    SubjectsPerImage,
 )
 
 
@@ -58,10 +59,8 @@ class ExternalImageSettings(WithSubjects):
     prompts: str | None = Field(
         None, description="for `--images`: the prompts' file, as for `generate`, or a suite's name"
     )
-    subjects_per_image: int | None = Field(
+    subjects_per_image: SubjectsPerImage | None = Field(
         None,
-        ge=1,
-        le=4,
         description="for `--images`: how many subjects every prompt of `--prompts` must name (default: each says it itself)",
     )
     index: str | None = Field(

@@ -21,6 +21,7 @@ from facediffuser.settings import (
     Repeats,
     Seeded,
     Settings,
+    SubjectsPerImage,
     Workers,
 )
 
@@ -41,10 +42,8 @@ class PlanSettings(Settings):
         "decides how many subjects an image shows",
     )
     output: str = Field(description="where the dataset goes: a folder or `s3://bucket/prefix`")
-    subjects_per_image: int | None = Field(
+    subjects_per_image: SubjectsPerImage | None = Field(
         None,
-        ge=1,
-        le=16,
         description="how many subjects every prompt must show (default: each prompt says by its places how many it shows)",
     )
     method: Method = Field("face-diffuser", description="sampling method")
