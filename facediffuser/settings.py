@@ -55,6 +55,7 @@ Output = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(v
 """Where something is written: a local path, also as a `Path`, or an `s3://` URL, which a `Path` would spoil."""
 
 Steps = Annotated[int, Field(ge=1, le=1000, description="denoising steps of an image")]
+SubjectsPerImage = Annotated[int, Field(ge=1, le=16)]
 ImagesPerPrompt = Annotated[int, Field(ge=1, le=1_000_000, description="images of each prompt and set of subjects")]
 
 LARGEST = 2**63 - 1

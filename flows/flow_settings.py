@@ -22,7 +22,7 @@ class DemoSettings(Workers, Seeded):
     train_steps: int = Field(60, ge=1, description="training steps of each model")
     batch_size: int = Field(32, ge=1, description="images of a training step")
     subjects: int = Field(6, ge=1, description="people to make images of")
-    prompts: int = Field(16, ge=1, description="prompts; one in eight shows two of them")
+    prompts: int = Field(16, ge=1, description="prompts; one in eight, at least one, shows two people")
     steps: Steps = 30
 
     @property

@@ -14,6 +14,7 @@ from facediffuser.settings import (
     Scoring,
     Seeded,
     Settings,
+    SubjectsPerImage,
 )
 
 
@@ -28,8 +29,8 @@ class TableSettings(Scoring, Seeded):
     )
     add: Names = Field(
         [],
-        description="other scorers whose columns are added: `sharpness`, an entry point of `facediffuser.scorers`, or "
-        "`module:Class`",
+        description="other scorers whose columns are added: `sharpness`, `dlib`, `nsfw`, `onnx-face:PATH`, `aesthetic:HEAD`, an "
+        "entry point of `facediffuser.scorers`, or `module:Class`",
     )
     rescore: bool = Field(False, description="score the dataset's images again instead of using its recorded scores")
     output: str | None = Field(
@@ -58,10 +59,8 @@ class ExternalImageSettings(WithSubjects):
     prompts: str | None = Field(
         None, description="for `--images`: the prompts' file, as for `generate`, or a suite's name"
     )
-    subjects_per_image: int | None = Field(
+    subjects_per_image: SubjectsPerImage | None = Field(
         None,
-        ge=1,
-        le=4,
         description="for `--images`: how many subjects every prompt of `--prompts` must name (default: each says it itself)",
     )
     index: str | None = Field(

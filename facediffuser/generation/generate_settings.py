@@ -21,6 +21,7 @@ from facediffuser.settings import (
     Repeats,
     Seeded,
     Settings,
+    SubjectsPerImage,
     Workers,
 )
 
@@ -41,10 +42,8 @@ class PlanSettings(Settings):
         "decides how many subjects an image shows",
     )
     output: str = Field(description="where the dataset goes: a folder or `s3://bucket/prefix`")
-    subjects_per_image: int | None = Field(
+    subjects_per_image: SubjectsPerImage | None = Field(
         None,
-        ge=1,
-        le=16,
         description="how many subjects every prompt must show (default: each prompt says by its places how many it shows)",
     )
     method: Method = Field("face-diffuser", description="sampling method")
@@ -106,7 +105,8 @@ class GenerateSettings(Exact, Limited, Observed, GenerateWorkers, SpeedSettings,
     )
     scorers: str | None = Field(
         None,
-        description="`paper`, `miniature`, or a folder with `identity/` and `prompt/` (default: those of the models)",
+        description="`paper` (FaceNet and CLIP), `miniature`, or a folder or `s3://` prefix with `identity/` and `prompt/` "
+        "(default: `miniature` for models that come from it, else `paper`)",
     )
     image_format: Literal["png", "jpeg", "webp"] = Field("png", description="how images are stored")
     reference_crop: Literal["face", "whole"] = Field(

@@ -13,10 +13,16 @@ class RehearsePlan(Settings):
 
     photographs: int = Field(70_000, ge=1, le=10**9, description="photographs of the real run")
     tdm_samples: int = Field(
-        250_000 * 32, ge=1, le=10**12, description="training samples of the TDM: steps x batch (default: the paper's)"
+        250_000 * 32,
+        ge=1,
+        le=10**12,
+        description="training samples of the TDM of the real run: steps x batch; the paper's unless given",
     )
     sdm_samples: int = Field(
-        450_000 * 32, ge=1, le=10**12, description="training samples of the SDM: steps x batch (default: the paper's)"
+        450_000 * 32,
+        ge=1,
+        le=10**12,
+        description="training samples of the SDM of the real run: steps x batch; the paper's unless given",
     )
     images: int = Field(1_000_000, ge=1, le=10**12, description="images of the real run")
     gpu_hour_price: float | None = Field(

@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     )
     channels_last: bool = Field(False, description="lay image tensors out with channels last")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
-    compile: bool | None = Field(None, description="compile the UNet (None: on a GPU)")
+    compile: bool | None = Field(None, description="compile the UNet (where neither is given: on a GPU)")
 
 
 NO_AUGMENTATION = dict(zoom=0, rotate=0, jitter=0, blur=0, grey=0, flip=0, elastic=0)

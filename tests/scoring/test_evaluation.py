@@ -13,6 +13,7 @@ from facediffuser.errors import InputError
 from facediffuser.evaluation import evaluator as evaluation
 from facediffuser.evaluation.evaluate_settings import EvaluateSettings
 from facediffuser.evaluation.evaluator import Evaluator
+from facediffuser.generation.generate_settings import GenerateSettings
 from facediffuser.runs import canonical_json
 
 
@@ -194,6 +195,19 @@ def test_an_unreadable_image_is_named_and_nothing_written(tmp_path, colours, sub
 def test_options_that_do_not_go_together_are_refused(settings, complaint):
     with pytest.raises(ValidationError, match=complaint):
         EvaluateSettings(**settings)
+
+
+def test_an_image_of_another_system_may_show_as_many_subjects_as_one_of_ours():
+    with_subjects = {"images": ["theirs"], "subjects": "people", "prompts": "prompts.jsonl"}
+    assert EvaluateSettings(**with_subjects, subjects_per_image=16).subjects_per_image == 16
+    for count in (0, 17):
+        with pytest.raises(ValidationError):
+            EvaluateSettings(**with_subjects, subjects_per_image=count)
+    bounds = [
+        next(kind for kind in model.model_json_schema()["properties"]["subjects_per_image"]["anyOf"] if "type" in kind)
+        for model in (EvaluateSettings, GenerateSettings)
+    ]
+    assert bounds[0] == bounds[1]
 
 
 def test_a_dataset_s_recorded_scores_are_used_without_loading_scorers(tmp_path, monkeypatch):
