@@ -13,13 +13,14 @@ from facediffuser.scoring.scorers import load_scorers
 from facediffuser.shipped import models_folder
 from facediffuser.training.loop import train_model
 from facediffuser.training.train_settings import TrainSettings
-from tools.miniature_weights import checkpoint_models, choose, claim_here, forgetting, methods, own_words
+from tools.miniature_weights import checkpoint_models, choose, claim_here, forgetting, methods, own_words, worth
 from tools.miniature_weights.scored import (
     Sampler,
     as_table,
     kept_rows,
     made_prompt,
     planned,
+    require_same,
     score_images,
     suite,
 )
@@ -81,6 +82,42 @@ def test_what_was_kept_is_not_made_again(tmp_path):
     for _ in range(2):
         assert kept_rows(tmp_path / "a" / "rows.json", lambda: made.append(1) or [{"ip": 0.5}]) == [{"ip": 0.5}]
     assert len(made) == 1 and [path.name for path in (tmp_path / "a").iterdir()] == ["rows.json"]
+
+
+def test_scores_of_other_models_people_or_sampling_are_not_taken_for_these(tmp_path):
+    require_same(tmp_path / "kept", {"people": 2, "sampler": {"window": (0, 1)}})
+    require_same(tmp_path / "kept", {"people": 2, "sampler": {"window": (0, 1)}})
+    with pytest.raises(InputError, match="kept: holds scores with other people, sampler; give another folder"):
+        require_same(tmp_path / "kept", {"people": 3, "sampler": {"window": (0, 2)}})
+
+
+def test_every_measurement_refuses_a_folder_of_another(tmp_path, monkeypatch):
+    class MeasuredError(Exception):
+        """Nothing refused before the first image."""
+
+    def measured(*given, **more):
+        raise MeasuredError
+
+    monkeypatch.setattr(
+        forgetting, "run_settings", lambda url, role: TrainSettings(role=role, data="d", output=url, base="miniature")
+    )
+    monkeypatch.setattr(forgetting, "checkpoint_steps", lambda url: [0, 1])
+    monkeypatch.setattr(worth, "write_subjects", measured)
+    for module in (choose, claim_here, forgetting, own_words):
+        monkeypatch.setattr(module, "load_scorers", measured)
+        monkeypatch.setattr(module, "load_pipeline", measured)
+    for name, measure in {
+        "choose": lambda folder, n: choose.measure("miniature", n, "cpu", folder),
+        "claim": lambda folder, n: claim_here.claim_here(folder, "miniature", n, 1, QUICK, "cpu"),
+        "words": lambda folder, n: own_words.measure("miniature", n, "cpu", folder),
+        "forgetting": lambda folder, n: forgetting.measure(folder, "tdm", "sdm", sampler=Sampler(steps=n)),
+        "worth": lambda folder, n: worth.make_datasets(folder, n, 2, 2, "miniature"),
+    }.items():
+        for _ in range(2):
+            with pytest.raises(MeasuredError):
+                measure(tmp_path / name, 2)
+        with pytest.raises(InputError, match="holds scores with other"):
+            measure(tmp_path / name, 3)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

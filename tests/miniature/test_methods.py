@@ -1,6 +1,8 @@
 """The documentation's pictures of methods: right people, a cell for each, maps that say what was measured."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from facediffuser.scoring.scorers import load_scorers
 from tools.miniature_weights import methods
@@ -30,6 +32,19 @@ def test_the_sheet_has_a_reference_and_every_methods_pictures_of_each_person(tri
     for row in range(2):
         bottom = methods.TITLE + (row + 1) * methods.CELL - 1
         assert sheet.getpixel((sheet.width - 10, bottom)) != (255, 255, 255)  # the last picture is there, too
+
+
+def test_the_sheet_is_of_the_window_that_is_given(trial, monkeypatch):
+    asked = []
+    picture = Image.new("RGB", (64, 64))
+    monkeypatch.setattr(
+        methods.Trial, "images", lambda self, people, prompts, **how: asked.append(how) or [picture] * 4
+    )
+    people = [methods.Unseen("man", picture, np.zeros(1))]
+    for window in ((1, 2), None):
+        methods.samples(trial, people, window)
+    windows = [(how["fusion_start"], how["fusion_end"]) for how in asked if how["method"] == "face-diffuser"]
+    assert windows == [(1, 2), methods.default_fusion_window(2)]
 
 
 def test_the_sweep_has_a_row_for_each_window_and_its_ends_are_the_methods(trial, scorers, monkeypatch):

@@ -26,6 +26,7 @@ from tools.miniature_weights.scored import (
     Sampler,
     kept_rows,
     made_prompt,
+    require_same,
     score_images,
 )
 
@@ -78,6 +79,8 @@ def measure(
 
     The scores of each candidate are kept in `kept`, so that the same call goes on where it stopped.
     """
+    made_from = {"models": model_digests(resolve_model(models)), "people": people, "steps": steps}
+    require_same(kept, made_from | {"prompts": [prompt.text for prompt in prompts]})
     pipeline, scorers = load_pipeline(resolve_model(models), device), load_scorers("miniature", device)
     who = unseen_people(people, scorers, FIRST_PERSON)
     lines = []

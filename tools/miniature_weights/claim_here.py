@@ -19,12 +19,21 @@ from facediffuser.evaluation.claim import checks_by_set, claim_checks, markdown,
 from facediffuser.evaluation.tables import markdown as table_markdown
 from facediffuser.evaluation.tables import paper_markdown, score_table
 from facediffuser.miniature.detector_gate import gate_markdown, rendered_gate
-from facediffuser.modelfolder import resolve_model
+from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.scoring.scorers import load_scorers
 from facediffuser.settings import Method
 from tools.miniature_weights.command_line import command_parser, write_csv
 from tools.miniature_weights.methods import Unseen, load_pipeline, unseen_people
-from tools.miniature_weights.scored import CLAIM, METHODS, Sampler, as_table, kept_rows, score_images, suite
+from tools.miniature_weights.scored import (
+    CLAIM,
+    METHODS,
+    Sampler,
+    as_table,
+    kept_rows,
+    require_same,
+    score_images,
+    suite,
+)
 
 FIRST_PERSON = 80_000_000
 """The claim's people."""
@@ -45,6 +54,8 @@ def claim_here(
 
     In sets of 15 people one after another, so that what is there when time is over is of whole sets.
     """
+    made_from = {"models": model_digests(resolve_model(models)), "people": people, "instances": instances}
+    require_same(output, made_from | {"sampler": asdict(sampler)})
     pipeline, scorers = load_pipeline(resolve_model(models), device), load_scorers("miniature", device)
     who = unseen_people(people, scorers, FIRST_PERSON)
     prompts = [prompt for name in SUITES for prompt in suite(name)]

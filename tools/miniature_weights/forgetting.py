@@ -30,6 +30,7 @@ from tools.miniature_weights.scored import (
     Sampler,
     as_table,
     kept_rows,
+    require_same,
     score_images,
     suite,
 )
@@ -91,9 +92,11 @@ def measure(
     if most_points and len(steps) > most_points:
         wanted = {round(place * (len(steps) - 1) / (most_points - 1)) for place in range(most_points)}
         steps = [pair for place, pair in enumerate(steps) if place in wanted]
+    prompts = prompts or suite("miniature-30") + suite("miniature-pairs-8")
+    made_from = {"tdm": tdm, "sdm": sdm, "sampler": asdict(sampler), "prompts": [prompt.text for prompt in prompts]}
+    require_same(output / "points", made_from)
     scorers = load_scorers("miniature", device)
     who = unseen_people(people, scorers, FIRST_PERSON)
-    prompts = prompts or suite("miniature-30") + suite("miniature-pairs-8")
     found: list[dict[str, Any]] = []
     # The ends first: what a run that is cut short has to say.
     for tdm_step, sdm_step in sorted(steps, key=lambda pair: (pair != steps[0], pair != steps[-1], pair)):

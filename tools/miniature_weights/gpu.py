@@ -16,6 +16,7 @@ it in minutes on a CPU, with numbers that mean nothing.
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,18 @@ from tools.miniature_weights.gpu_base import base_call
 from tools.miniature_weights.gpu_call import Call, say
 from tools.miniature_weights.gpu_models import models_call
 
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: in a container often fewer than the machine has."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_LIMIT.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # there is no limit, or it is "max"
+        return cores
+
 
 def main() -> None:
     """The command line."""
@@ -37,18 +50,24 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["base", "models"])
     parser.add_argument("out", type=Path, help="where what is to be taken home goes")
-    parser.add_argument("--work", type=Path, help="folder for all that is made (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="new folder for all that is made (default: a temporary one)")
     parser.add_argument(
         "--base", type=Path, help="models: mini1-base.tar of the first call (default: the shipped base)"
     )
     parser.add_argument("--faces", type=Path, help="models: mini1-faces.tar.xz of the first call")
     parser.add_argument("--seconds", type=float, default=400.0, help="running time")
     parser.add_argument("--wall", type=float, default=400.0, help="wall time, in seconds")
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument("--device", help="default: cuda where there is a GPU")
     parser.add_argument("--small", action="store_true", help="a try on a CPU, in minutes")
     options = parser.parse_args()
     options.started = time.time()
+    # Tasks that an earlier call closed, or its half of a training, would be taken for this one's.
+    if options.work and options.work.exists() and any(options.work.iterdir()):
+        parser.error(f"--work {options.work}: not empty; give a new folder")
+    for archive in (options.base, options.faces):
+        if archive and not archive.is_file():
+            parser.error(f"{archive}: no such file")
     import torch
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

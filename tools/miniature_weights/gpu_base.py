@@ -12,12 +12,13 @@ from facediffuser.training.recipe import Role
 from tools.miniature_weights.gpu_call import Call, Size, forgetting_people, loaders_of, roles, say, window
 from tools.miniature_weights.gpu_data import encode, prepare, render_ffhq
 from tools.miniature_weights.packing import below, pack, put_copy
-from tools.miniature_weights.paired_training import ALONE, PairedTraining, begin, progress
+from tools.miniature_weights.paired_training import ALONE, PairedTraining, TrainingFailedError, begin, progress
 from tools.miniature_weights.running_clock import RunningClock
 from tools.miniature_weights.task_pool import Task
 
 logger = logging.getLogger("gpu")
 
+BASE, BROAD_DONE = "mini1-base.tar", "broad-done"
 BROAD_PEOPLE = 4_000_000
 """First person of the broad world's pictures: nobody of a scorer's, of a photo set's or of a test's."""
 
@@ -25,7 +26,8 @@ BROAD_PEOPLE = 4_000_000
 def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float, wall_end: float) -> None:
     """Let the shipped base go on with the world `broad`, in a process of its own.
 
-    It takes a share (`size.base_share`) of what is left of `seconds` and of the wall time when its first step begins.
+    It takes a share (`size.base_share`) of what is left of `seconds` and of the wall time when its first step begins. Each
+    time it has saved its weights it packs them: the files themselves may be half written at any other time.
     """
     import torch
     from diffusers import AutoencoderKL
@@ -53,9 +55,9 @@ def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float,
         return training[0].progress()
 
     def after_save(step: int) -> None:
-        (work / "broad-saved.json").write_text(
-            json.dumps({"steps": step, "batch": size.base_batch, "seconds": training[0].ran})
-        )
+        said = {"steps": step, "batch": size.base_batch, "seconds": training[0].ran}
+        parts = [below(making / part, f"{part}/") for part in ("unet", "text_encoder")]
+        pack({**parts[0], **parts[1], "broad.json": json.dumps(said).encode()}, work / BASE)
 
     train_base(
         vae,
@@ -68,7 +70,7 @@ def train_broad(work: Path, size: Size, cores: int, device: str, seconds: float,
         progress=progress,
         after_save=after_save,
     )
-    (work / "broad-done").touch()
+    (work / BROAD_DONE).touch()
 
 
 def base_call(call: Call) -> None:
@@ -81,19 +83,14 @@ def base_call(call: Call) -> None:
         target=_broad_process, args=(work, size, call.cores, call.device, call.seconds, call.started + call.wall)
     )
     child.start()
-    seen: list[float] = []
+    seen: list[int] = []
     training: PairedTraining | None = None
 
     def keep() -> None:
-        saved = work / "broad-saved.json"
-        if saved.exists() and seen != [saved.stat().st_mtime]:
-            seen[:] = [saved.stat().st_mtime]
-            weights = {
-                f"{part}/{name}": path
-                for part in ("unet", "text_encoder")
-                for name, path in below(work / "broad-base" / part).items()
-            }
-            pack(weights | {"broad.json": saved}, out / "mini1-base.tar")
+        saved = work / BASE
+        if saved.exists() and seen != [saved.stat().st_mtime_ns]:
+            seen[:] = [saved.stat().st_mtime_ns]
+            put_copy(saved, out / BASE)
         pack(call.logs() | below(call.tasks.folder / "rows"), out / "mini1-results.tar")
 
     try:
@@ -109,12 +106,23 @@ def base_call(call: Call) -> None:
             training.start(role)
         call.wait(lambda: not child.is_alive(), "base", lambda: call.every(10, keep))
         keep()
-        base = work / "broad-base"
-        sheet = Task("sheet.png", "base", str(base), steps=2 if call.device == "cpu" else 25, guidance=5.0)
-        call.tasks.put([sheet])
-        measure_rates(call, training, keep)
+        bases = {"shipped": base_folder(), "broad": work / "broad-base"}
+        if not (work / BROAD_DONE).exists():
+            # What lies there may be half of one save and half of another, or the shipped base itself.
+            say("the base's training did not come to its end: it is not measured")
+            del bases["broad"]
+        sheet = [
+            Task("sheet.png", "base", str(folder), steps=2 if call.device == "cpu" else 25, guidance=5.0)
+            for name, folder in bases.items()
+            if name == "broad"
+        ]
+        call.tasks.put(sheet)
+        try:
+            measure_rates(call, training, keep)
+        except TrainingFailedError:
+            logger.exception("rates: not all were measured")
         rows = []
-        for name, folder in (("shipped", base_folder()), ("broad", base)):
+        for name, folder in bases.items():
             models = models_of_base(work / "plain" / name, folder, size)
             rows.append(
                 Task(
@@ -127,10 +135,10 @@ def base_call(call: Call) -> None:
         call.tasks.put(rows)
 
         def shown() -> None:
-            if call.tasks.made([sheet]):
-                put_copy(call.tasks.folder / sheet.file, out / "mini1-base.png")
+            for task in call.tasks.made(sheet):
+                put_copy(call.tasks.folder / task.file, out / "mini1-base.png")
 
-        call.wait(lambda: call.tasks.done([sheet, *rows]), "bases measured", shown)
+        call.wait(lambda: call.tasks.done([*sheet, *rows]), "bases measured", shown)
         shown()
     finally:
         if child.is_alive():

@@ -3,12 +3,14 @@
 import logging
 import shutil
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 from tools.miniature_weights.gpu_call import Call, forgetting_people, loaders_of, roles, say, window
 from tools.miniature_weights.gpu_data import encode, prepare, render_ffhq
 from tools.miniature_weights.packing import below, pack, put_copy
-from tools.miniature_weights.paired_training import PairedTraining, begin, progress
+from tools.miniature_weights.paired_training import PairedTraining, TrainingFailedError, begin, progress
 from tools.miniature_weights.task_pool import Task
 
 logger = logging.getLogger("gpu")
@@ -46,7 +48,10 @@ def models_call(call: Call, base: Path | None, faces: Path | None) -> None:
             measuring_time = max(size.measure_seconds, size.measure_share * call.seconds)
             return not call.leaves(measuring_time) or 0 < size.most_units <= training.common_units()
 
-        call.wait(enough, "training", during)
+        try:
+            call.wait(enough, "training", during)
+        except TrainingFailedError:
+            logger.exception("training ended early; what both have kept until then is measured")
         for role in ("tdm", "sdm"):
             training.stop(role)
         units = progressed(call, training, taken)
@@ -56,7 +61,7 @@ def models_call(call: Call, base: Path | None, faces: Path | None) -> None:
     finally:
         for role in ("tdm", "sdm"):
             training.stop(role)
-        measuring.write()
+        measuring.write(last=True)
 
 
 def progressed(call: Call, training: PairedTraining, taken: list[int]) -> int:
@@ -105,7 +110,8 @@ class Measuring:
         self.sheet: list[Task] = []
         self.units = 0
         self.choice = call.work / "choice.json"
-        self.written: set[str] = set()
+        self.written: dict[str, object] = {}
+        self.writer: threading.Thread | None = None
 
     def add_point(self, units: int, in_front: bool = False) -> None:
         """Measure forgetting after so many units of fine-tuning."""
@@ -156,6 +162,7 @@ class Measuring:
         """Plan the claim, the sheet and people's own words, with the guidance and window that are best."""
         from tools.miniature_weights import claim_here, own_words
         from tools.miniature_weights.choose import candidate_line, write_choice
+        from tools.miniature_weights.claim_here import chosen_sampler
         from tools.miniature_weights.scored import Sampler
 
         size = self.size
@@ -164,11 +171,16 @@ class Measuring:
             for task in self.tasks.made(self.candidates)
         ]
         models = self.candidates[0].models
-        said = write_choice(self.choice, lines, models, size.choice_people, size.sampling_steps)
-        say(f"chosen: guidance {said['guidance_scale']}, window {said['fusion_start']} to {said['fusion_end']}")
+        chosen = Sampler(size.sampling_steps, window=window(size))
+        if lines:
+            said = write_choice(self.choice, lines, models, size.choice_people, size.sampling_steps)
+            chosen = chosen_sampler(self.choice)
+            say(f"chosen: guidance {said['guidance_scale']}, window {said['fusion_start']} to {said['fusion_end']}")
+        else:
+            say("nothing could be chosen: guidance and window are the claim's own")
         how = dict(
-            models=models, guidance=said["guidance_scale"], window=(said["fusion_start"], said["fusion_end"]),
-            steps=size.sampling_steps, most_prompts=size.most_prompts,
+            models=models, guidance=chosen.guidance, window=chosen.window, steps=size.sampling_steps,
+            most_prompts=size.most_prompts,
         )  # fmt: skip
         for first in range(0, size.claim_people, size.claim_set):
             self.claims[first] = [
@@ -201,31 +213,50 @@ class Measuring:
         ]
         return bool(self.claims) and self.tasks.done(every)
 
-    def write(self) -> None:
-        """Write the tables and curves of what is there, and pack everything."""
-        out = self.call.work / "results"
-        out.mkdir(exist_ok=True)
+    def write(self, last: bool = False) -> None:
+        """Pack what is there, and write tables and curves of it beside all else: they take seconds.
+
+        last: wait for them, as long as there is time, and pack them.
+        """
+        self._pack()
+        if last and self.writer:
+            self.writer.join(self._wall_left())
+        if self.writer is None or not self.writer.is_alive():
+            self.writer = threading.Thread(target=self._write_tables, daemon=True)
+            self.writer.start()
+        if last:
+            self.writer.join(self._wall_left())
+            self._pack()
+
+    def _wall_left(self) -> float:
+        """Seconds to wait for tables at the end: packing comes after them."""
+        return max(0.0, self.call.wall_end - 1 - time.time())
+
+    def _write_tables(self) -> None:
+        making, out = self.call.work / "making-results", self.call.work / "results"
         for name, do in (("forgetting", self._write_forgetting), ("claim", self._write_claim)):
             try:
-                do(out)
+                making.mkdir(exist_ok=True)
+                do(making)
+                out.mkdir(exist_ok=True)
+                for path in making.iterdir():
+                    path.replace(out / path.name)
             except Exception:
                 logger.exception("%s: not written", name)
-        files = self.call.logs() | below(out) | below(self.tasks.folder / "rows", "rows/")
+
+    def _pack(self) -> None:
+        files = self.call.logs() | below(self.call.work / "results") | below(self.tasks.folder / "rows", "rows/")
         pack(files | {"choice.json": self.choice}, self.call.out / "mini2-results.tar")
         if self.tasks.made(self.sheet):
             put_copy(self.tasks.folder / self.sheet[0].file, self.call.out / "mini2-methods.png")
-
-    def _changed(self, name: str) -> bool:
-        new = name not in self.written
-        self.written.add(name)
-        return new
 
     def _write_forgetting(self, out: Path) -> None:
         from tools.miniature_weights.command_line import write_csv
         from tools.miniature_weights.forgetting import TDM, plot, point_rows
 
         there = [units for units, tasks in sorted(self.points.items()) if self.tasks.made(tasks) == tasks]
-        if not there or not self._changed(f"forgetting {there} {self.units}"):
+        shown = there, self.units
+        if not there or self.written.get("forgetting") == shown:
             return
         found = []
         for units in there:
@@ -234,13 +265,14 @@ class Measuring:
             found += point_rows(rows, units / max(1, self.units), *(units * unit for unit in self.size.units))
         write_csv(out / "forgetting.csv", found)
         plot(found).savefig(out / "forgetting.png", dpi=110)
+        self.written["forgetting"] = shown
 
     def _write_claim(self, out: Path) -> None:
         from tools.miniature_weights.claim_here import numbered_from, write_claim
         from tools.miniature_weights.scored import Sampler
 
         there = [first for first, tasks in sorted(self.claims.items()) if self.tasks.made(tasks) == tasks]
-        if not there or not self._changed(f"claim {there}"):
+        if not there or self.written.get("claim") == there:
             return
         rows = [
             row for first in there for task in self.claims[first] for row in numbered_from(first, self.tasks.rows(task))
@@ -248,4 +280,5 @@ class Measuring:
         task = self.claims[there[0]][0]
         sampler = Sampler(task.steps, task.guidance, task.window)
         text = write_claim(out, rows, len(there) * self.size.claim_set, sampler, gate=False)
+        self.written["claim"] = there
         say(text)

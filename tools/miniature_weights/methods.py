@@ -109,9 +109,9 @@ def load_trial(models: str, steps: int, guidance: float, scheduler: SchedulerNam
     return Trial(load_pipeline(resolve_model(models), scheduler=scheduler), steps, guidance)
 
 
-def samples(trial: Trial, people: Sequence[Unseen]) -> Image.Image:
-    """A row per person: the reference, then for each method the prompts of SHOWN."""
-    start, end = default_fusion_window(trial.steps)
+def samples(trial: Trial, people: Sequence[Unseen], window: tuple[int, int] | None = None) -> Image.Image:
+    """A row per person: the reference, then for each method the prompts of SHOWN; fusion in the window, or the released one."""
+    start, end = window or default_fusion_window(trial.steps)
     columns = {name: trial.images(people, SHOWN, method=name, fusion_start=start, fusion_end=end) for name in METHODS}
     per_row = {"reference": 1} | dict.fromkeys(METHODS, len(SHOWN))
     columns = {"reference": [one.face for one in people]} | columns

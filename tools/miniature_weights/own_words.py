@@ -13,7 +13,7 @@ from typing import Any
 
 from facediffuser.devices import pick_device
 from facediffuser.evaluation.tables import OVERALL, score_table
-from facediffuser.modelfolder import resolve_model
+from facediffuser.modelfolder import model_digests, resolve_model
 from facediffuser.scoring.scorers import load_scorers
 from tools.miniature_weights.command_line import command_parser, write_csv
 from tools.miniature_weights.methods import load_pipeline, unseen_people
@@ -24,6 +24,7 @@ from tools.miniature_weights.scored import (
     as_table,
     kept_rows,
     made_prompt,
+    require_same,
     score_images,
 )
 
@@ -57,6 +58,8 @@ PROMPTS = tuple(
 
 def measure(models: str, people: int, device: str, output: Path, sampler: Sampler = CLAIM) -> list[dict[str, Any]]:
     """Return the rows of words.csv; the scores of each way of saying it are kept in `output`, for another call."""
+    made_from = {"models": model_digests(resolve_model(models)), "people": people, "sampler": asdict(sampler)}
+    require_same(output, made_from)
     pipeline, scorers = load_pipeline(resolve_model(models), device), load_scorers("miniature", device)
     who = unseen_people(people, scorers, FIRST_PERSON)
     known = [replace(prompt, text=prompt.meaning) for prompt in PROMPTS]

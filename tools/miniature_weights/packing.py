@@ -13,16 +13,20 @@ MOST_BYTES = 16 * 2**20
 
 
 def pack(files: Mapping[str, Path | bytes], target: Path, compress: bool = False) -> None:
-    """Write files (what is missing is left out) or bytes under their names into a tar archive, whole or not at all."""
+    """Write files (what is missing is left out) or bytes under their names into a tar archive, whole or not at all.
+
+    Files may grow or go while they are read: others are writing logs and results.
+    """
     temporary = target.with_name(f".{target.name}")
     with tarfile.open(temporary, "w:xz" if compress else "w") as archive:
         for name, content in files.items():
-            if isinstance(content, bytes):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-            elif content.is_file():
-                archive.add(content, name)
+            try:
+                data = content if isinstance(content, bytes) else content.read_bytes()
+            except FileNotFoundError:
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     put(temporary, target)
 
 
@@ -44,5 +48,6 @@ def put_copy(source: Path, target: Path) -> None:
 
 
 def below(folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Return all files below a folder by their names in it, each behind a prefix."""
-    return {f"{prefix}{path.relative_to(folder)}": path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return all files below a folder by their names in it, each behind a prefix; without those that are still written."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {f"{prefix}{path.relative_to(folder)}": path for path in files}

@@ -27,6 +27,10 @@ ALONE = "tdm-alone"
 """A file that lets the TDM train without looking at the SDM."""
 
 
+class TrainingFailedError(RuntimeError):
+    """A training ended by a failure with graphs and without."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a training reported last."""
@@ -144,11 +148,11 @@ class PairedTraining:
         (self.work / f"{role}-may-begin").touch()
 
     def look_after(self) -> None:
-        """Start again, without graphs, what has ended by a failure; RuntimeError when that fails as well."""
+        """Start again, without graphs, what has ended by a failure; TrainingFailedError when that fails as well."""
         for role, process in list(self.running.items()):
             if process.poll() is not None:
                 if role in self.eager:
-                    raise RuntimeError(f"training {role} failed twice: see {role}.log")
+                    raise TrainingFailedError(f"training {role} failed twice: see {role}.log")
                 logger.warning("training %s ended with %s: again, without graphs", role, process.returncode)
                 self.eager.add(role)
                 self.start(role)

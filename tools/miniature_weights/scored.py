@@ -5,7 +5,7 @@ alone, which is what curves over many models need, also on a machine without Ray
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from facediffuser.dataset.suites import suite_prompts
+from facediffuser.errors import InputError
 from facediffuser.pipeline import FaceDiffuserPipeline
 from facediffuser.prompts import IMAGE_MARKER
 from facediffuser.scoring.scorers import Scorers
@@ -171,6 +172,22 @@ def _words(image: _Image, people: Sequence[Unseen], sampler: Sampler) -> list[st
 def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Return rows as the table that `facediffuser.evaluation.tables.score_table` takes."""
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+def require_same(folder: Path, made_from: Mapping[str, Any]) -> None:
+    """Note in a folder of kept scores what they are made from, or compare that with what is noted there.
+
+    Raises:
+        InputError: the folder holds the scores of something else, which would be taken for these.
+    """
+    path, said = folder / "made-from.json", json.loads(json.dumps(made_from))
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if other := sorted(name for name in earlier | said if earlier.get(name) != said.get(name)):
+            raise InputError(f"{folder}: holds scores with other {', '.join(other)}; give another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def kept_rows(path: Path, make) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ class Task:
     most_prompts: only the first so many of one person and of two, 0 for all.
     guidance, window, steps, instances, batch, class_word: how images are made.
 
-    For `latents` models is the folder of a training's data and base, and every `stop`-th part from `start` on is made.
+    For `latents` models is the folder of a training's data and base, and of each array every `stop`-th part from `start` on is
+    made. For `methods` window is that of face-diffuser.
     """
 
     file: str
@@ -157,14 +158,17 @@ class Worker:
         """Do a task and write its file; in smaller batches where there is too little memory."""
         import torch
 
-        try:
-            result = getattr(self, f"_{task.kind}")(task)
-        except torch.OutOfMemoryError:
-            if task.batch // 2 < FEWEST:
-                raise
-            logger.warning("%s: too little memory for batches of %d", task.file, task.batch)
+        while True:
+            try:
+                result = getattr(self, f"_{task.kind}")(task)
+                break
+            except torch.OutOfMemoryError:
+                if task.batch // 2 < FEWEST:
+                    raise
+                logger.warning("%s: too little memory for batches of %d", task.file, task.batch)
+            # Here and not above: the error holds all that its functions had in memory.
             torch.cuda.empty_cache()
-            return self.run(replace(task, batch=task.batch // 2))
+            task = replace(task, batch=task.batch // 2)
         _replace(self.folder / task.file, result)
 
     def _scores(self, task: Task) -> bytes:
@@ -193,7 +197,7 @@ class Worker:
         from tools.miniature_weights.methods import Trial, samples
 
         trial = Trial(self.pipeline(task.models, False), task.steps, task.guidance)
-        return png_bytes(samples(trial, self.people(task.first, task.people)))
+        return png_bytes(samples(trial, self.people(task.first, task.people), task.window))
 
     def _base(self, task: Task) -> bytes:
         from facediffuser.picture_grid import png_bytes
@@ -209,8 +213,11 @@ class Worker:
         settings = role_settings("sdm", Path(task.models), 1, 1)
         worker = LatentWorker(settings, 1)
         worker.device = self.device
-        for unit in latent_stage(settings, WorkerPool()).units[task.start :: task.stop]:
-            worker(unit)
+        for unit in latent_stage(settings, WorkerPool()).units:
+            # By the part's own number: the stage lists only what is missing, so places in it change as other tasks go on.
+            part = unit.data[-1]
+            if part % task.stop == task.start:
+                worker(unit)
         return b""
 
 

@@ -35,7 +35,7 @@ from facediffuser.tasks.local_driver import LocalDriver
 from tools.miniature_weights.command_line import command_parser, write_csv
 from tools.miniature_weights.fitting import fit
 from tools.miniature_weights.measure import area_under_curve
-from tools.miniature_weights.scored import METHODS
+from tools.miniature_weights.scored import METHODS, require_same
 from tools.miniature_weights.train_scorers import MarginSoftmax, degrade
 
 FIRST_PERSON, FIRST_TESTED = 89_000_000, 89_500_000
@@ -81,6 +81,7 @@ def make_datasets(
     folder: Path, people: int, prompts: int, steps: int, models: str, options: Sequence[str] = ()
 ) -> None:
     """Make the subjects, the prompts and a dataset of each method, each as far as it is missing."""
+    require_same(folder, {"people": people, "models": models, "steps": steps})
     subjects, file = folder / "subjects", folder / "prompts.jsonl"
     if not (subjects / "subjects.csv").exists():
         write_subjects(subjects, FIRST_PERSON, count=people)
