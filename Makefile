@@ -3,8 +3,7 @@
 PYTHON ?= python3
 OUTPUT ?= out/demo
 MODELS ?= miniature
-# A worker waits a fifth of its time: three keep two cores busy.
-WORKERS ?= 3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -25,7 +24,7 @@ claim: OUTPUT = out/claim
 claim: .venv/ready  ## all methods on the miniature, of MODELS=folder, to OUTPUT (out/claim); exit 1 when the paper's ordering fails
 	$(BIN)/facediffuser miniature claim --models $(MODELS) --output $(OUTPUT)
 
-test: .venv/ready .swift/ready lint  ## lint and the quick tests, by WORKERS=3 processes
+test: .venv/ready .swift/ready lint  ## lint and the quick tests, by WORKERS=2 processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready .swift/ready test-real  ## the tests that take minutes, those on real weights among them

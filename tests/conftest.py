@@ -2,7 +2,7 @@
 
 import os
 
-# `make test` runs three workers on two cores; they inherit what the first process has set.
+# `make test` runs two workers on two cores; they inherit what the first process has set.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
