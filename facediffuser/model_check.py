@@ -388,7 +388,7 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
         raise InputError(f"{path}: {sorted(missing)[0]} is missing; give weights of this configuration")
 
 
-# Both UNets have one configuration, and a module takes its second to make without memory, too.
+# Both UNets have one configuration, and a module of the full size takes a second to build, on the meta device too.
 @functools.lru_cache(maxsize=16)
 def _shapes_of_configuration(kind: str, config: str) -> Mapping[str, tuple[tuple[int, ...], bool]]:
     """Return shape of each tensor by canonical name, and whether it is needed in a file (not a computed buffer)."""

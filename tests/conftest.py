@@ -82,7 +82,7 @@ def prefect_harness():
 
 @pytest.fixture(scope="module")
 def plain_plots():
-    """Cards of datasets have a picture of 8 by 4 pixels for each plot, of the same numbers the same: plots take a second a card."""
+    """Each plot of a card is a picture of 8 by 4 pixels, the same for the same numbers: plots take a second a card."""
     import dataclasses
     import hashlib
 

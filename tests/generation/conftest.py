@@ -46,7 +46,7 @@ def _state(folder: Path) -> tuple:
 
 @pytest.fixture(scope="module", autouse=True)
 def models_loaded_once() -> Iterator[None]:
-    """Runs in this process share the models of one folder, while its files stay as they are: loading took a fifth of the time."""
+    """Runs in this process share a folder's models while its files do not change: loading took a fifth of the time."""
     pipelines, scorers = {}, {}
 
     def load_pipeline(given, load=shard_generator.load_pipeline):

@@ -12,12 +12,12 @@ from tools.miniature_weights import methods
 def means() -> dict[str, dict[str, float]]:
     """Mean IP, PC and share of pictures with one face, by method."""
     scorers = load_scorers("miniature", "cpu")
-    trial, people = methods.load_trial("miniature", 8, 2.5), methods.unseen_people(3, scorers)
+    trial, people = methods.load_trial("miniature", 12, 2.5), methods.unseen_people(3, scorers)
     references = [[one.embedding] for one in people for _ in methods.SWEPT]
     texts = [without_markers(prompt.format(one.word)) for one in people for prompt in methods.SWEPT]
     found = {}
     for name in methods.METHODS:
-        window = {"fusion_start": 2, "fusion_end": 7} if name == "face-diffuser" else {}
+        window = {"fusion_start": 3, "fusion_end": 11} if name == "face-diffuser" else {}
         scores = scorers.score(trial.images(people, methods.SWEPT, method=name, **window), references, texts)
         found[name] = {
             "ip": float(np.mean([score.ip for score in scores])),
